@@ -1,0 +1,302 @@
+"""Number formats: what integers, minifloats, ternary and binary numbers are.
+
+A format is a small frozen record of facts; everything else is derived from it by the
+functions below. Nothing here depends on numpy or torch: the slow scalar functions
+(`nearest`, `encode`, `decode`) are the specification that every fast version is tested
+against.
+
+Text names, `parse(str(fmt)) == fmt`:
+
+    int4  int8n  uint8  uint4n     integers; n = narrow range (symmetric for signed)
+    e2m1  e4m3  e3m0               minifloats, every code a finite number (1 sign bit)
+    e4m3fn  e5m2ieee               minifloats with the OCP/IEEE special codes
+    ternary  binary                {-1, 0, 1} and {-1, 1}
+
+Minifloat semantics follow Aggarwal et al., "Shedding the Bits", FPL 2024 (arXiv
+2311.12359): bias `2^(E-1) - 1`, subnormals, no codes reserved for infinity or NaN. The
+suffix `ieee` reserves the whole top exponent (infinity and NaN, as OCP E5M2 does), the
+suffix `fn` only the all-ones code (NaN, as OCP E4M3 does).
+
+Rounding is half to even everywhere, and out-of-range values saturate.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, assert_never
+
+
+@dataclass(frozen=True, slots=True)
+class Int:
+    """Integer of 1-8 or 16 bits; `narrow` drops one code (the most negative if signed, else the largest)."""
+
+    bits: int
+    signed: bool = True
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (1, 2, 3, 4, 5, 6, 7, 8, 16):
+            raise FormatError(f"integers have 1 to 8 bits or 16, not {self.bits}")
+        if self.narrow and self.bits == 1:
+            raise FormatError("a narrow integer needs at least 2 bits")
+
+    def __str__(self) -> str:
+        return f"{'' if self.signed else 'u'}int{self.bits}{'n' if self.narrow else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Float:
+    """Minifloat with one sign bit, `exp` exponent and `man` significand bits, 3-8 bits in all."""
+
+    exp: int
+    man: int
+    special: Literal["none", "ieee", "fn"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.exp < 1 or self.man < 0 or not 3 <= 1 + self.exp + self.man <= 8:
+            raise FormatError(f"e{self.exp}m{self.man} is not a minifloat of 3 to 8 bits with E >= 1, M >= 0")
+        if self.special == "ieee" and (self.man < 1 or self.exp < 2):
+            raise FormatError("an ieee minifloat needs E >= 2 and M >= 1 (NaN and infinity are told apart by M)")
+        if self.special == "fn" and self.exp + self.man < 3:
+            raise FormatError("an fn minifloat needs at least 4 bits")
+
+    def __str__(self) -> str:
+        return f"e{self.exp}m{self.man}{'' if self.special == 'none' else self.special}"
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """A short table of values: ternary {-1, 0, 1} or binary {-1, 1}."""
+
+    name: Literal["ternary", "binary"]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Format = Int | Float | Levels
+
+TERNARY = Levels("ternary")
+BINARY = Levels("binary")
+
+
+class FormatError(ValueError):
+    """A text or a set of facts that names no format."""
+
+
+def minifloats(bits: int) -> list[Float]:
+    """Every finite-only minifloat of the given total width, most exponent bits last.
+
+    >>> [str(f) for f in minifloats(4)]
+    ['e1m2', 'e2m1', 'e3m0']
+    """
+    return [Float(exp, bits - 1 - exp) for exp in range(1, bits)]
+
+
+def all_names() -> list[str]:
+    """Every name that `parse` accepts, in the order of width."""
+    ints = [
+        str(Int(b, signed, narrow))
+        for b in (1, 2, 3, 4, 5, 6, 7, 8, 16)
+        for signed in (True, False)
+        for narrow in (False, True)
+        if not (narrow and b == 1)
+    ]
+    floats = [str(f) for bits in range(3, 9) for f in minifloats(bits)]
+    special = []
+    for bits in range(3, 9):
+        for fmt in minifloats(bits):
+            for kind in ("ieee", "fn"):
+                try:
+                    special.append(str(Float(fmt.exp, fmt.man, kind)))  # type: ignore[arg-type]
+                except FormatError:
+                    continue
+    return ["binary", "ternary", *ints, *floats, *special]
+
+
+_INT = re.compile(r"(u?)int(\d+)(n?)")
+_FLOAT = re.compile(r"e(\d+)m(\d+)(ieee|fn)?")
+
+
+@cache
+def parse(text: str) -> Format:
+    """The format that `text` names; raises `FormatError` naming the nearest one.
+
+    >>> parse("e4m3fn"), parse("uint8")
+    (Float(exp=4, man=3, special='fn'), Int(bits=8, signed=False, narrow=False))
+    """
+    name = text.strip().lower()
+    if name in ("ternary", "binary"):
+        return Levels(name)  # type: ignore[arg-type]
+    try:
+        if m := _INT.fullmatch(name):
+            return Int(int(m[2]), m[1] == "", m[3] == "n")
+        if m := _FLOAT.fullmatch(name):
+            return Float(int(m[1]), int(m[2]), m[3] or "none")  # type: ignore[arg-type]
+        reason = ""
+    except FormatError as error:
+        reason = f" ({error})"
+    near = difflib.get_close_matches(name, all_names(), n=1, cutoff=0.0)
+    raise FormatError(
+        f"unknown format {text!r}{reason}; did you mean {near[0]!r}? "
+        "Formats: int1..int8, int16, uint1..uint8, with n for narrow; e1m1..e6m1 (3-8 bits), "
+        "with fn or ieee for the OCP codes; ternary; binary"
+    )
+
+
+def bits(fmt: Format) -> int:
+    """Storage bits of one number."""
+    match fmt:
+        case Int():
+            return fmt.bits
+        case Float():
+            return 1 + fmt.exp + fmt.man
+        case Levels():
+            return 2 if fmt.name == "ternary" else 1
+        case _:
+            assert_never(fmt)
+
+
+def is_signed(fmt: Format) -> bool:
+    """Whether negative values exist."""
+    return fmt.signed if isinstance(fmt, Int) else True
+
+
+def bias(fmt: Float) -> int:
+    """Exponent bias, `2^(E-1) - 1`."""
+    return 2 ** (fmt.exp - 1) - 1
+
+
+def min_exponent(fmt: Float) -> int:
+    """Exponent of the smallest normal number, `1 - bias`, also that of the subnormals."""
+    return 1 - bias(fmt)
+
+
+def max_value(fmt: Format) -> float:
+    """Largest value.
+
+    >>> max_value(parse("e4m3")), max_value(parse("e4m3fn")), max_value(parse("e5m2ieee"))
+    (480.0, 448.0, 57344.0)
+    """
+    match fmt:
+        case Int():
+            top = 2 ** (fmt.bits - 1) - 1 if fmt.signed else 2**fmt.bits - 1
+            return float(top - (1 if fmt.narrow and not fmt.signed else 0))
+        case Float(exp, man, special):
+            top_exp = 2**exp - 1 - bias(fmt)
+            if special == "ieee":
+                return (2 - 2.0**-man) * 2.0 ** (top_exp - 1)
+            if special == "fn":
+                if man == 0:
+                    return 2.0 ** (top_exp - 1)
+                return (2 - 2.0 ** (1 - man)) * 2.0**top_exp
+            return (2 - 2.0**-man) * 2.0**top_exp
+        case Levels():
+            return 1.0
+        case _:
+            assert_never(fmt)
+
+
+def min_value(fmt: Format) -> float:
+    """Smallest (most negative) value; 0 for unsigned integers."""
+    if isinstance(fmt, Int):
+        if not fmt.signed:
+            return 0.0
+        return float(-(2 ** (fmt.bits - 1)) + (1 if fmt.narrow else 0))
+    return -max_value(fmt)
+
+
+def unit(fmt: Format) -> float:
+    """The step of which every value is a whole multiple: 1, or the smallest subnormal of a minifloat."""
+    return 2.0 ** (min_exponent(fmt) - fmt.man) if isinstance(fmt, Float) else 1.0
+
+
+def int_max(fmt: Format) -> int:
+    """Largest magnitude in units of `unit`: what exact fixed-point arithmetic has to hold.
+
+    >>> int_max(parse("e2m1")), int_max(parse("e4m3")), int_max(parse("int4"))
+    (12, 245760, 8)
+    """
+    return int(max(max_value(fmt), -min_value(fmt)) / unit(fmt))
+
+
+@cache
+def levels(fmt: Format) -> tuple[float, ...]:
+    """Every distinct value, ascending (zero once)."""
+    if isinstance(fmt, Levels):
+        return (-1.0, 0.0, 1.0) if fmt.name == "ternary" else (-1.0, 1.0)
+    if isinstance(fmt, Int):
+        return tuple(float(v) for v in range(int(min_value(fmt)), int(max_value(fmt)) + 1))
+    values = {decode(code, fmt) for code in range(2 ** bits(fmt))}
+    return tuple(sorted(v + 0.0 for v in values if math.isfinite(v)))
+
+
+def nearest(x: float, fmt: Format) -> float:
+    """Round `x` to the nearest value, ties to even, saturating; NaN raises. The specification of rounding.
+
+    >>> nearest(2.5, parse("e2m1")), nearest(5.0, parse("e2m1")), nearest(1e9, parse("int4"))
+    (2.0, 4.0, 7.0)
+    """
+    if math.isnan(x):
+        raise ValueError("NaN cannot be rounded to a number format")
+    if isinstance(fmt, Levels) and fmt.name == "binary":
+        return 1.0 if x >= 0 else -1.0
+    low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
+    x = min(max(x, low), high)
+    if not isinstance(fmt, Float):
+        return float(round(x))
+    exponent = max(math.frexp(x)[1] - 1, min_exponent(fmt)) if x else min_exponent(fmt)
+    step = 2.0 ** (exponent - fmt.man)
+    return round(x / step) * step
+
+
+def decode(code: int, fmt: Format) -> float:
+    """The value of a bit pattern: two's complement, sign-exponent-significand, or a table index.
+
+    Reserved codes of `ieee` and `fn` formats give infinity or NaN; ternary is two's complement
+    in 2 bits (code 2 is unused and NaN); binary maps 0 to -1 and 1 to 1.
+    """
+    width = bits(fmt)
+    if not 0 <= code < 2**width:
+        raise ValueError(f"code {code} does not fit {fmt} ({width} bits)")
+    if isinstance(fmt, Levels):
+        return (0.0, 1.0, math.nan, -1.0)[code] if fmt.name == "ternary" else (-1.0, 1.0)[code]
+    if isinstance(fmt, Int):
+        return float(code - 2**width if fmt.signed and code >= 2 ** (width - 1) else code)
+    sign = -1.0 if code >> (width - 1) else 1.0
+    field = (code >> fmt.man) & (2**fmt.exp - 1)
+    significand = code & (2**fmt.man - 1)
+    top = field == 2**fmt.exp - 1
+    if fmt.special == "ieee" and top:
+        return sign * math.inf if significand == 0 else math.nan
+    if fmt.special == "fn" and top and significand == 2**fmt.man - 1:
+        return math.nan
+    if field == 0:
+        return sign * significand * unit(fmt)
+    return sign * (1 + significand / 2**fmt.man) * 2.0 ** (field - bias(fmt))
+
+
+def encode(value: float, fmt: Format) -> int:
+    """The bit pattern of a value of the format (+0 for zero); raises if it is not one.
+
+    >>> encode(-6.0, parse("e2m1")), encode(-1.0, parse("int4"))
+    (15, 15)
+    """
+    try:
+        return _codes(fmt)[value + 0.0]
+    except KeyError:
+        raise ValueError(f"{value} is not a value of {fmt}") from None
+
+
+@cache
+def _codes(fmt: Format) -> dict[float, int]:
+    table: dict[float, int] = {}
+    for code in range(2 ** bits(fmt)):
+        value = decode(code, fmt)
+        if math.isfinite(value) and min_value(fmt) <= value <= max_value(fmt):
+            table.setdefault(value + 0.0, code)
+    return table

@@ -1,0 +1,120 @@
+"""What the cost model learns about a network: one `LayerSpec` per matrix product.
+
+Plain facts with JSON both ways, so that a quantized network can be costed in another
+process, or years later, without torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hwmodel.formats import Format, parse
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole weight tensor."""
+
+    def __str__(self) -> str:
+        return "tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class PerRow:
+    """One scale per output channel: shape (out, 1)."""
+
+    def __str__(self) -> str:
+        return "row"
+
+
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale per `size` consecutive inputs of each output channel: shape (out, in / size)."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"group{self.size}"
+
+
+Granularity = PerTensor | PerRow | PerGroup
+
+
+def parse_granularity(text: str) -> Granularity:
+    """The granularity that `text` names: "tensor", "row" (or "channel"), "group32".
+
+    >>> parse_granularity("group32")
+    PerGroup(size=32)
+    """
+    name = text.strip().lower()
+    if name == "tensor":
+        return PerTensor()
+    if name in ("row", "channel"):
+        return PerRow()
+    if (m := re.fullmatch(r"group(\d+)", name)) and int(m[1]) > 0:
+        return PerGroup(int(m[1]))
+    raise ValueError(f"unknown granularity {text!r}; accepted: tensor, row, group<size> such as group32")
+
+
+Activation = Literal["none", "relu", "tanh", "sigmoid", "elu", "leaky_relu", "gelu", "silu", "hardtanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One matrix product of a network and what follows it, in the terms of hardware.
+
+    name: dotted name of the layer.
+    op: "linear" or "conv2d".
+    out_features, in_features: rows and columns of the matrix one output position needs; for a
+        convolution the columns are `in_channels / groups * kernel_height * kernel_width`.
+    positions: output positions per inference (1 for a linear layer, height * width for a convolution).
+    weight, act: formats of weights and of the layer's input; None where they stay in float.
+    out: format of the next layer's input, None after the last layer (the sum itself leaves).
+    granularity: how many weight scales there are.
+    activation: function applied to each output before requantization.
+    acc_bits: two's complement bits that hold every partial sum exactly; None = derive from the types.
+    zeros: fraction of weights that are exactly zero, 0..1.
+    scale_pow2: every requantization factor is a power of two (a shift is enough).
+    weight_bits: bits stored for weights, codes and scales together; None = derive.
+    groups: convolution groups (depthwise: equal to out_features).
+    """
+
+    name: str
+    op: Literal["linear", "conv2d"]
+    out_features: int
+    in_features: int
+    positions: int = 1
+    weight: Format | None = None
+    act: Format | None = None
+    out: Format | None = None
+    granularity: Granularity = field(default_factory=PerRow)
+    activation: Activation = "none"
+    acc_bits: int | None = None
+    zeros: float = 0.0
+    scale_pow2: bool = False
+    weight_bits: int | None = None
+    groups: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per inference."""
+        return self.out_features * self.in_features * self.positions
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of JSON values; `from_json` is its inverse."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for key in ("weight", "act", "out"):
+            record[key] = None if record[key] is None else str(record[key])
+        record["granularity"] = str(self.granularity)
+        return record
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> LayerSpec:
+        """Inverse of `to_json`."""
+        values = dict(record)
+        for key in ("weight", "act", "out"):
+            values[key] = None if values[key] is None else parse(values[key])
+        values["granularity"] = parse_granularity(values["granularity"])
+        return cls(**values)
