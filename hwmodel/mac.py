@@ -1,0 +1,241 @@
+"""LUTs, flip-flops and DSPs of one processing element: products, adder tree, accumulator.
+
+Every pair of formats goes through one structure (`rtl/mac.v`): an operand is significand,
+shift and sign; the product is the significands' product, shifted, negated; the sum is exact
+in fixed point. The cost is composed from pieces that registers keep apart:
+
+    LUTs = lanes * product(weight, act) + adders of the tree + accumulator bits
+
+where `product` is a table of what the mapper made of each pair (`coeffs.toml`, fitted by
+`benchmarks/fit_hwmodel.py`) and a formula for pairs outside the table. Binary x binary is
+popcount of agreements (`rtl/popcount.v`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, assert_never
+
+from hwmodel.cost import Cost
+from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, Levels, bits, int_max
+
+Mapping = Literal["lut", "dsp", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What a format is to a multiplier.
+
+    key: name in the tables (formats with the same hardware share it).
+    kind: number of the KIND parameter in `rtl/operand.v`.
+    sig: bits of the significand, `signed` if it is two's complement.
+    reach: largest left shift.
+    owes: a separate sign makes the product owe a one to two's complement.
+    """
+
+    key: str
+    kind: int
+    bits: int
+    exp: int
+    sig: int
+    signed: bool
+    reach: int
+    owes: bool
+
+
+@cache
+def operand(fmt: Format) -> Operand:
+    """The operand that a format is; special codes and narrow ranges change nothing."""
+    match fmt:
+        case Int(width, signed, _):
+            return Operand(f"{'s' if signed else 'u'}{width}", 0 if signed else 1, width, 0, width, signed, 0, False)
+        case Float(exp, man, _):
+            return Operand(f"e{exp}m{man}", 2, bits(fmt), exp, man + 1, False, 2**exp - 2, True)
+        case Levels():
+            kind = 3 if fmt == TERNARY else 4
+            return Operand(fmt.name[0], kind, bits(fmt), 0, 1, False, 0, True)
+        case _:
+            assert_never(fmt)
+
+
+def product_bits(weight: Format, act: Format) -> int:
+    """Two's complement bits of any product, in units of the product of the two smallest steps.
+
+    >>> from hwmodel.formats import parse
+    >>> product_bits(parse("int4"), parse("uint4")), product_bits(parse("e2m1"), parse("e2m1"))
+    (8, 9)
+    """
+    return (int_max(weight) * int_max(act)).bit_length() + 1
+
+
+def shift_bits(weight: Format, act: Format) -> int:
+    """Bits of the shift amount of a product; 0 if nothing is ever shifted."""
+    return (operand(weight).reach + operand(act).reach).bit_length()
+
+
+def owes(weight: Format, act: Format) -> bool:
+    """Whether a product carries a separate sign into the adders."""
+    return operand(weight).owes or operand(act).owes
+
+
+@cache
+def coefficients() -> dict[str, Any]:
+    """The contents of `coeffs.toml`."""
+    return tomllib.loads(resources.files("hwmodel").joinpath("coeffs.toml").read_text())
+
+
+def pair_key(weight: Format, act: Format) -> str:
+    """Name of an unordered pair in the product table."""
+    return " ".join(sorted((operand(weight).key, operand(act).key)))
+
+
+@cache
+def product_cost(weight: Format, act: Format) -> Cost:
+    """One registered product in LUTs: measured where the table has the pair, else the formula."""
+    entry = coefficients()["products"].get(pair_key(weight, act))
+    if entry:
+        return Cost(luts=entry[0], ffs=entry[1])
+    return product_formula(weight, act, coefficients()["product_formula"])
+
+
+def product_formula(weight: Format, act: Format, weights: dict[str, float]) -> Cost:
+    """The fallback: a weighted sum of `product_features`; flip-flops counted from the structure."""
+    luts = sum(weights[name] * value for name, value in product_features(weight, act).items())
+    return Cost(luts=max(1.0, luts), ffs=product_ffs(weight, act))
+
+
+def product_ffs(weight: Format, act: Format) -> int:
+    """Flip-flops of the one or two register stages of a product."""
+    w, a = operand(weight), operand(act)
+    stage = w.sig + a.sig + shift_bits(weight, act) + 1 if shift_bits(weight, act) else 0
+    return product_bits(weight, act) + stage
+
+
+def product_features(weight: Format, act: Format) -> dict[str, float]:
+    """What the LUTs of a product are about proportional to."""
+    w, a = operand(weight), operand(act)
+    out = product_bits(weight, act)
+    shift = shift_bits(weight, act)
+    multiplier = multiplier_luts(w.sig, w.signed, a.sig, a.signed)
+    if not shift:
+        return {"multiplier": multiplier, "sign": float(out if owes(weight, act) else 0), "one": 1.0}
+    return {
+        "shifted_multiplier": multiplier,
+        "exponents": float(w.exp + a.exp),
+        "shifted_bits": float(out),
+        "shifted_stages": float(out * shift),
+        "shifted_significand": float((w.sig + a.sig) * shift),
+        "shifted_one": 1.0,
+    }
+
+
+def multiplier_luts(x: int, x_signed: bool, y: int, y_signed: bool) -> float:
+    """A combinational multiplier of integers: the table, or rows of a radix-4 Booth multiplier beyond it."""
+    if min(x, y) == 1 and not (x_signed or y_signed):
+        return 0.0 if max(x, y) == 1 else float(max(x, y))
+    key = " ".join(sorted((f"{'s' if x_signed else 'u'}{x}", f"{'s' if y_signed else 'u'}{y}")))
+    entry = coefficients()["products"].get(key)
+    if entry:
+        return float(entry[0])
+    return booth_rows(x, x_signed, y, y_signed)
+
+
+def booth_rows(x: int, x_signed: bool, y: int, y_signed: bool) -> float:
+    """Rows times row length of the better of the two recodings.
+
+    >>> booth_rows(8, True, 8, True)
+    41.0
+    """
+
+    def rows(n: int, signed: bool) -> int:
+        return (n + 1) // 2 if signed else n // 2 + 1
+
+    return 1.0 + min(rows(y, y_signed) * (x + 2), rows(x, x_signed) * (y + 2))
+
+
+def tree_cost(lanes: int, width: int, max_bits: int, owed: bool, absorbed_levels: int = 0) -> Cost:
+    """Adders of a registered binary tree over `lanes` values of `width` bits, sums cut at `max_bits`.
+
+    An adder takes one LUT per bit of its operands, one more where it takes in an owed one.
+    """
+    luts = ffs = 0
+    count, level = lanes, 0
+    while count > 1:
+        level += 1
+        pairs, single = divmod(count, 2)
+        narrow, wide = min(width + level - 1, max_bits), min(width + level, max_bits)
+        if level > absorbed_levels:
+            luts += pairs * (narrow + owed)
+            ffs += (pairs + single) * wide + (pairs + single) * owed
+        count = pairs + single
+    return Cost(luts=luts, ffs=ffs)
+
+
+def tree_levels(lanes: int) -> int:
+    """Register stages of the tree."""
+    return (lanes - 1).bit_length()
+
+
+def uses_dsp(weight: Format, act: Format) -> bool:
+    """Whether Yosys maps the significands' product to a DSP: W + A >= 9 and both at least 2 bits."""
+    w, a = operand(weight).sig, operand(act).sig
+    return w + a >= 9 and min(w, a) >= 2
+
+
+@cache
+def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1, mapping: Mapping = "lut") -> Cost:
+    """One element that adds `lanes` products per cycle into one accumulator of `acc_bits` bits.
+
+    mapping: "lut" never uses DSPs; "dsp" uses them wherever synthesis would (`uses_dsp`), one
+    product each, without packing; "auto" is the one with fewer LUTs.
+    """
+    if lanes < 1 or acc_bits < 1:
+        raise ValueError(f"a MAC has at least 1 lane and 1 accumulator bit, not {lanes} and {acc_bits}")
+    match mapping:
+        case "auto":
+            both = [mac_cost(weight, act, acc_bits, lanes, m) for m in ("lut", "dsp")]
+            return min(both, key=lambda cost: (cost.luts, cost.dsps))
+        case "dsp" if uses_dsp(weight, act):
+            return _dsp(weight, act, acc_bits, lanes)
+        case "dsp" | "lut":
+            if weight == BINARY and act == BINARY:
+                return popcount_cost(acc_bits, lanes)
+            width = min(product_bits(weight, act), acc_bits)
+            owed = owes(weight, act)
+            end = Cost(luts=acc_bits + owed, ffs=2 * acc_bits)
+            return product_cost(weight, act) * lanes + tree_cost(lanes, width, acc_bits, owed) + end
+        case _:
+            raise ValueError(f"unknown mapping {mapping!r}; accepted: lut, dsp, auto")
+
+
+def _dsp(weight: Format, act: Format, acc_bits: int, lanes: int) -> Cost:
+    """Significands multiplied in DSPs. Of integers, the DSP also takes the first adder level, or the only accumulator."""
+    w, a = operand(weight), operand(act)
+    width = min(product_bits(weight, act), acc_bits)
+    owed = owes(weight, act)
+    dsps = Cost(dsps=lanes)
+    if not owed:
+        absorbed = tree_cost(lanes, width, acc_bits, owed, absorbed_levels=1)
+        return dsps + absorbed + (Cost(ffs=acc_bits) if lanes == 1 else Cost(luts=acc_bits, ffs=2 * acc_bits))
+    whole = product_cost(weight, act)
+    rest = max(0.0, whole.luts - multiplier_luts(w.sig, w.signed, a.sig, a.signed))
+    product = Cost(luts=rest, ffs=max(0.0, whole.ffs - w.sig - a.sig))
+    end = Cost(luts=acc_bits + owed, ffs=2 * acc_bits)
+    return dsps + product * lanes + tree_cost(lanes, width, acc_bits, owed) + end
+
+
+def popcount_cost(acc_bits: int, lanes: int) -> Cost:
+    """Binary x binary: agreements of `lanes` pairs counted per cycle."""
+    fit = coefficients()["popcount"]
+    return Cost(
+        luts=max(1.0, fit["per_lane"] * lanes + fit["one"]),
+        ffs=max(1.0, fit["ffs_per_lane"] * lanes + 2 * acc_bits),
+    )
+
+
+def pipeline_stages(weight: Format, act: Format, lanes: int) -> int:
+    """Cycles from operands to the finished sum: product (two with a shifter), tree, accumulator."""
+    return (2 if shift_bits(weight, act) else 1) + tree_levels(lanes) + 1

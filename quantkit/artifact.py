@@ -1,0 +1,181 @@
+"""The directory of a quantized model: everything needed to run, cost and export it.
+
+    quantkit.json        format version, structure, environment, recipe, per-layer facts
+    model.safetensors    packed weight codes, scales, biases, input stage
+    specs.json           the LayerSpecs that `hwmodel estimate` reads
+
+Codes are stored in exactly their format's bits (`NAME.codes`, uint8, no gaps). The directory is
+written under a temporary name and renamed, and needs nothing of the checkpoint it came from,
+except that a network of the caller's own code is rebuilt by its factory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from hwmodel import formats
+from hwmodel.spec import parse_granularity
+from quantkit import __version__
+from quantkit.errors import InputError
+from quantkit.files import new_directory
+from quantkit.model import EnvSpec, Model
+from quantkit.policy import Policy, build, describe
+from quantkit.qlayers import ActQuant, LayerPlan, QLayer
+from quantkit.qtensor import QTensor, pack, unpack
+from quantkit.recipe import format_name, parse_format
+from quantkit.specs import bits_per_weight, layer_specs, sqnr_db
+
+FORMAT_VERSION = 1
+
+
+def summary(model: Model) -> dict[str, Any]:
+    """What `quantize` reports: bits_per_weight and, for each layer, formats and weight SQNR in dB."""
+    layers = []
+    for name, layer in model.layers().items():
+        quantized = isinstance(layer, QLayer)
+        sqnr = sqnr_db(layer) if isinstance(layer, QLayer) else None
+        layers.append(
+            {
+                "name": name,
+                "op": "linear" if layer.weight.dim() == 2 else "conv2d",
+                "shape": list(layer.weight.shape),
+                "weight": format_name(layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
+                "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
+                "granularity": str(layer.plan.granularity) if quantized else None,
+                "sqnr_db": None if sqnr is None or sqnr == float("inf") else round(sqnr, 3),
+            }
+        )
+    return {
+        "bits_per_weight": round(bits_per_weight(model), 4),
+        "layers": layers,
+        "recipe": model.meta.get("recipe"),
+        "steps": model.meta.get("steps"),
+    }
+
+
+def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
+    """Write the quantized model as a new directory; InputError if it exists and not `force`."""
+    tensors: dict[str, Tensor] = {}
+    layers: list[dict[str, Any]] = []
+    qlayers = model.qlayers()
+    for name, tensor in model.module.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if not (owner in qlayers and leaf == "weight" and qlayers[owner].q is not None):
+            tensors[name] = tensor
+    packed: dict[str, Any] = {name: t.contiguous().numpy() for name, t in tensors.items()}
+    for name, layer in qlayers.items():
+        record: dict[str, Any] = {"name": name, "granularity": str(layer.plan.granularity)}
+        record["plan"] = [format_name(layer.plan.weight), format_name(layer.plan.act)]
+        record["act"] = None if layer.act is None else {"format": str(layer.act.fmt), "scale": layer.act.scale}
+        record["in_scale"] = layer.in_scale is not None
+        record["weight"] = None
+        if layer.q is not None:
+            record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape)}
+            packed[f"{name}.codes"] = pack(layer.q.codes, formats.bits(layer.q.fmt))
+            packed[f"{name}.scale"] = layer.q.scale.contiguous().numpy()
+        layers.append(record)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "quantkit_version": __version__,
+        "structure": _structure(model),
+        "example": {"shape": list(model.example.shape[1:]), "dtype": str(model.example.dtype).removeprefix("torch.")},
+        "env": None if model.env is None else asdict(model.env),
+        "meta": model.meta,
+        "quantized": layers,
+        "summary": summary(model),
+    }
+    specs = {"format_version": 1, "layers": [spec.to_json() for spec in layer_specs(model)]}
+    with new_directory(path, force=force) as folder:
+        save_file(packed, folder / "model.safetensors", metadata={"format": "quantkit"})
+        (folder / "specs.json").write_text(json.dumps(specs, indent=1) + "\n")
+        (folder / "quantkit.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _structure(model: Model) -> dict[str, Any]:
+    if not isinstance(model.module, Policy):
+        factory = model.meta.get("factory")
+        if not factory:
+            raise InputError("a network that is not a policy needs a factory (module:callable) to be saved")
+        return {"factory": factory}
+    return describe(model.module)
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` is a directory written by `save_artifact`."""
+    return (path / "quantkit.json").is_file()
+
+
+def load_artifact(path: Path) -> Model:
+    """The quantized model of a directory; InputError names the file that is missing or damaged."""
+    document_path, tensors_path = path / "quantkit.json", path / "model.safetensors"
+    try:
+        document = json.loads(document_path.read_text())
+        version = document["format_version"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no quantkit.json; not a directory written by quantkit quantize") from None
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError):
+        raise InputError(f"{document_path}: damaged; quantize the checkpoint again") from None
+    if version > FORMAT_VERSION:
+        raise InputError(f"{document_path}: format version {version} is newer than this program reads ({FORMAT_VERSION})")
+    try:
+        tensors = {name: torch.from_numpy(array) for name, array in load_file(tensors_path).items()}
+    except FileNotFoundError:
+        raise InputError(f"{tensors_path}: missing; quantize the checkpoint again") from None
+    except SafetensorError as error:
+        raise InputError(f"{tensors_path}: damaged ({error})") from None
+    try:
+        return _restore(document, tensors)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: quantkit.json and model.safetensors do not fit each other ({error})") from None
+
+
+def _restore(document: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+    structure = document["structure"]
+    if "factory" in structure:
+        from quantkit.loaders.torch_module import call_factory
+
+        module: nn.Module = call_factory(structure["factory"])
+    else:
+        module = build(structure)
+    example = torch.zeros(2, *document["example"]["shape"], dtype=getattr(torch, document["example"]["dtype"]))
+    env = None if document["env"] is None else EnvSpec(**document["env"])
+    model = Model(module.eval(), example, env, document["meta"])
+    floats = model.layers()
+    for record in document["quantized"]:
+        plan = LayerPlan(*(parse_format(t) for t in record["plan"]), parse_granularity(record["granularity"]))
+        layer = QLayer(floats[record["name"]], plan)
+        if record["in_scale"]:
+            layer.in_scale = tensors[f"{record['name']}.in_scale"]
+        model.replace(record["name"], layer)
+        if record["weight"] is not None:
+            _restore_weight(layer, record, tensors)
+        if record["act"] is not None:
+            layer.set_act(ActQuant(formats.parse(record["act"]["format"]), record["act"]["scale"]))
+    codes = {f"{r['name']}.{leaf}" for r in document["quantized"] for leaf in ("codes", "scale")}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
+    missing, unexpected = model.module.load_state_dict(rest, strict=False)
+    restored = {f"{r['name']}.weight" for r in document["quantized"] if r["weight"] is not None}
+    if unexpected or set(missing) - restored:
+        raise KeyError(", ".join([*unexpected, *sorted(set(missing) - restored)]))
+    return model
+
+
+def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    name, shape = record["name"], tuple(record["weight"]["shape"])
+    fmt = formats.parse(record["weight"]["format"])
+    rows = shape[0]
+    columns = int(torch.Size(shape).numel()) // rows
+    codes = unpack(tensors[f"{name}.codes"].numpy(), formats.bits(fmt), (rows, columns))
+    q = QTensor(codes, tensors[f"{name}.scale"], fmt, layer.plan.granularity, shape)
+    layer.set_weight(q)
+    layer.weight.data = layer.effective_weight().clone()

@@ -1,0 +1,372 @@
+"""Export: a `Model` as one ONNX file that plain onnxruntime runs.
+
+Input `obs` (batch, *obs_shape), the normalizer inside, output `actions` (batch, ...): the
+network's raw outputs, or the environment's actions with `postprocess`. A module that is not a
+policy has input `input` and output `output`.
+
+Two targets, both QDQ (see `quantkit.onnx_formats`), which differ in where scales are multiplied:
+
+qdq: after the sum of products, as in `quantkit.qlayers` and in hardware. DequantizeLinear has
+    scale 1 and the sums are of small whole numbers, exact in float32 and so the same in any
+    runtime and any order of summation.
+qdq-real: inside DequantizeLinear, as converters to other runtimes expect it. The sums are
+    rounded; a value that falls on the boundary between two grid values may go the other way.
+
+The products are Gemm and Conv and never MatMul: onnxruntime (1.31) turns MatMul between two
+DequantizeLinear into its 8-bit integer kernel, which saturates on x86 processors without VNNI
+and fails outright with blocked scales, and a MatMul with 4-bit weights into a kernel that
+rounds the other operand to 8 bits. It has no such rule for a float-valued Gemm or Conv. The factor
+of a convolution is the *first* operand of its Mul, because the second would be folded into the
+weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.errors import InputError
+from quantkit.model import Model
+from quantkit.onnx_formats import DOMAIN, OPSET, Graph, quantizer, weight
+from quantkit.policy import Head, InputStage, Policy
+from quantkit.qlayers import QLayer
+
+Target = Literal["qdq", "qdq-real"]
+IR_VERSION = 10  # the one released with opset 21
+_LARGEST_NORMALIZER = 4096  # numbers per statistic that the metadata repeat in full
+
+
+def export_onnx(
+    model: Model, path: Path, *, to: Target = "qdq", postprocess: bool = False, overwrite: bool = False
+) -> None:
+    """Write `model` to `path`; nothing is written unless the file passes onnx's checker and runs in onnxruntime.
+
+    postprocess: the output is the environment's actions (`Head.actions`) and not the network's
+    outputs. Raises InputError for a layer that ONNX export does not know (named), an existing
+    file without `overwrite`, and a folder that cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already; choose another name or allow overwriting")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist")
+    data = build_onnx(model, to=to, postprocess=postprocess).SerializeToString()
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        session = open_session(Path(name))
+        entry = session.get_inputs()[0]
+        dtype = np.uint8 if entry.type == "tensor(uint8)" else np.float32
+        session.run(None, {entry.name: model.example[:1].numpy().astype(dtype)})
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on one CPU thread with the default optimizations."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors are raised; onnxruntime would print them too
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -> ModelProto:
+    """The ONNX model, checked by onnx's full check; `export_onnx` writes it."""
+    if to not in get_args(Target):
+        raise InputError(f"unknown export target {to!r}; accepted: {', '.join(get_args(Target))}")
+    policy = model.module if isinstance(model.module, Policy) else None
+    if postprocess and policy is None:
+        raise InputError("postprocess needs a policy: this module has no head that says what its outputs mean")
+    graph = Graph()
+    source, target = ("obs", "actions") if policy else ("input", "output")
+    shape = list(policy.obs_shape if policy else model.example.shape[1:])
+    kind = TensorProto.UINT8 if model.example.dtype == torch.uint8 else TensorProto.FLOAT
+    x = graph.op("Cast", [source], "stage.float", to=TensorProto.FLOAT) if kind == TensorProto.UINT8 else source
+    with torch.inference_mode():
+        example = model.example[:1]
+        width = model.module(example).shape[1:]
+        if policy:
+            x = _input_stage(graph, x, policy.stage)
+            example = policy.stage(example)
+    layers = _chain(policy.net if policy else model.module, example, "net." if policy else "")
+    for name, layer in layers:
+        x = _layer(graph, x, layer, name, real=to == "qdq-real")
+    out_kind, out_shape = TensorProto.FLOAT, list(width)
+    if policy and postprocess:
+        x, out_kind, out_shape = _head(graph, x, policy.head)
+    graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
+    proto = helper.make_graph(
+        graph.nodes,
+        _name(model),
+        [helper.make_tensor_value_info(source, kind, ["batch", *shape])],
+        [helper.make_tensor_value_info(target, out_kind, ["batch", *out_shape])],
+        graph.initializers,
+        doc_string=_doc(model, to, postprocess),
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    if graph.functions:
+        opsets.append(helper.make_opsetid(DOMAIN, 1))
+    result = helper.make_model(
+        proto,
+        opset_imports=opsets,
+        functions=list(graph.functions.values()),
+        ir_version=IR_VERSION,
+        producer_name="quantkit",
+        producer_version=quantkit.__version__,
+        doc_string=_doc(model, to, postprocess),
+    )
+    helper.set_model_props(result, metadata(model, to, postprocess))
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
+    """What the file says about itself: text by name, JSON where a value has structure."""
+    policy = model.module if isinstance(model.module, Policy) else None
+    facts: dict[str, Any] = {
+        "recipe": model.meta.get("recipe"),
+        "env": None if model.env is None else asdict(model.env),
+        "observation_space": model.meta.get("observation_space"),
+        "action_space": model.meta.get("action_space"),
+        "head": None if policy is None else asdict(policy.head),
+        "normalizer": None if policy is None else _normalizer(policy.stage),
+        "postprocess": postprocess,
+        "opset": OPSET,
+    }
+    texts = {
+        "quantkit_version": quantkit.__version__,
+        "target": to,
+        "output": "actions of the environment" if postprocess else "raw outputs of the network",
+        "kind": str(model.meta.get("kind", "module" if policy is None else "policy")),
+        "algo": str(model.meta.get("algo", "")),
+        "source": str(model.meta.get("source", "")),
+        "source_sha256": str(model.meta.get("sha256", "")),
+    }
+    return texts | {key: canonical(value) for key, value in facts.items() if value is not None}
+
+
+def canonical(value: Any) -> str:
+    """One JSON text per value: sorted keys, so that equal values have equal texts."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _normalizer(stage: InputStage) -> dict[str, Any]:
+    if stage.is_identity:
+        return {"kind": "none"}
+    record: dict[str, Any] = {"kind": "clamp((obs - mean) / std, low, high)"}
+    for name in ("mean", "std", "low", "high"):
+        values = getattr(stage, name)
+        if values.numel() <= _LARGEST_NORMALIZER:  # text, since JSON has no infinity
+            record[name] = [value if np.isfinite(value) else str(value) for value in values.flatten().tolist()]
+        else:
+            record[name] = f"{tuple(values.shape)} numbers, in the graph"
+    return record
+
+
+def _name(model: Model) -> str:
+    return model.env.id if model.env else str(model.meta.get("source", "")) or "quantkit"
+
+
+def _doc(model: Model, to: Target, postprocess: bool) -> str:
+    origin = model.meta.get("source", "a module")
+    form = "environment actions" if postprocess else "raw network outputs"
+    return f"Quantized from {origin} by quantkit {quantkit.__version__}; target {to}, output: {form}."
+
+
+def _input_stage(graph: Graph, x: str, stage: InputStage) -> str:
+    def constant(name: str) -> str:
+        return graph.constant(getattr(stage, name).numpy(), f"stage.{name}")
+
+    if stage.scales:
+        x = graph.op("Sub", [x, constant("mean")], "stage.centered")
+        x = graph.op("Div", [x, constant("std")], "stage.normalized")
+    if stage.clips:
+        x = graph.op("Max", [x, constant("low")], "stage.clipped_low")
+        x = graph.op("Min", [x, constant("high")], "stage.clipped")
+    return x
+
+
+def _head(graph: Graph, x: str, head: Head) -> tuple[str, int, list[int]]:
+    """Nodes of `Head.actions`; the output's name, type and shape after the batch."""
+
+    def ints(values: list[int], name: str) -> str:
+        return graph.constant(values, f"head.{name}", TensorProto.INT64)
+
+    match head.kind:
+        case "discrete":
+            x = graph.op("ArgMax", [x], "head.argmax", axis=1, keepdims=0)
+            if head.start:
+                x = graph.op("Add", [x, graph.constant(head.start, "head.start", TensorProto.INT64)], "head.action")
+            return x, TensorProto.INT64, []
+        case "multidiscrete":
+            edges = np.cumsum((0, *head.nvec)).tolist()
+            parts = []
+            for first, last in zip(edges[:-1], edges[1:], strict=True):
+                part = graph.op("Slice", [x, ints([first], "first"), ints([last], "last"), ints([1], "axis")], "head.part")
+                parts.append(graph.op("ArgMax", [part], "head.argmax", axis=1, keepdims=1))
+            return graph.op("Concat", parts, "head.action", axis=1), TensorProto.INT64, [len(head.nvec)]
+        case "multibinary":
+            positive = graph.op("Greater", [x, graph.constant(0.0, "head.zero")], "head.positive")
+            x = graph.op("Cast", [positive], "head.action", to=TensorProto.INT64)
+            return x, TensorProto.INT64, [head.outputs]
+        case "box":
+            low, high = np.asarray(head.low, np.float32), np.asarray(head.high, np.float32)
+            if head.squash:  # the operations of Head.actions in its order
+                x = graph.op("Add", [graph.op("Tanh", [x], "head.tanh"), graph.constant(1.0, "head.one")], "head.shifted")
+                x = graph.op("Mul", [graph.constant(0.5, "head.half"), x], "head.unit")
+                x = graph.op("Mul", [x, graph.constant(high - low, "head.range")], "head.scaled")
+                x = graph.op("Add", [graph.constant(low, "head.low"), x], "head.action")
+            else:
+                x = graph.op("Max", [x, graph.constant(low, "head.low")], "head.at_least")
+                x = graph.op("Min", [x, graph.constant(high, "head.high")], "head.action")
+            return x, TensorProto.FLOAT, [head.outputs]
+
+
+def _layer(graph: Graph, x: str, layer: nn.Module, name: str, *, real: bool) -> str:
+    """Nodes of one layer in evaluation mode; the name of its output."""
+    match layer:
+        case QLayer():
+            return _quantized(graph, x, layer, name, real=real)
+        case nn.Linear():
+            inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
+            if layer.bias is not None:
+                inputs.append(graph.constant(layer.bias.detach().numpy(), f"{name}.bias"))
+            return graph.op("Gemm", inputs, f"{name}.out", transB=1)
+        case nn.Conv2d():
+            if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+                raise InputError(f"layer {name!r}: a convolution with padding {layer.padding!r}, mode {layer.padding_mode!r} cannot be exported")
+            inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
+            if layer.bias is not None:
+                inputs.append(graph.constant(layer.bias.detach().numpy(), f"{name}.bias"))
+            return graph.op("Conv", inputs, f"{name}.out", **_conv(layer))
+        case nn.Flatten() if layer.start_dim == 1 and layer.end_dim == -1:
+            return graph.op("Flatten", [x], f"{name}.out", axis=1)
+        case nn.Identity() | nn.Dropout():
+            return x
+        case nn.ReLU():
+            return graph.op("Relu", [x], f"{name}.out")
+        case nn.Tanh():
+            return graph.op("Tanh", [x], f"{name}.out")
+        case nn.Sigmoid():
+            return graph.op("Sigmoid", [x], f"{name}.out")
+        case nn.ELU():
+            return graph.op("Elu", [x], f"{name}.out", alpha=float(layer.alpha))
+        case nn.LeakyReLU():
+            return graph.op("LeakyRelu", [x], f"{name}.out", alpha=float(layer.negative_slope))
+        case nn.GELU():
+            return graph.op("Gelu", [x], f"{name}.out", approximate=layer.approximate)
+        case nn.SiLU():
+            return graph.op("Mul", [x, graph.op("Sigmoid", [x], f"{name}.gate")], f"{name}.out")
+        case nn.Hardtanh():
+            bounds = [graph.constant(layer.min_val, f"{name}.low"), graph.constant(layer.max_val, f"{name}.high")]
+            return graph.op("Clip", [x, *bounds], f"{name}.out")
+        case _:
+            raise InputError(
+                f"layer {name!r} ({type(layer).__name__}) cannot be exported; known: Linear, Conv2d, Flatten from "
+                "dimension 1, ReLU, Tanh, Sigmoid, ELU, LeakyReLU, GELU, SiLU, Hardtanh"
+            )
+
+
+def _conv(layer: nn.Conv2d | QLayer) -> dict[str, Any]:
+    return {
+        "strides": list(layer.stride),
+        "pads": [*layer.padding, *layer.padding],
+        "dilations": list(layer.dilation),
+        "group": layer.groups,
+        "kernel_shape": list(layer.weight.shape[2:]),
+    }
+
+
+def _quantized(graph: Graph, x: str, layer: QLayer, name: str, *, real: bool) -> str:
+    tail = (1,) if layer.op == "linear" else (1, 1, 1)  # a per-channel factor against (batch, channels, ...)
+    if layer.in_scale is not None:
+        factor = layer.in_scale.detach().numpy().reshape(-1, *tail[1:])
+        x = graph.op("Mul", [x, graph.constant(factor, f"{name}.in_scale")], f"{name}.scaled")
+    if layer.act is not None:
+        x = quantizer(graph, x, layer.act, f"{name}.input", real=real)
+    if layer.q is None:
+        w = graph.constant(layer.weight.detach().numpy(), f"{name}.weight")
+    else:
+        w = weight(graph, layer.q, f"{name}.weight", real=real)
+    bias = layer.bias.detach().numpy()
+    inputs = [x, w, graph.constant(bias, f"{name}.bias")] if real else [x, w]
+    if layer.op == "linear":
+        acc = graph.op("Gemm", inputs, f"{name}.acc", transB=1)
+    else:
+        acc = graph.op("Conv", inputs, f"{name}.acc", **_conv(layer))
+    if real:
+        return acc
+    gain = layer.kernel()[1]
+    if gain is not None:
+        values = gain.numpy() if isinstance(gain, Tensor) else np.float32(gain)
+        values = values.reshape(-1, *tail[1:]) if values.size > 1 else values.reshape(())
+        acc = graph.op("Mul", [graph.constant(values, f"{name}.gain"), acc], f"{name}.product")
+    return graph.op("Add", [acc, graph.constant(bias.reshape(-1, *tail[1:]), f"{name}.bias")], f"{name}.out")
+
+
+def _chain(root: nn.Module, example: Tensor, prefix: str) -> list[tuple[str, nn.Module]]:
+    """The layers of `root` by dotted name in the order they run, each fed by the one before and by nothing else.
+
+    One forward pass of the example shows it: anything computed between two layers (a functional
+    activation, a sum, a second path) is found and refused.
+    """
+    calls: list[tuple[str, nn.Module]] = []
+    last: list[Any] = [example]
+
+    def watch(name: str, layer: nn.Module) -> list[Any]:
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if len(inputs) != 1 or inputs[0] is not last[0]:
+                place = f"after layer {calls[-1][0]!r}" if calls else "before the first layer"
+                raise InputError(
+                    f"layer {name!r} ({type(layer).__name__}): something {place} is computed outside of layers; "
+                    "only chains of layers can be exported"
+                )
+            if layer_is_linear and inputs[0].dim() != 2:
+                raise InputError(
+                    f"layer {name!r}: its input has {inputs[0].dim()} dimensions; a linear layer is exported "
+                    "for inputs (batch, features), flatten first"
+                )
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            calls.append((name, layer))
+            last[0] = output
+
+        layer_is_linear = isinstance(layer, nn.Linear) or (isinstance(layer, QLayer) and layer.op == "linear")
+        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+    handles: list[Any] = []
+    try:
+        for name, layer in root.named_modules():
+            if isinstance(layer, QLayer) or not any(layer.children()):
+                handles += watch((prefix + name).rstrip(".") or type(layer).__name__, layer)
+        with torch.inference_mode():
+            output = root(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if output is not last[0]:
+        end = f"after layer {calls[-1][0]!r}" if calls else "in its forward"
+        raise InputError(
+            f"module {type(root).__name__}: something {end} is computed outside of layers; only chains of layers can be exported"
+        )
+    return calls

@@ -1,0 +1,198 @@
+"""Where rescaling a channel preserves the function: from one layer through positively homogeneous
+steps to the layers that consume it.
+
+A producer's channel may be multiplied by f > 0 if every path from it reaches a layer that divides
+the matching columns by f, over steps with g(f x) = f g(x): ReLU, LeakyReLU, identity, dropout in
+evaluation, flattening, pooling. The input stage of a policy is a producer, too, as it ends in a
+clip whose bounds can be scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from quantkit.model import Model
+from quantkit.policy import InputStage, Policy
+from quantkit.qlayers import QLayer
+
+Layer = nn.Linear | nn.Conv2d | QLayer
+
+
+@dataclass(frozen=True)
+class Link:
+    """Channels of `producer` are the inputs of `consumers` (names of layers), up to homogeneous steps.
+
+    kind "layer": the producer is a layer. kind "input": it is the policy's input stage, and
+    `producer` is empty. After a flattened convolution, each channel meets several columns in a row.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    kind: Literal["layer", "input"]
+
+
+_STEPS = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout}
+_METHODS = {"relu", "relu_", "contiguous"}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, QLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+def find_links(model: Model) -> list[Link]:
+    """Every link of the model in the order of execution; none where the module cannot be traced.
+
+    A layer that runs more than once, or shares its parameters with another, is part of no link.
+    """
+    policy = model.module if isinstance(model.module, Policy) else None
+    root: nn.Module = model.module if policy is None else policy.net
+    prefix = "" if policy is None else "net."
+    try:
+        graph = _Tracer().trace(root)
+    except Exception:  # whatever the module's own Python does with a proxy; no link is the answer
+        return []
+    modules = dict(root.named_modules())
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    owners: dict[int, int] = {}
+    for module in modules.values():
+        if isinstance(module, Layer):
+            owners[id(module.weight)] = owners.get(id(module.weight), 0) + 1
+    alone = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, Layer) and calls.count(name) == 1 and owners[id(module.weight)] == 1
+    }
+    links = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and policy is not None:
+            found = _consumers(node, modules, alone)
+            if found and _fits_stage(policy, [modules[name] for name, _ in found]):
+                links.append(Link("", tuple(prefix + name for name, _ in found), "input"))
+        elif node.op == "call_module" and node.target in alone:
+            found = _consumers(node, modules, alone)
+            if found and all(_fits(modules[node.target], modules[name], flat) for name, flat in found):
+                links.append(Link(prefix + node.target, tuple(prefix + name for name, _ in found), "layer"))
+    return links
+
+
+def _consumers(start: fx.Node, modules: dict[str, nn.Module], alone: set[str]) -> list[tuple[str, bool]] | None:
+    """Layers that consume `start` and whether it was flattened on the way; None if anything else does."""
+    found: list[tuple[str, bool]] = []
+    pending = [(user, False) for user in start.users]
+    while pending:
+        node, flat = pending.pop(0)
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, Layer) and node.target in alone:
+            found.append((node.target, flat))
+            continue
+        flattens = _flattens(node, module)
+        if not flattens and not (isinstance(module, _STEPS) or _is_homogeneous(node)):
+            return None
+        pending.extend((user, flat or flattens) for user in node.users)
+    return found
+
+
+def _is_homogeneous(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _FUNCTIONS
+    return node.op == "call_method" and node.target in _METHODS
+
+
+def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    if isinstance(module, nn.Flatten):
+        return module.start_dim == 1 and module.end_dim == -1
+    arguments: tuple[Any, ...] = node.args[1:]
+    if (node.op == "call_function" and node.target is torch.flatten) or (
+        node.op == "call_method" and node.target == "flatten"
+    ):
+        named = (*arguments, *(node.kwargs[key] for key in ("start_dim", "end_dim") if key in node.kwargs))
+        return named in ((1,), (1, -1))
+    return False
+
+
+def _fits(producer: nn.Module, consumer: nn.Module, flat: bool) -> bool:
+    channels = producer.weight.shape[0]
+    inputs = in_channels(consumer)
+    if is_conv(producer) and not is_conv(consumer):
+        return flat and inputs % channels == 0
+    return is_conv(producer) == is_conv(consumer) and inputs == channels
+
+
+def _fits_stage(policy: Policy, consumers: list[nn.Module]) -> bool:
+    kinds = {is_conv(layer) for layer in consumers}
+    if len(kinds) != 1:
+        return False
+    size = policy.obs_shape[0] if kinds == {True} else int(torch.Size(policy.obs_shape).numel())
+    return len(policy.obs_shape) in ((3,) if kinds == {True} else (1, 2, 3)) and all(
+        in_channels(layer) == size for layer in consumers
+    )
+
+
+def is_conv(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution."""
+    return layer.op == "conv2d" if isinstance(layer, QLayer) else isinstance(layer, nn.Conv2d)
+
+
+def in_channels(layer: nn.Module) -> int:
+    """Input channels of a convolution, input features of a linear layer."""
+    return layer.weight.shape[1] * getattr(layer, "groups", 1)
+
+
+def column_range(layer: Layer, channels: int) -> Tensor:
+    """Largest magnitude of the weights that meet each of `channels` producer channels, (channels,)."""
+    groups = getattr(layer, "groups", 1)
+    weight = layer.weight.detach().abs().flatten(2) if is_conv(layer) else layer.weight.detach().abs()[..., None]
+    per_input = weight.reshape(groups, -1, *weight.shape[1:]).amax(dim=(1, 3)).flatten()
+    return per_input.reshape(channels, -1).amax(dim=1)
+
+
+def scale_columns(layer: Layer, factor: Tensor) -> None:
+    """Multiply the weights that meet producer channel i by factor[i], in place of the old ones."""
+    groups = getattr(layer, "groups", 1)
+    per_input = factor.repeat_interleave(in_channels(layer) // len(factor))
+    rows = layer.weight.shape[0] // groups
+    matrix = per_input.reshape(groups, 1, -1).expand(-1, rows, -1).reshape(layer.weight.shape[0], -1)
+    set_weight(layer, layer.weight.detach() * (matrix[..., None, None] if is_conv(layer) else matrix))
+
+
+def scale_rows(layer: Layer, factor: Tensor) -> None:
+    """Multiply output channel i (weights and bias) by factor[i]."""
+    set_weight(layer, layer.weight.detach() * factor.reshape(-1, *(1 for _ in layer.weight.shape[1:])))
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data * factor
+
+
+def scale_stage(policy: Policy, factor: Tensor) -> None:
+    """Multiply output i of the input stage by factor[i] (per channel for images), clip bounds included."""
+    stage: InputStage = policy.stage
+    if len(factor) == torch.Size(policy.obs_shape).numel():
+        factor = factor.reshape(policy.obs_shape)
+    else:
+        factor = factor.reshape(-1, 1, 1)
+    stage.std = stage.std / factor
+    stage.low = stage.low * factor
+    stage.high = stage.high * factor
+
+
+def set_weight(layer: Layer, weight: Tensor) -> None:
+    """Give the layer another float weight."""
+    layer.weight.data = weight
+    if isinstance(layer, QLayer):
+        layer.invalidate()

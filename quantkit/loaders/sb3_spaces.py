@@ -1,0 +1,100 @@
+"""Observation and action spaces from the readable JSON of an SB3 zip: type, shape, bounds as printed."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantkit.errors import InputError
+
+_TYPE = re.compile(r"<class '(?:gym|gymnasium)\.spaces\.\w+\.(\w+)'>")
+_NUMBER = re.compile(r"[-+]?(?:inf|nan|\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?)", re.I)
+_MAX_ENTRIES = 10**8
+
+
+@dataclass(frozen=True)
+class Space:
+    """A space as printed: kind ("Box", "Discrete", ...), shape or None, dtype, and bounds or sizes.
+
+    low, high: every entry's bound (flat), or None where the printed text left entries out. nvec: sizes
+    of Discrete (one), MultiDiscrete, MultiBinary (two for each), or ().
+    """
+
+    kind: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    nvec: tuple[int, ...] = ()
+    is_image: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """JSON facts for `Model.meta`; infinite bounds are texts."""
+        facts: dict[str, Any] = {"type": self.kind, "shape": list(self.shape or ()), "dtype": self.dtype}
+        if self.nvec:
+            facts["nvec"] = list(self.nvec)
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is not None and self.shape is not None and len(self.shape) == 1:
+                facts[name] = [value if math.isfinite(value) else str(value) for value in bound]
+        return facts
+
+
+def read_space(data: dict[str, Any], key: str, where: str) -> Space:
+    """The space under `key` ("observation_space" or "action_space"); InputError when it is absent or of no known type."""
+    fields = data.get(key)
+    match = _TYPE.fullmatch(str(fields.get(":type:"))) if isinstance(fields, dict) else None
+    if not match or not isinstance(fields, dict):
+        raise InputError(f"{where}: member 'data' has no readable {key}; expected a gymnasium Box, Discrete, ...")
+    kind, dtype = match[1], str(fields.get("dtype", "float32"))
+    shape = _shape(fields, f"{where}: {key}")
+    match kind:
+        case "Box" if shape is not None:
+            low, high = (_bounds(fields, name, shape) for name in ("low", "high"))
+            flat = [_uniform(fields, name) for name in ("low", "high")]
+            return Space(kind, shape, dtype, low, high, (), len(shape) == 3 and dtype == "uint8" and flat == [0.0, 255.0])
+        case "Discrete" | "MultiBinary" | "MultiDiscrete":
+            sizes = [int(float(n)) for n in _NUMBER.findall(str(fields.get("nvec" if kind == "MultiDiscrete" else "n")))]
+            if not sizes or min(sizes) < 1 or (kind != "MultiDiscrete" and len(sizes) != 1) or "..." in str(fields.get("nvec")):
+                raise InputError(f"{where}: {key}: unreadable size of {kind}")
+            nvec = (2,) * sizes[0] if kind == "MultiBinary" else tuple(sizes)
+            return Space(kind, shape, dtype, nvec=nvec)
+    return Space(kind, shape, dtype)
+
+
+def _shape(fields: dict[str, Any], where: str) -> tuple[int, ...] | None:
+    value = fields.get("_shape", fields.get("shape"))
+    try:
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+        shape = None if value is None else tuple(int(n) for n in value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise InputError(f"{where}: unreadable shape {str(value)[:40]!r}") from None
+    if shape is not None and (min(shape, default=1) < 1 or math.prod(shape) > _MAX_ENTRIES):
+        raise InputError(f"{where}: shape {shape} is no shape of a space")
+    return shape
+
+
+def _numbers(text: Any) -> list[float]:
+    return [float(n) for n in _NUMBER.findall(text)] if isinstance(text, str) else []
+
+
+def _uniform(fields: dict[str, Any], name: str) -> float | None:
+    """The one number that every printed entry equals, if that is so."""
+    numbers = set(_numbers(fields.get(f"{name}_repr")) or _numbers(fields.get(name)))
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _bounds(fields: dict[str, Any], name: str, shape: tuple[int, ...]) -> tuple[float, ...] | None:
+    """Every entry's bound; None when numpy's print left entries out and no single number stands for all."""
+    count = math.prod(shape)
+    numbers = _numbers(fields.get(name))
+    if len(numbers) == count and "..." not in str(fields.get(name)):
+        return tuple(numbers)
+    single = _numbers(fields.get(f"{name}_repr"))
+    if len(single) == 1 and count <= 10**6:
+        return tuple(np.full(count, single[0]).tolist())
+    return None

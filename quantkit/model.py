@@ -1,0 +1,84 @@
+"""`Model`: the one mutable record that travels from loader to export.
+
+Fields: the module, one example input, the links along which rescaling preserves the
+function, and plain-JSON facts (`meta`) about where it came from.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.qlayers import QLayer
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """The environment a policy was trained for, in today's names.
+
+    id, kwargs: what `gymnasium.make` takes. time_feature: horizon of an appended `1 - t/horizon`
+    input, or None. pad_obs: zeros appended to the observation to reach this many inputs, or None.
+    trained_on: the id the checkpoint was trained with.
+    """
+
+    id: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    time_feature: int | None = None
+    pad_obs: int | None = None
+    trained_on: str | None = None
+
+
+@dataclass
+class Model:
+    """A network and what is known of it.
+
+    module: a `Policy` or any nn.Module. example: one batch of inputs. env: where a policy acts.
+    meta: JSON facts, at least `kind` ("policy" or "module"), `algo`, `source` (file name) and
+    `sha256` of the checkpoint.
+    """
+
+    module: nn.Module
+    example: Tensor
+    env: EnvSpec | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d | QLayer]:
+        """Quantizable layers by dotted name, in order of definition."""
+        return {
+            name: module
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d | QLayer)
+        }
+
+    def qlayers(self) -> dict[str, QLayer]:
+        """The layers already wrapped for quantization, in order of definition."""
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, QLayer)}
+
+    def copy(self) -> Model:
+        """An independent copy."""
+        return Model(copy.deepcopy(self.module), self.example.clone(), self.env, copy.deepcopy(self.meta))
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` where the submodule `name` is."""
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.module.get_submodule(parent) if parent else self.module, leaf, module)
+
+
+@dataclass
+class Calib:
+    """Inputs to calibrate on: a tensor (samples, *input_shape), walked in batches of `batch`.
+
+    generator: the source of randomness of every step that needs one.
+    """
+
+    inputs: Tensor
+    batch: int = 512
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The inputs in batches."""
+        return self.inputs.split(self.batch)

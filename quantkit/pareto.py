@@ -1,0 +1,80 @@
+"""Non-dominated designs, and the one to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantkit.errors import InputError
+
+COLUMNS: dict[str, tuple[str, str, bool]] = {
+    # name: (path in a row, label, higher is better)
+    "mean": ("score.mean", "return", True),
+    "iqm": ("score.iqm", "interquartile mean of return", True),
+    "luts": ("cost.luts", "LUTs", False),
+    "ffs": ("cost.ffs", "flip-flops", False),
+    "dsps": ("cost.dsps", "DSPs", False),
+    "bram18": ("cost.bram18", "BRAM18", False),
+    "latency_us": ("cost.latency_us", "latency (µs)", False),
+    "weight_kib": ("weight_kib", "weight memory (KiB)", False),
+    "bits_per_weight": ("bits_per_weight", "bits per weight", False),
+    "agreement": ("fidelity.agreement", "action agreement", True),
+    "action_error": ("fidelity.action_error", "action error", False),
+    "kl": ("fidelity.kl", "KL to the float policy", False),
+}
+
+
+def value(row: Mapping[str, Any], column: str) -> float | None:
+    """The number of a column in a row; None where the row has none. InputError lists the columns."""
+    if column not in COLUMNS:
+        raise InputError(f"unknown column {column!r}; columns: {', '.join(COLUMNS)}")
+    found: Any = row
+    for key in COLUMNS[column][0].split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def nondominated(points: Sequence[tuple[float, ...]], maximize: Sequence[bool]) -> list[int]:
+    """Indices of the points that no other point beats or equals everywhere and beats somewhere.
+
+    Of identical points the first is kept. Ascending order.
+
+    >>> nondominated([(1, 5), (2, 6), (3, 6), (1, 5)], maximize=(False, True))
+    [0, 1]
+    """
+    signed = [tuple(-v if up else v for v, up in zip(p, maximize, strict=True)) for p in points]
+    front: list[int] = []
+    best: dict[tuple[float, ...], int] = {}
+    for index in sorted(range(len(signed)), key=lambda i: (signed[i], i)):
+        candidate = signed[index]
+        if candidate in best:
+            continue
+        if not any(all(a <= b for a, b in zip(signed[i], candidate, strict=True)) for i in front):
+            front.append(index)
+            best[candidate] = index
+    return sorted(front)
+
+
+def front(rows: Sequence[Mapping[str, Any]], x: str = "luts", y: str = "mean") -> list[int]:
+    """Indices of the rows on the front of two columns, ordered by x; rows without both numbers are left out."""
+    known = [i for i, row in enumerate(rows) if value(row, x) is not None and value(row, y) is not None]
+    points = [(value(rows[i], x), value(rows[i], y)) for i in known]
+    chosen = nondominated(points, (COLUMNS[x][2], COLUMNS[y][2]))  # type: ignore[arg-type]
+    return sorted((known[i] for i in chosen), key=lambda i: value(rows[i], x) or 0.0)
+
+
+def knee(rows: Sequence[Mapping[str, Any]], on_front: Sequence[int], reference: float, margin: float, x: str = "luts") -> int | None:
+    """The design to take: the cheapest of the front whose return is proved non-inferior to float.
+
+    Where none is proved, the cheapest whose mean return is within `margin` of `reference`, and
+    else the best on the front. None if the front is empty.
+    """
+    ordered = sorted(on_front, key=lambda i: value(rows[i], x) or 0.0)
+    for index in ordered:
+        if rows[index].get("verdict", {}).get("verdict") == "non-inferior":
+            return index
+    for index in ordered:
+        if (value(rows[index], "mean") or -math.inf) >= reference - margin:
+            return index
+    return max(ordered, key=lambda i: value(rows[i], "mean") or -math.inf, default=None)

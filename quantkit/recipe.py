@@ -1,0 +1,226 @@
+"""`Recipe`: what to do to a model, as plain data; `quantize` does it.
+
+A recipe is a list of (pattern, LayerPlan) and a list of steps. Patterns are globs over layer
+names, or the words `first` and `last`; later entries win. Two steps are implied where the
+recipe names none of their kind: `act_scales` before the first step that sets weights, and
+`rtn` at the end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hwmodel import formats
+from hwmodel.spec import parse_granularity
+from quantkit import shelves
+from quantkit.errors import InputError
+from quantkit.model import Calib, Model
+from quantkit.qlayers import LayerPlan, QLayer
+
+Step = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """plan: (pattern, LayerPlan) pairs. steps: (method name, options) in order. seed: of every random choice."""
+
+    plan: tuple[tuple[str, LayerPlan], ...]
+    steps: tuple[Step, ...] = ()
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; `from_json` is the inverse."""
+        plan = [
+            {
+                "layers": pattern,
+                "weight": format_name(entry.weight),
+                "act": format_name(entry.act),
+                "granularity": str(entry.granularity),
+            }
+            for pattern, entry in self.plan
+        ]
+        return {"plan": plan, "steps": [[name, options] for name, options in self.steps], "seed": self.seed}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Recipe:
+        """Inverse of `to_json`."""
+        plan = tuple((e["layers"], make_plan(e["weight"], e["act"], e["granularity"])) for e in record["plan"])
+        return cls(plan, tuple((name, dict(options)) for name, options in record["steps"]), record["seed"])
+
+    def plan_for(self, name: str, index: int, count: int) -> LayerPlan:
+        """The plan of the layer `name`, which is number `index` of `count`."""
+        found = LayerPlan()
+        for pattern, entry in self.plan:
+            position = {"first": 0, "last": count - 1}.get(pattern)
+            if position == index or (position is None and fnmatch.fnmatchcase(name, pattern)):
+                found = entry
+        return found
+
+
+def format_name(fmt: formats.Format | None) -> str:
+    """A format's name, or "float"."""
+    return "float" if fmt is None else str(fmt)
+
+
+def parse_format(text: str) -> formats.Format | None:
+    """A format by name; "float" means not quantized. InputError suggests the nearest name."""
+    if text.strip().lower() in ("float", "fp32", "float32"):
+        return None
+    try:
+        return formats.parse(text)
+    except formats.FormatError as error:
+        raise InputError(str(error)) from None
+
+
+def make_plan(weight: str, act: str, granularity: str = "row") -> LayerPlan:
+    """A LayerPlan of three texts."""
+    try:
+        return LayerPlan(parse_format(weight), parse_format(act), parse_granularity(granularity))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def parse_step(text: str) -> Step:
+    """`gptq:damp=0.02,act_order=true` -> ("gptq", {"damp": 0.02, "act_order": True}), checked against the method.
+
+    Raises InputError with the nearest name for an unknown method or option.
+    """
+    name, _, rest = text.partition(":")
+    name = name.strip()
+    if name not in shelves.method_names():
+        near = difflib.get_close_matches(name, shelves.method_names(), n=1, cutoff=0.0)
+        known = ", ".join(shelves.method_names())
+        raise InputError(f"unknown step {name!r}; did you mean {near[0]!r}? Steps: {known}")
+    accepted = step_options(name)
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals or key not in accepted:
+            raise InputError(f"step {name!r} has no option {item!r}; its options: {', '.join(accepted) or 'none'}")
+        options[key] = _convert(value, accepted[key], f"step {name!r}, option {key!r}")
+    return name, options
+
+
+def step_options(name: str) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a method's `apply`, by name."""
+    signature = inspect.signature(shelves.methods()[name].apply, eval_str=True)
+    return {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
+    kind = parameter.annotation
+    if isinstance(kind, types.UnionType):
+        if text.lower() in ("none", ""):
+            return None
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        if text not in choices:
+            raise InputError(f"{where}: {text!r} is not one of {', '.join(map(str, choices))}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise InputError(f"{where}: {text!r} is not true or false")
+        return text.lower() in ("true", "1", "yes", "on")
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: {text!r} is not a {getattr(kind, '__name__', kind)}") from None
+
+
+def full_steps(recipe: Recipe) -> tuple[Step, ...]:
+    """The steps of the recipe with the implied ones added."""
+    methods = shelves.methods()
+    for name, _ in recipe.steps:
+        if name not in methods:
+            raise InputError(f"unknown step {name!r}; steps: {', '.join(methods)}")
+    changes = [methods[name].CHANGES for name, _ in recipe.steps]
+    steps = list(recipe.steps)
+    if not any("weights" in c for c in changes):
+        last_float = max((i for i, c in enumerate(changes) if c & {"float", "acts"}), default=-1)
+        steps.insert(last_float + 1, ("rtn", {}))
+    if not any("acts" in c for c in changes):
+        first = next(i for i, (name, _) in enumerate(steps) if "weights" in methods[name].CHANGES)
+        steps.insert(first, ("act_scales", {}))
+    return tuple(steps)
+
+
+@dataclass
+class StepReport:
+    """One executed step: its name, options and diagnostics."""
+
+    name: str
+    options: dict[str, Any]
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+def quantize(
+    model: Model, recipe: Recipe, calib: Calib, progress: Callable[[str, int, int], None] | None = None
+) -> Model:
+    """A quantized copy of the model; the argument is not changed.
+
+    Raises InputError for a layer that cannot be quantized as planned, a non-finite weight, or a
+    plan that matches no layer. `progress(step name, done, total)` is called before each step.
+    """
+    _check(model, recipe, calib)
+    result = model.copy()
+    layers = result.layers()
+    for index, (name, layer) in enumerate(layers.items()):
+        plan = recipe.plan_for(name, index, len(layers))
+        if not isinstance(layer, QLayer) and (plan.weight is not None or plan.act is not None):
+            try:
+                result.replace(name, QLayer(layer, plan))
+            except ValueError as error:
+                raise InputError(f"layer {name!r}: {error} cannot be quantized") from None
+    result.module.eval()
+    calib.generator.manual_seed(recipe.seed)
+    steps = full_steps(recipe)
+    reports: list[StepReport] = []
+    with torch.no_grad():
+        for index, (name, options) in enumerate(steps):
+            if progress:
+                progress(name, index, len(steps))
+            diagnostics = shelves.methods()[name].apply(result, calib, **options)
+            reports.append(StepReport(name, dict(options), diagnostics))
+    if progress:
+        progress("done", len(steps), len(steps))
+    for name, qlayer in result.qlayers().items():
+        if qlayer.plan.weight is not None and qlayer.q is None:
+            raise AssertionError(f"no step quantized layer {name!r}")
+    result.meta["recipe"] = recipe.to_json()
+    result.meta["steps"] = [vars(report) for report in reports]
+    return result
+
+
+def _check(model: Model, recipe: Recipe, calib: Calib) -> None:
+    layers = model.layers()
+    if not layers:
+        raise InputError("the network has no Linear or Conv2d layer to quantize")
+    for pattern, _ in recipe.plan:
+        if pattern not in ("first", "last") and not any(fnmatch.fnmatchcase(n, pattern) for n in layers):
+            raise InputError(f"no layer matches {pattern!r}; layers: {', '.join(layers)}")
+    for name, layer in layers.items():
+        parameters = [("weight", layer.weight), ("bias", layer.bias)]
+        for kind, tensor in parameters:
+            if tensor is not None and not torch.isfinite(tensor).all():
+                where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
+                raise InputError(f"layer {name!r}: {kind} is not finite at index {where}")
+    if not torch.isfinite(calib.inputs.float()).all():
+        where = tuple((~torch.isfinite(calib.inputs.float())).nonzero()[0].tolist())
+        raise InputError(f"calibration input is not finite at index {where}")
+
+
+def uniform(weights: str, acts: str, granularity: str = "row", steps: tuple[Step, ...] = (), seed: int = 0) -> Recipe:
+    """The recipe with one plan for all layers."""
+    return Recipe((("*", make_plan(weights, acts, granularity)),), steps, seed)
+
+

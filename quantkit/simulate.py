@@ -1,0 +1,154 @@
+"""A policy as one straight numpy function, for rollouts.
+
+`nn.Module` calls and small torch operations cost more than the arithmetic of a policy network.
+`compile_policy` flattens a `Policy` into a list of numpy steps with preallocated constants; a
+quantized MLP then costs about what the float module costs. The steps perform the same float32
+operations in the same order as the modules, so both agree bit for bit wherever sums of
+products are exact (see `qlayers`), and to float rounding elsewhere. Convolutions run in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hwmodel.formats import Format, Levels, max_value, min_value
+from quantkit.policy import InputStage, Policy
+from quantkit.qlayers import QLayer
+from quantkit.rounding import round_array, rounder
+
+Step = Callable[[np.ndarray], np.ndarray]
+
+
+def compile_policy(policy: Policy) -> Step:
+    """A function from raw observations (batch, *obs_shape) to network outputs (batch, outputs), float32.
+
+    It holds copies of the weights: compile again after changing the policy.
+    """
+    steps: list[Step] = [_input_stage(policy.stage)]
+    modules = list(policy.net.children())
+    if any(isinstance(m, nn.Conv2d) or (isinstance(m, QLayer) and m.op == "conv2d") for m in modules):
+        return _torch_step(policy)
+    for module in modules:
+        match module:
+            case QLayer():
+                steps.extend(_qlayer(module))
+            case nn.Linear():
+                bias = None if module.bias is None else module.bias.detach().numpy()
+                steps.append(_linear(module.weight.detach().numpy(), None, bias))
+            case nn.ReLU():
+                steps.append(_relu)
+            case nn.Tanh():
+                steps.append(_tanh)
+            case nn.Hardtanh():
+                steps.append(_clip(module.min_val, module.max_val))
+            case nn.Flatten():
+                steps.append(_flatten)
+            case _:
+                steps.append(_torch_step(module))
+    return _chain(steps)
+
+
+def _chain(steps: list[Step]) -> Step:
+    def run(obs: np.ndarray) -> np.ndarray:
+        x = obs
+        for step in steps:
+            x = step(x)
+        return x
+
+    return run
+
+
+def _torch_step(module: nn.Module) -> Step:
+    def step(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+
+    return step
+
+
+def _input_stage(stage: InputStage) -> Step:
+    mean, std = stage.mean.numpy(), stage.std.numpy()
+    low, high = stage.low.numpy(), stage.high.numpy()
+    scales, clips = stage.scales, stage.clips
+
+    def step(x: np.ndarray) -> np.ndarray:
+        x = np.array(x, dtype=np.float32)
+        if scales:
+            x -= mean
+            x /= std
+        if clips:
+            np.maximum(x, low, out=x)
+            np.minimum(x, high, out=x)
+        return x
+
+    return step
+
+
+def _linear(weight: np.ndarray, gain: Any, bias: np.ndarray | None) -> Step:
+    transposed = np.ascontiguousarray(weight.T)
+    matmul = np.matmul
+
+    def step(x: np.ndarray) -> np.ndarray:
+        y = matmul(x, transposed)
+        if gain is not None:
+            y *= gain
+        if bias is not None:
+            y += bias
+        return y
+
+    return step
+
+
+def _qlayer(layer: QLayer) -> list[Step]:
+    steps: list[Step] = []
+    if layer.in_scale is not None:
+        factor = layer.in_scale.detach().numpy().copy()
+        steps.append(lambda x: x * factor)
+    if layer.act is not None:
+        steps.append(_quantizer(layer.act.fmt, layer.act.scale))
+    weight, gain = layer.kernel()
+    value = gain.numpy() if isinstance(gain, Tensor) else None if gain is None else np.float32(gain)
+    steps.append(_linear(weight.detach().numpy(), value, layer.bias.detach().numpy()))
+    return steps
+
+
+def _quantizer(fmt: Format, scale: float) -> Step:
+    divisor = np.float32(scale)
+    if isinstance(fmt, Levels) and fmt.name == "binary":
+        return lambda x: round_array(x / divisor, fmt)
+    low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
+    round_in_place = rounder(fmt, low, high)
+
+    def step(x: np.ndarray) -> np.ndarray:
+        return round_in_place(x / divisor)
+
+    return step
+
+
+def _relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, np.float32(0), out=x)
+
+
+def _tanh(x: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():  # torch's tanh and not numpy's: the two differ in the last bit
+        torch.from_numpy(x).tanh_()
+    return x
+
+
+def _clip(low: float, high: float) -> Step:
+    f_low, f_high = np.float32(low), np.float32(high)
+
+    def step(x: np.ndarray) -> np.ndarray:
+        np.maximum(x, f_low, out=x)
+        return np.minimum(x, f_high, out=x)
+
+    return step
+
+
+def _flatten(x: np.ndarray) -> np.ndarray:
+    return x.reshape(x.shape[0], -1)

@@ -1,0 +1,124 @@
+"""From a quantized model to the `LayerSpec`s that the cost model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hwmodel import accumulator
+from hwmodel.formats import Format
+from hwmodel.spec import LayerSpec
+from quantkit.model import Model
+from quantkit.policy import ACTIVATION_NAMES, Policy
+from quantkit.qlayers import QLayer
+from quantkit.qtensor import units_of
+from quantkit.rounding import is_pow2
+
+
+def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
+    """One spec per matrix product in order of definition; the accumulator is exact for the actual weights."""
+    layers = model.layers()
+    positions = _positions(model)
+    followers = _activations(model)
+    names = list(layers)
+    specs = []
+    for index, (name, layer) in enumerate(layers.items()):
+        nxt = layers[names[index + 1]] if index + 1 < len(names) else None
+        specs.append(_spec(name, layer, nxt, positions[name], followers.get(name, "none")))
+    return tuple(specs)
+
+
+def _spec(name: str, layer: nn.Module, nxt: nn.Module | None, positions: int, follower: str) -> LayerSpec:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    common: dict[str, Any] = {
+        "name": name,
+        "op": "linear" if weight.dim() == 2 else "conv2d",
+        "out_features": weight.shape[0],
+        "in_features": weight[0].numel(),
+        "positions": positions,
+        "activation": follower,
+        "groups": getattr(layer, "groups", 1),
+    }
+    act = layer.act if isinstance(layer, QLayer) else None
+    out = nxt.act if isinstance(nxt, QLayer) else None
+    if not isinstance(layer, QLayer) or layer.q is None:
+        return LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean()))
+    units = units_of(layer.q)
+    acc_bits = None if act is None else accumulator.exact_bits(units, act.fmt)
+    pow2 = (
+        act is not None
+        and out is not None
+        and all(is_pow2(float(s)) for s in np.unique(layer.q.scale.numpy()))
+        and is_pow2(act.scale)
+        and is_pow2(out.scale)
+    )
+    return LayerSpec(
+        **common,
+        weight=layer.q.fmt,
+        act=_fmt(act),
+        out=_fmt(out),
+        granularity=layer.q.granularity,
+        acc_bits=acc_bits,
+        zeros=float((units == 0).mean()),
+        scale_pow2=pow2,
+        weight_bits=layer.q.bits,
+    )
+
+
+def _fmt(act: Any) -> Format | None:
+    return None if act is None else act.fmt
+
+
+def _positions(model: Model) -> dict[str, int]:
+    found: dict[str, int] = {}
+    handles = []
+    for name, layer in model.layers().items():
+        spatial = layer.weight.dim() == 4
+
+        def note(_m: nn.Module, _a: object, y: Tensor, name: str = name, spatial: bool = spatial) -> None:
+            found[name] = y.shape[2] * y.shape[3] if spatial else max(1, y[0].numel() // y.shape[-1])
+
+        handles.append(layer.register_forward_hook(note))
+    try:
+        with torch.inference_mode():
+            model.module(model.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found.get(name, 1) for name in model.layers()}
+
+
+def _activations(model: Model) -> dict[str, str]:
+    """The activation right behind each layer of a policy's chain."""
+    if not isinstance(model.module, Policy):
+        return {}
+    chain = [(f"net.{name}", module) for name, module in model.module.net.named_children()]
+    result = {}
+    for (name, _), (_, follower) in zip(chain, chain[1:], strict=False):
+        if isinstance(follower, nn.Hardtanh):
+            result[name] = "hardtanh"
+        elif type(follower) in ACTIVATION_NAMES:
+            result[name] = ACTIVATION_NAMES[type(follower)]
+    return result
+
+
+def bits_per_weight(model: Model) -> float:
+    """Bits stored for weights, scales included (float32 ones where a layer stayed float), per weight."""
+    stored = weights = 0
+    for layer in model.layers().values():
+        weights += layer.weight.numel()
+        q = layer.q if isinstance(layer, QLayer) else None
+        stored += q.bits if q is not None else 32 * layer.weight.numel()
+    return stored / max(1, weights)
+
+
+def sqnr_db(layer: QLayer) -> float | None:
+    """Signal to quantization noise of a layer's weight in dB; None if float, inf if exact."""
+    if layer.q is None:
+        return None
+    weight = layer.weight.detach().double()
+    noise = (layer.effective_weight().double() - weight).square().sum()
+    return float("inf") if noise == 0 else float(10 * torch.log10(weight.square().sum() / noise))

@@ -1,0 +1,199 @@
+"""Many designs over a process pool, one durable row each, resumed from the rows.
+
+A study directory holds `study.json` (what the designs share: written once) and `rows.jsonl`. A
+design whose row is there is not evaluated again; a directory that belongs to another
+checkpoint or to other settings is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.errors import InputError
+from quantkit.files import new_file
+from quantkit.recipe import LayerPlan, Recipe, Step, make_plan
+from quantkit.results import Row, append_row, read_rows, versions
+from quantkit.study import Study, design_id, evaluate_design
+
+STUDY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Space:
+    """The designs of a sweep: the product of four lists, with fixed exceptions for some layers."""
+
+    weights: tuple[str, ...]
+    acts: tuple[str, ...]
+    granularities: tuple[str, ...] = ("row",)
+    pipelines: tuple[tuple[Step, ...], ...] = ((),)
+    exceptions: tuple[tuple[str, LayerPlan], ...] = ()
+    seed: int = 0
+
+    def recipes(self) -> list[Recipe]:
+        """Every design once, in a fixed order. InputError on an unknown format or granularity."""
+        found: dict[str, Recipe] = {}
+        for w, a, g, steps in itertools.product(self.weights, self.acts, self.granularities, self.pipelines):
+            recipe = Recipe((("*", make_plan(w, a, g)), *self.exceptions), steps, self.seed)
+            found.setdefault(design_id(recipe), recipe)
+        return list(found.values())
+
+
+def describe_study(study: Study) -> dict[str, Any]:
+    """The settings that must be the same for two rows to be comparable."""
+    return {
+        "study_version": STUDY_VERSION,
+        "checkpoint": study.model.meta.get("source"),
+        "checkpoint_sha256": study.model.meta.get("sha256"),
+        "algo": study.model.meta.get("algo"),
+        "env": None if study.model.env is None else vars(study.model.env),
+        "episodes": study.episodes,
+        "seed": study.seed,
+        "device": None if study.device is None else study.device.name,
+        "latency_us": study.latency_us,
+        "luts": study.luts,
+    }
+
+
+def open_study(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored study.json if it agrees with `settings`, None for a new directory.
+
+    Raises InputError naming what differs, or a directory that holds something else.
+    """
+    path = folder / "study.json"
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not a study; give another output directory")
+        return None
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text())
+        old = stored["settings"]
+    except (json.JSONDecodeError, KeyError):
+        raise InputError(f"{path} is damaged; start a new study directory") from None
+    fresh = json.loads(json.dumps(settings))
+    different = [key for key in fresh if old.get(key) != fresh[key]]
+    if different:
+        key = different[0]
+        what = "another checkpoint" if "checkpoint" in key else f"another {key}"
+        raise InputError(
+            f"{folder} belongs to {what} ({key}: {old.get(key)!r} there, {fresh[key]!r} here); "
+            "give another output directory"
+        )
+    return stored
+
+
+def write_study(folder: Path, study: Study, command: str) -> None:
+    """Create the directory and its study.json."""
+    folder.mkdir(exist_ok=True)
+    document = {
+        "command": command,
+        "settings": describe_study(study),
+        "margin": study.margin,
+        "reference": study.reference.to_json(),
+        "random": study.random.to_json(),
+        "versions": versions(),
+    }
+    with new_file(folder / "study.json", force=True) as path:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def run(
+    study: Study,
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    progress: Callable[[int, int, Row | None], None] | None = None,
+) -> list[Row]:
+    """Evaluate the designs whose row is missing; all rows of these recipes in their order.
+
+    jobs: processes; 1 runs in this one. Each works on one core. `progress(done, total, row)` is
+    called at the start and after each design.
+    """
+    path = folder / "rows.jsonl"
+    known = {row["id"]: row for row in read_rows(path)}
+    missing = [recipe for recipe in recipes if design_id(recipe) not in known]
+    done = len(recipes) - len(missing)
+    if progress:
+        progress(done, len(recipes), None)
+    for row in _rows(study, missing, min(jobs, len(missing))):
+        append_row(path, row)
+        known[row["id"]] = row
+        done += 1
+        if progress:
+            progress(done, len(recipes), row)
+    return [known[design_id(recipe)] for recipe in recipes]
+
+
+def _rows(study: Study, recipes: Sequence[Recipe], jobs: int) -> Iterator[Row]:
+    if jobs <= 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from (evaluate_design(study, recipe) for recipe in recipes)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with one_thread_per_process(), ProcessPoolExecutor(jobs, context, _start_worker, (study,)) as pool:
+        yield from _in_order_of_completion(pool, recipes, jobs)
+
+
+def _in_order_of_completion(pool: ProcessPoolExecutor, recipes: Iterable[Recipe], jobs: int) -> Iterator[Row]:
+    queue = iter(recipes)
+    running = {pool.submit(_work, recipe) for recipe in itertools.islice(queue, 2 * jobs)}
+    try:
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(_work, recipe) for recipe in itertools.islice(queue, len(finished))}
+            for future in finished:
+                yield future.result()
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process died (out of memory?); finished designs are kept, "
+            "run the same command again, with fewer --jobs"
+        ) from None
+    finally:
+        for future in running:
+            future.cancel()
+
+
+class one_thread_per_process:  # noqa: N801  (reads as a statement)
+    """Environment in which child processes start with one BLAS thread each."""
+
+    _names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self._old = {name: os.environ.get(name) for name in self._names}
+        os.environ.update(dict.fromkeys(self._names, "1"))
+
+    def __exit__(self, *_: object) -> None:
+        for name, old in self._old.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
+
+_study: Study | None = None
+
+
+def _start_worker(study: Study) -> None:
+    global _study
+    torch.set_num_threads(1)
+    _study = study
+
+
+def _work(recipe: Recipe) -> Row:
+    assert _study is not None
+    return evaluate_design(_study, recipe)

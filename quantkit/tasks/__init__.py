@@ -1,0 +1,4 @@
+"""Tasks: what a quantized network is measured on; one file each.
+
+episodes: returns of a policy in an environment. environments: the environments themselves.
+"""

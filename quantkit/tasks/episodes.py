@@ -1,0 +1,409 @@
+"""Episodes: deterministic rollouts of many environments stepped together, one batched forward per step.
+
+Episode i is `env.reset(seed=seed + i)` on a fresh environment, so float and quantized policies
+meet the same episodes and their returns can be compared in pairs. Environments are made anew for
+each episode because some of them remember: BipedalWalker-v3 (gymnasium 1.4) keeps its Box2D
+world across resets, and a second episode in it differs from the same seed in a new one.
+
+An episode depends on its seed and on the actions only, never on `n_envs` or on its neighbours in
+the batch. A policy whose rows depend on the batch size in the last bit (BLAS picks other kernels
+for other shapes) may still change an action at a tie; quantized policies whose sums are exact
+cannot. With the default `n_envs` the batch sizes are a function of the episodes alone, so
+the same call always gives the same result.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.errors import InputError
+from quantkit.model import EnvSpec
+from quantkit.policy import Head, Policy
+from quantkit.simulate import compile_policy
+from quantkit.statistics import Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
+from quantkit.tasks.environments import bare_env, check_fits, input_shape, make_env
+
+Act = Callable[[np.ndarray], np.ndarray]
+"""Observations (batch, *obs_shape) -> actions (batch,) or (batch, k). Must not keep or change its argument."""
+Progress = Callable[[int, int], None]
+"""Called with (episodes done, episodes in all)."""
+Record = Callable[[np.ndarray, Sequence[int], Sequence[int]], None]
+"""Called before each forward with (observations, episode numbers, step numbers); copies what it keeps."""
+
+EVALUATION_SEED = 1_000
+CALIBRATION_SEED = 10_000
+"""Far from EVALUATION_SEED: calibration never sees an evaluation episode (below 9,000 episodes)."""
+_WIDTH = 32
+_NEVER = 1_000_000
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Episode i, started with seed + i: returns[i] (undiscounted, float64) and lengths[i] in steps."""
+
+    returns: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a policy scored over n episodes.
+
+    std has ddof 1; std and stderr are NaN for one episode. iqm: interquartile mean, with its
+    95 % percentile bootstrap interval. returns and lengths are in order of seeds seed, seed + 1, ...
+    """
+
+    metric: str
+    mean: float
+    std: float
+    stderr: float
+    n: int
+    iqm: float
+    iqm_low: float
+    iqm_high: float
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    seed: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; NaN becomes None."""
+        plain = asdict(self) | {"returns": list(self.returns), "lengths": list(self.lengths)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+
+def act_of(policy: Policy) -> Act:
+    """The policy's deterministic actions as a numpy function; compile again after changing the policy."""
+    forward, head = compile_policy(policy), policy.head
+    return lambda obs: head.actions(forward(obs))
+
+
+def rollout(
+    act: Act,
+    spec: EnvSpec,
+    *,
+    episodes: int,
+    seed: int = EVALUATION_SEED,
+    n_envs: int | None = None,
+    progress: Progress | None = None,
+    record: Record | None = None,
+) -> Rollout:
+    """Run `episodes` episodes, at most `n_envs` (default: all, up to 32) at a time.
+
+    A finished environment leaves the batch or starts the next episode, so no step is wasted.
+    Raises InputError on actions that are not finite and on an episode without an end.
+    """
+    return _run(lambda obs, _: act(obs), spec, episodes, seed, n_envs, progress, record)
+
+
+def evaluate(
+    act: Act,
+    spec: EnvSpec,
+    *,
+    episodes: int = 20,
+    seed: int = EVALUATION_SEED,
+    n_envs: int | None = None,
+    progress: Progress | None = None,
+) -> Score:
+    """Score of `act` over the episodes seed, ..., seed + episodes - 1."""
+    return score(rollout(act, spec, episodes=episodes, seed=seed, n_envs=n_envs, progress=progress))
+
+
+def evaluate_policy(
+    policy: Policy,
+    spec: EnvSpec,
+    *,
+    episodes: int = 20,
+    seed: int = EVALUATION_SEED,
+    n_envs: int | None = None,
+    progress: Progress | None = None,
+) -> Score:
+    """`evaluate` of a policy module, after checking that it fits the environment."""
+    env = make_env(spec)
+    check_fits(env, policy)
+    env.close()
+    return evaluate(act_of(policy), spec, episodes=episodes, seed=seed, n_envs=n_envs, progress=progress)
+
+
+def random_score(
+    spec: EnvSpec,
+    *,
+    episodes: int = 20,
+    seed: int = EVALUATION_SEED,
+    n_envs: int | None = None,
+    progress: Progress | None = None,
+) -> Score:
+    """Score of uniformly random actions (from the action space, one seeded stream per episode)."""
+    env, _ = bare_env(spec)
+    space, streams = env.action_space, {}
+    env.close()
+
+    def choose(obs: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+        for number in numbers:
+            if number not in streams:
+                streams[number] = copy.deepcopy(space)
+                # Not the episode's own seed: gymnasium would give both the same stream of bits.
+                streams[number].seed(int(np.random.SeedSequence([seed + number, 1]).generate_state(1)[0]))
+        return np.stack([streams[number].sample() for number in numbers])
+
+    return score(_run(choose, spec, episodes, seed, n_envs, progress, None))
+
+
+def score(result: Rollout) -> Score:
+    """Summary of a rollout."""
+    std, stderr = spread(result.returns)
+    low, high = bootstrap_interval(result.returns, iqm)
+    return Score(
+        metric="return",
+        mean=float(result.returns.mean()),
+        std=std,
+        stderr=stderr,
+        n=result.returns.size,
+        iqm=float(iqm(result.returns)),
+        iqm_low=low,
+        iqm_high=high,
+        returns=tuple(result.returns.tolist()),
+        lengths=tuple(result.lengths.tolist()),
+        seed=result.seed,
+        seconds=result.seconds,
+    )
+
+
+def compare_scores(
+    reference: Score,
+    quantized: Score,
+    *,
+    random: Score | None = None,
+    margin: float | None = None,
+    fraction: float = 0.05,
+    level: float = 0.95,
+) -> Verdict:
+    """Paired non-inferiority of two scores on the same seeds.
+
+    The margin is `margin`, or else `fraction` of the distance between the means of `reference`
+    and `random`. Raises InputError when the seeds differ or neither margin nor random is given.
+    """
+    if (reference.seed, reference.n) != (quantized.seed, quantized.n):
+        raise InputError(
+            f"scores are not paired: {reference.n} episodes from seed {reference.seed}, "
+            f"{quantized.n} from seed {quantized.seed}"
+        )
+    if margin is None:
+        if random is None:
+            raise InputError("non-inferiority needs a margin, or the score of a random policy to derive it from")
+        margin = default_margin(reference.returns, random.returns, fraction)
+    return non_inferior(reference.returns, quantized.returns, margin, level=level)
+
+
+def collect_states(
+    act: Act,
+    spec: EnvSpec,
+    n: int,
+    *,
+    seed: int = CALIBRATION_SEED,
+    episodes: int = 20,
+    n_envs: int | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts.
+
+    At least `episodes` episodes are run, and more in rounds of that many until n states were
+    seen. The order is random, so any leading part is a uniform sample as well. Deterministic,
+    and independent of `n_envs`: each state has a random key from (seed, episode, step) and the n
+    smallest keys win.
+    """
+    if n < 1:
+        raise InputError(f"the number of calibration states must be at least 1, got {n}")
+    sample = _Sample(n)
+    first = 0
+    while sample.seen < n:
+        sample.streams.clear()
+        sample.seed = seed + first
+        options: dict[str, Any] = {"n_envs": n_envs, "progress": progress, "record": sample.record}
+        rollout(act, spec, episodes=episodes, seed=seed + first, **options)
+        first += episodes
+    return sample.states()
+
+
+class _Sample:
+    """The n states with the smallest random keys among all that were shown; holds at most about 2 n."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.seed, self.seen, self.held = n, 0, 0, 0
+        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self.bound = 1.0  # no key at or above it can still be among the n smallest
+        self.streams: dict[int, np.random.Generator] = {}
+
+    def record(self, obs: np.ndarray, numbers: Sequence[int], steps: Sequence[int]) -> None:
+        for number in numbers:
+            if number not in self.streams:
+                self.streams[number] = np.random.default_rng([self.seed + number, 2])
+        keys = np.array([self.streams[number].random() for number in numbers])
+        chosen = keys < self.bound
+        self.seen += len(numbers)
+        self.held += int(chosen.sum())
+        self.kept.append((obs[chosen], keys[chosen]))
+        if self.held > 2 * self.n + 64:
+            self.states()
+
+    def states(self) -> np.ndarray:
+        """Forget all but the n best, and return them in order of their keys."""
+        states, keys = (np.concatenate(part) for part in zip(*self.kept, strict=True))
+        best = np.argsort(keys, kind="stable")[: self.n]
+        self.kept, self.held = [(states[best], keys[best])], best.size
+        if best.size == self.n:
+            self.bound = float(keys[best[-1]])
+        return states[best]
+
+
+def compare_on_states(
+    out_float: np.ndarray, out_quant: np.ndarray, head: Head, *, q_values: bool = False
+) -> dict[str, float]:
+    """How far quantized outputs (states, outputs) are from float ones on the same states.
+
+    Discrete heads: `agreement` (fraction of states with the same action, all parts of a
+    multidiscrete one) and `kl`, the mean of KL(float || quantized) in nats of the action
+    distributions (summed over parts). With `q_values` the outputs are values of actions, not
+    logits, and instead of `kl` come `q_error` (mean |difference|), `q_error_max` and `q_regret`
+    (mean float value lost by taking the quantized action). Box heads: `action_error`, the mean
+    |action difference| over the action range (high - low; over 1 where it is unbounded), and
+    `action_error_max`.
+    """
+    a, b = np.asarray(out_float, np.float64), np.asarray(out_quant, np.float64)
+    if a.shape != b.shape or a.ndim != 2 or a.shape[1] != head.outputs or a.shape[0] == 0:
+        raise InputError(f"outputs must both have shape (states, {head.outputs}), got {a.shape} and {b.shape}")
+    acts_a, acts_b = head.actions(np.asarray(out_float)), head.actions(np.asarray(out_quant))
+    if head.kind == "box":
+        span = np.asarray(head.high, np.float64) - np.asarray(head.low, np.float64)
+        error = np.abs(acts_a.astype(np.float64) - acts_b) / np.where(np.isfinite(span), span, 1.0)
+        return {"action_error": float(error.mean()), "action_error_max": float(error.max())}
+    same = acts_a == acts_b
+    result = {"agreement": float((same if same.ndim == 1 else same.all(axis=1)).mean())}
+    if q_values:
+        if head.kind != "discrete":
+            raise InputError(f"Q-values need a discrete head, not {head.kind}")
+        error = np.abs(a - b)
+        rows = np.arange(a.shape[0])
+        regret = a[rows, acts_a - head.start] - a[rows, acts_b - head.start]
+        return result | {
+            "q_error": float(error.mean()),
+            "q_error_max": float(error.max()),
+            "q_regret": float(regret.mean()),
+        }
+    if head.kind == "multibinary":  # each output z is the two logits (0, z)
+        a, b = (np.stack([np.zeros_like(z), z], axis=2) for z in (a, b))
+        divergence = _kl(a, b).sum(axis=1)
+    else:
+        edges = np.cumsum((0, *head.nvec))
+        parts = [_kl(a[:, i:j], b[:, i:j]) for i, j in pairwise(edges)]
+        divergence = np.sum(parts, axis=0)
+    return result | {"kl": float(divergence.mean())}
+
+
+def _kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """KL(softmax(a) || softmax(b)) along the last axis."""
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    return cast(np.ndarray, np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=-1), 0.0))
+
+
+def _log_softmax(z: np.ndarray) -> np.ndarray:
+    shifted = z - z.max(axis=-1, keepdims=True)
+    return cast(np.ndarray, shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def _run(
+    choose: Callable[[np.ndarray, Sequence[int]], np.ndarray],
+    spec: EnvSpec,
+    episodes: int,
+    seed: int,
+    n_envs: int | None,
+    progress: Progress | None,
+    record: Record | None,
+) -> Rollout:
+    """The loop: rows 0..live-1 of `obs` belong to running episodes; a finished row is refilled or closed up."""
+    if episodes < 1 or (n_envs is not None and n_envs < 1):
+        raise InputError(f"episodes and n_envs must be at least 1, got {episodes} and {n_envs}")
+    if seed < 0:
+        raise InputError(f"the seed must not be negative, got {seed}")
+    began = time.perf_counter()
+    width = min(episodes, n_envs or _WIDTH)
+    env, limit = bare_env(spec)
+    shape = input_shape(env, spec)
+    space = cast(Any, env.observation_space)
+    obs = np.zeros((width, *shape), np.uint8 if space.dtype == np.uint8 else np.float32)
+    rows = [row[: space.shape[0]] if len(shape) == 1 else row for row in obs]
+    continuous = bool(np.issubdtype(cast(Any, env.action_space).dtype, np.floating))
+    action_shape = env.action_space.shape or ()
+    horizon, last_step = spec.time_feature, _NEVER if limit is None else limit
+
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    envs, numbers, steps, totals = [env], [0] * width, [0] * width, [0.0] * width
+    live, started, done = width, 0, 0
+
+    def start(row: int) -> None:
+        nonlocal started
+        rows[row][...] = envs[row].reset(seed=seed + started)[0]
+        numbers[row], steps[row], totals[row] = started, 0, 0.0
+        started += 1
+
+    try:
+        for row in range(width):
+            if row:
+                envs.append(bare_env(spec)[0])
+            start(row)
+        advance = [env.step for env in envs]
+        while live:
+            if horizon is not None:
+                obs[:live, -1] = 1 - np.array(steps[:live]) / horizon
+            if record is not None:
+                record(obs[:live], numbers[:live], steps[:live])
+            actions = np.asarray(choose(obs[:live], numbers[:live]))
+            if continuous:
+                if not np.isfinite(actions).all():
+                    raise InputError(f"the policy gave actions that are not finite in {spec.id!r}")
+                actions = actions.reshape(live, *action_shape)
+            finished = []
+            for row, action in enumerate(actions):
+                observation, reward, terminated, truncated, _ = advance[row](action)
+                totals[row] += float(reward)
+                steps[row] += 1
+                if terminated or truncated or steps[row] >= last_step:
+                    finished.append(row)
+                else:
+                    rows[row][...] = observation
+            for row in reversed(finished):  # backwards: the row that closes a gap is never a finished one
+                if limit is None and steps[row] >= _NEVER:
+                    raise InputError(
+                        f"an episode of {spec.id!r} has no end after {_NEVER:,} steps; "
+                        "give max_episode_steps in the environment's kwargs"
+                    )
+                returns[numbers[row]], lengths[numbers[row]] = totals[row], steps[row]
+                envs[row].close()
+                done += 1
+                if started < episodes:
+                    envs[row] = bare_env(spec)[0]
+                    advance[row] = envs[row].step
+                    start(row)
+                else:
+                    live -= 1
+                    if row != live:
+                        obs[row] = obs[live]
+                        envs[row], advance[row] = envs[live], advance[live]
+                        numbers[row], steps[row], totals[row] = numbers[live], steps[live], totals[live]
+                if progress is not None:
+                    progress(done, episodes)
+    finally:
+        for env in envs[:live]:
+            env.close()
+    return Rollout(returns, lengths, seed, time.perf_counter() - began)
