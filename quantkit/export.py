@@ -12,12 +12,18 @@ qdq: after the sum of products, as in `quantkit.qlayers` and in hardware. Dequan
 qdq-real: inside DequantizeLinear, as converters to other runtimes expect it. The sums are
     rounded; a value that falls on the boundary between two grid values may go the other way.
 
-The products are Gemm and Conv and never MatMul: onnxruntime (1.31) turns MatMul between two
-DequantizeLinear into its 8-bit integer kernel, which saturates on x86 processors without VNNI
-and fails outright with blocked scales, and a MatMul with 4-bit weights into a kernel that
-rounds the other operand to 8 bits. It has no such rule for a float-valued Gemm or Conv. The factor
-of a convolution is the *first* operand of its Mul, because the second would be folded into the
-weights.
+Four things that onnxruntime (1.31, default optimizations) does to a QDQ graph would change its
+numbers, and the graph is shaped so that none of them applies (`tests/test_export.py` checks):
+
+- MatMul between two DequantizeLinear becomes an 8-bit integer kernel, which fails outright with
+  blocked scales and, by onnxruntime's documentation, saturates on x86 processors without VNNI.
+- MatMul with 4- or 8-bit weights and a float input becomes a kernel that rounds the input to 8
+  bits, an error of 0.5 % of the largest output. Hence Gemm and Conv, which are left alone.
+- A float bias inside Gemm or Conv is rounded to a multiple of input scale * weight scale; with 4
+  bits that moved the outputs of a third of the states. A bias (or an Add) as *second* operand is
+  moved inside. Hence an Add of its own with the bias first.
+- The factor of a Conv's Mul is folded into the weights if it is the second operand, and the sums
+  are no longer whole numbers. Hence it comes first.
 """
 
 from __future__ import annotations
@@ -309,19 +315,16 @@ def _quantized(graph: Graph, x: str, layer: QLayer, name: str, *, real: bool) ->
     else:
         w = weight(graph, layer.q, f"{name}.weight", real=real)
     bias = layer.bias.detach().numpy()
-    inputs = [x, w, graph.constant(bias, f"{name}.bias")] if real else [x, w]
     if layer.op == "linear":
-        acc = graph.op("Gemm", inputs, f"{name}.acc", transB=1)
+        acc = graph.op("Gemm", [x, w], f"{name}.acc", transB=1)
     else:
-        acc = graph.op("Conv", inputs, f"{name}.acc", **_conv(layer))
-    if real:
-        return acc
-    gain = layer.kernel()[1]
+        acc = graph.op("Conv", [x, w], f"{name}.acc", **_conv(layer))
+    gain = None if real else layer.kernel()[1]
     if gain is not None:
         values = gain.numpy() if isinstance(gain, Tensor) else np.float32(gain)
         values = values.reshape(-1, *tail[1:]) if values.size > 1 else values.reshape(())
         acc = graph.op("Mul", [graph.constant(values, f"{name}.gain"), acc], f"{name}.product")
-    return graph.op("Add", [acc, graph.constant(bias.reshape(-1, *tail[1:]), f"{name}.bias")], f"{name}.out")
+    return graph.op("Add", [graph.constant(bias.reshape(-1, *tail[1:]), f"{name}.bias"), acc], f"{name}.out")
 
 
 def _chain(root: nn.Module, example: Tensor, prefix: str) -> list[tuple[str, nn.Module]]:

@@ -19,9 +19,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises InputError if `path` exists, unless `force`: then it is replaced after the block.
     """
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already; give another output or --force to replace it")
-    _check_parent(path)
+    check_new(path, force=force)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
@@ -41,9 +39,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary file path that becomes `path` when the block ends well, and vanishes otherwise."""
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already; give another output or --force to replace it")
-    _check_parent(path)
+    check_new(path, force=force)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -55,7 +51,10 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _check_parent(path: Path) -> None:
+def check_new(path: Path, *, force: bool = False) -> None:
+    """Raise InputError if `path` exists (unless `force`) or cannot be created: before work is done for it."""
+    if path.exists() and not force:
+        raise InputError(f"{path} exists already; give another output or --force to replace it")
     parent = path.resolve().parent
     if not parent.is_dir():
         raise InputError(f"cannot write {path}: the directory {parent} does not exist")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from quantkit.errors import InputError
 from quantkit.loaders import sb3, torch_module
 from quantkit.model import EnvSpec, Model
+from quantkit.qlayers import QLayer
+from quantkit.recipe import format_name
 
 
 def load_checkpoint(
@@ -41,3 +46,37 @@ def load_checkpoint(
         f"{path}: not a checkpoint; accepted: a Stable-Baselines3 .zip, an rl-zoo folder, a quantized directory,"
         " or a .safetensors or .pt file with factory="
     )
+
+
+def describe_checkpoint(model: Model) -> dict[str, Any]:
+    """What `quantkit inspect` shows: kind, algo, env, spaces, layers and the number of parameters."""
+    layers = []
+    for name, layer in model.layers().items():
+        spatial = isinstance(layer, nn.Conv2d) or (isinstance(layer, QLayer) and layer.op == "conv2d")
+        quantized = isinstance(layer, QLayer)
+        layers.append(
+            {
+                "name": name,
+                "op": "conv2d" if spatial else "linear",
+                "in_features": layer.weight.shape[1] * getattr(layer, "groups", 1),
+                "out_features": layer.weight.shape[0],
+                "kernel": list(layer.weight.shape[2:]) if spatial else None,
+                "parameters": layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()),
+                "weight": format_name(layer.q.fmt if quantized and layer.q else None),
+                "act": format_name(layer.act.fmt if quantized and layer.act else None),
+            }
+        )
+    spec, meta = model.env, model.meta
+    return {
+        "kind": meta.get("kind"),
+        "algo": meta.get("algo"),
+        "env": None if spec is None else spec.id,
+        "env_spec": None if spec is None else asdict(spec),
+        "observations": list(model.example.shape[1:]),
+        "actions": meta.get("action_space"),
+        "normalizer": meta.get("normalizer"),
+        "layers": layers,
+        "parameters": sum(p.numel() for p in model.module.parameters()),
+        "quantized": any(isinstance(layer, QLayer) for layer in model.layers().values()),
+        "sha256": meta.get("sha256"),
+    }

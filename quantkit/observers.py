@@ -8,6 +8,7 @@ other, each with the inputs that the layers changed before it produce.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -163,25 +164,53 @@ def _walk_chain(
 ) -> Iterator[Site]:
     current = [source.module.stage(batch) for batch in calib.batches()]  # type: ignore[operator]
     reference = [] if twin is None else [twin.module.stage(batch) for batch in calib.batches()]  # type: ignore[operator]
+    remaining = len(wanted)
     for index, (name, step) in enumerate(steps):
+        if remaining == 0:
+            return
         if float_steps is not None:
             reference = [float_steps[index][1](x) for x in reference]
         if name in wanted:
+            remaining -= 1
             yield Site(name, layers[name], current, reference)
-        current = [step(x) for x in current]
+        if remaining:
+            current = [step(x) for x in current]
+
+
+class _Enough(Exception):
+    """Raised in a hook: the rest of the forward pass is not needed."""
 
 
 def _walk_any(
     source: Model, twin: Model | None, calib: Calib, wanted: set[str], layers: Mapping[str, QLayer]
 ) -> Iterator[Site]:
-    order: dict[str, None] = {}
-    first = Calib(calib.inputs[:1])
-    collect(source, first, {name: (lambda layer, x, name=name: order.setdefault(name)) for name in wanted})
-    for name in [*order, *sorted(wanted - order.keys())]:
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-        collect(source, calib, {name: lambda layer, x, inputs=inputs: inputs.append(x)})
-        if twin is not None:
-            reference = twin.qlayers()[name]
-            collect(twin, calib, {name: lambda layer, x, outputs=outputs, f=reference: outputs.append(f.forward(x))})
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Observer:
+        def see(layer: QLayer, x: Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return see
+
+    collect(source, Calib(calib.inputs[:1]), {name: count(name) for name in wanted})
+    for name in [*calls, *sorted(wanted - calls.keys())]:
+        inputs = _seen(source, calib, name, calls, lambda layer, x: x)
+        outputs = [] if twin is None else _seen(twin, calib, name, calls, lambda layer, x: layer.forward(x))
         yield Site(name, layers[name], inputs, outputs)
+
+
+def _seen(
+    model: Model, calib: Calib, name: str, calls: Mapping[str, int], of: Callable[[QLayer, Tensor], Tensor]
+) -> list[Tensor]:
+    """`of(layer, input)` for every call of one layer; a pass ends there if the layer runs only once."""
+    kept: list[Tensor] = []
+
+    def see(layer: QLayer, x: Tensor) -> None:
+        kept.append(of(layer, x))
+        if calls[name] == 1:
+            raise _Enough
+
+    for batch in calib.batches() if name in calls else ():
+        with contextlib.suppress(_Enough):
+            collect(model, Calib(batch, len(batch)), {name: see})
+    return kept

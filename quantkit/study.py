@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,28 @@ from quantkit.recipe import Recipe, format_name, quantize
 from quantkit.results import Row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
+from quantkit.statistics import default_margin
 from quantkit.tasks import episodes as episodes_task
 from quantkit.tasks.episodes import Progress, Score
 
 CALIBRATION_STATES = 2048
+
+
+MARGIN_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How designs are measured: what must be equal for two rows to be comparable.
+
+    latency_us or luts: the target that folds the hardware; both None = the estimate's default.
+    """
+
+    episodes: int = 20
+    seed: int = episodes_task.EVALUATION_SEED
+    device: Device | None = None
+    latency_us: float | None = None
+    luts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,20 +57,19 @@ class Study:
     """What every design of a study shares.
 
     states: observations of float rollouts; calibration and fidelity use them. margin: the return
-    that a quantized policy may lose and still count as non-inferior. latency_us or luts: the target
-    that folds the hardware; both None = the estimate's default.
+    that a quantized policy may lose and still count as non-inferior.
     """
 
     model: Model
+    settings: Settings
     states: np.ndarray
     reference: Score
     random: Score
-    margin: float
-    episodes: int
-    seed: int
-    device: Device | None
-    latency_us: float | None = None
-    luts: int | None = None
+
+    @property
+    def margin(self) -> float:
+        """5 % of the distance between the float and the random policy."""
+        return default_margin(self.reference.returns, self.random.returns, MARGIN_FRACTION)
 
 
 def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
@@ -69,29 +88,30 @@ def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Prog
     return episodes_task.collect_states(act, spec, n, episodes=8, progress=progress)
 
 
-def calib_of(states: np.ndarray) -> Calib:
-    """The states as a calibration set."""
-    return Calib(torch.from_numpy(states))
+def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Path | None = None) -> Calib:
+    """A calibration set: the arrays of a .npy or .npz file, else `n` states from rollouts of the policy."""
+    if inputs is None:
+        if not isinstance(model.module, Policy):
+            raise InputError("this network is not a policy; give calibration inputs with --inputs FILE.npy")
+        return Calib(torch.from_numpy(calibration_states(model, n, progress)))
+    try:
+        loaded = np.load(inputs, allow_pickle=False)
+        array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+    except (ValueError, IndexError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{inputs}: not a .npy or .npz file of plain numbers") from None
+    shape = tuple(model.example.shape[1:])
+    if array.shape[1:] != shape or len(array) == 0:
+        raise InputError(f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})")
+    return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
 
 
-def prepare(
-    model: Model,
-    *,
-    episodes: int,
-    seed: int,
-    device: Device | None,
-    latency_us: float | None = None,
-    luts: int | None = None,
-    margin_fraction: float = 0.05,
-    progress: Progress | None = None,
-) -> Study:
+def prepare(model: Model, settings: Settings, progress: Progress | None = None) -> Study:
     """Score the float and a random policy and collect calibration states."""
     policy, spec = policy_of(model)
-    reference = episodes_task.evaluate_policy(policy, spec, episodes=episodes, seed=seed, progress=progress)
-    random = episodes_task.random_score(spec, episodes=episodes, seed=seed, progress=progress)
-    margin = margin_fraction * abs(reference.mean - random.mean)
-    states = calibration_states(model, progress=progress)
-    return Study(model, states, reference, random, margin, episodes, seed, device, latency_us, luts)
+    options: dict[str, Any] = {"episodes": settings.episodes, "seed": settings.seed, "progress": progress}
+    reference = episodes_task.evaluate_policy(policy, spec, **options)
+    random = episodes_task.random_score(spec, **options)
+    return Study(model, settings, calibration_states(model, progress=progress), reference, random)
 
 
 def design_id(recipe: Recipe) -> str:
@@ -110,6 +130,7 @@ def family(recipe: Recipe) -> str:
 def evaluate_design(study: Study, recipe: Recipe) -> Row:
     """The row of one design. What the design itself makes impossible is recorded in `error`."""
     began = time.perf_counter()
+    settings = study.settings
     weights, acts = _format_texts(recipe)
     row: Row = {
         "id": design_id(recipe),
@@ -120,11 +141,11 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
         "family": family(recipe),
         "recipe": recipe.to_json(),
         "checkpoint_sha256": study.model.meta.get("sha256"),
-        "seeds": [study.seed, study.seed + study.episodes - 1],
+        "seeds": [settings.seed, settings.seed + settings.episodes - 1],
         "versions": versions(),
     }
     try:
-        quantized = quantize(study.model, recipe, calib_of(study.states))
+        quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states)))
     except InputError as error:
         return row | {"error": str(error), "seconds": time.perf_counter() - began}
     policy, spec = policy_of(quantized)
@@ -132,28 +153,29 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
     row["bits_per_weight"] = bits_per_weight(quantized)
     row["weight_kib"] = row["bits_per_weight"] * sum(m.weight.numel() for m in quantized.layers().values()) / 8192
     row["quantize_seconds"] = time.perf_counter() - began
-    row["cost"] = hardware_cost(quantized, study)
+    row["cost"] = hardware_cost(quantized, settings)
     row["fidelity"] = episodes_task.compare_on_states(
         compile_policy(float_policy)(study.states),
         compile_policy(policy)(study.states),
         policy.head,
         q_values=study.model.meta.get("algo") in ("dqn", "qrdqn"),
     )
-    result = episodes_task.evaluate(episodes_task.act_of(policy), spec, episodes=study.episodes, seed=study.seed)
+    result = episodes_task.evaluate(episodes_task.act_of(policy), spec, episodes=settings.episodes, seed=settings.seed)
     row["score"] = result.to_json()
     row["verdict"] = episodes_task.compare_scores(study.reference, result, margin=study.margin).to_json()
     return row | {"seconds": time.perf_counter() - began}
 
 
-def hardware_cost(model: Model, study: Study) -> dict[str, Any] | None:
-    """LUTs, FFs, DSPs, BRAM18, cycles and latency on the study's device; None without a device.
+def hardware_cost(model: Model, settings: Settings) -> dict[str, Any] | None:
+    """LUTs, FFs, DSPs, BRAM18, cycles and latency on the device; None without a device.
 
     A design that cannot be built gives {"error": reason}.
     """
-    if study.device is None:
+    if settings.device is None:
         return None
+    target = {"latency_us": settings.latency_us, "luts": settings.luts}
     try:
-        result = estimate(layer_specs(model), study.device, latency_us=study.latency_us, luts=study.luts)
+        result = estimate(layer_specs(model), settings.device, **target)
     except HwError as error:
         return {"error": str(error)}
     record = result.to_json()

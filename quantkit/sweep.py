@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantkit.errors import InputError
-from quantkit.files import new_file
+from quantkit.files import check_new, new_file
+from quantkit.model import Model
 from quantkit.recipe import LayerPlan, Recipe, Step, make_plan
 from quantkit.results import Row, append_row, read_rows, versions
-from quantkit.study import Study, design_id, evaluate_design
+from quantkit.study import Settings, Study, design_id, evaluate_design, prepare
+from quantkit.tasks.episodes import Progress, Score
 
 STUDY_VERSION = 1
 
@@ -49,60 +53,69 @@ class Space:
         return list(found.values())
 
 
-def describe_study(study: Study) -> dict[str, Any]:
-    """The settings that must be the same for two rows to be comparable."""
+def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
+    """The facts that must be the same for two rows to be comparable, as JSON values."""
     return {
         "study_version": STUDY_VERSION,
-        "checkpoint": study.model.meta.get("source"),
-        "checkpoint_sha256": study.model.meta.get("sha256"),
-        "algo": study.model.meta.get("algo"),
-        "env": None if study.model.env is None else vars(study.model.env),
-        "episodes": study.episodes,
-        "seed": study.seed,
-        "device": None if study.device is None else study.device.name,
-        "latency_us": study.latency_us,
-        "luts": study.luts,
+        "checkpoint": model.meta.get("source"),
+        "checkpoint_sha256": model.meta.get("sha256"),
+        "normalizer": (model.meta.get("normalizer") or {}).get("mode"),
+        "algo": model.meta.get("algo"),
+        "env": None if model.env is None else asdict(model.env),
+        "episodes": settings.episodes,
+        "seed": settings.seed,
+        "device": None if settings.device is None else settings.device.name,
+        "latency_us": settings.latency_us,
+        "luts": settings.luts,
     }
 
 
-def open_study(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The stored study.json if it agrees with `settings`, None for a new directory.
+def open_study(folder: Path, model: Model, settings: Settings, progress: Progress | None = None) -> Study:
+    """The study of a directory: read back if it is there and its facts agree, else prepared and written.
 
-    Raises InputError naming what differs, or a directory that holds something else.
+    Raises InputError naming the fact that differs, or a directory that holds something else.
     """
     path = folder / "study.json"
+    facts = describe_study(model, settings)
     if not path.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not a study; give another output directory")
-        return None
+        check_new(folder, force=True)
+        study = prepare(model, settings, progress)
+        _write_study(folder, study, facts)
+        return study
     try:
-        stored: dict[str, Any] = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
         old = stored["settings"]
-    except (json.JSONDecodeError, KeyError):
-        raise InputError(f"{path} is damaged; start a new study directory") from None
-    fresh = json.loads(json.dumps(settings))
-    different = [key for key in fresh if old.get(key) != fresh[key]]
-    if different:
-        key = different[0]
-        what = "another checkpoint" if "checkpoint" in key else f"another {key}"
-        raise InputError(
-            f"{folder} belongs to {what} ({key}: {old.get(key)!r} there, {fresh[key]!r} here); "
-            "give another output directory"
-        )
-    return stored
+        scores = [Score(**{k: _tuple(v) for k, v in stored[name].items()}) for name in ("reference", "random")]
+        states = np.load(folder / "calibration.npy", allow_pickle=False)
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, FileNotFoundError):
+        raise InputError(f"{folder} is a damaged study; start a new study directory") from None
+    for key, fresh in facts.items():
+        if old.get(key) != fresh:
+            what = "another checkpoint" if "checkpoint" in key else f"another {key}"
+            raise InputError(
+                f"{folder} belongs to {what} ({key}: {old.get(key)!r} there, {fresh!r} here); "
+                "give another output directory"
+            )
+    return Study(model, settings, states, *scores)
 
 
-def write_study(folder: Path, study: Study, command: str) -> None:
-    """Create the directory and its study.json."""
+def _tuple(v: Any) -> Any:
+    return tuple(v) if isinstance(v, list) else math.nan if v is None else v
+
+
+def _write_study(folder: Path, study: Study, facts: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     document = {
-        "command": command,
-        "settings": describe_study(study),
+        "settings": facts,
         "margin": study.margin,
         "reference": study.reference.to_json(),
         "random": study.random.to_json(),
         "versions": versions(),
     }
+    with new_file(folder / "calibration.npy", force=True) as path, path.open("wb") as handle:
+        np.save(handle, study.states)
     with new_file(folder / "study.json", force=True) as path:
         path.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -123,7 +123,22 @@ def make_agent(
         for parameter in agent.policy.parameters():
             spread = 0.3 if parameter.ndim < 4 else 0.05
             parameter += spread * torch.randn(parameter.shape, generator=generator)
+    if observation[0] == "image" and action[0] == "discrete":
+        _balance(agent, algorithm)
     return agent
+
+
+def _balance(agent: Any, algorithm: str) -> None:
+    """Shift the last bias so that no action wins on every image."""
+    policy = agent.policy
+    nets = {"DQN": lambda: policy.q_net.q_net[-1], "QRDQN": lambda: policy.quantile_net.quantile_net[-1]}
+    last = nets.get(algorithm, lambda: policy.action_net)()
+    seen: list[torch.Tensor] = []
+    hook = last.register_forward_hook(lambda *call: seen.append(call[2]))
+    agent.predict(observations(agent.observation_space), deterministic=True)
+    hook.remove()
+    with torch.no_grad():
+        last.bias -= seen[0].mean(dim=0)
 
 
 def observations(space: Any, n: int = 64, seed: int = 3) -> np.ndarray:

@@ -73,7 +73,7 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Literal["st
     obs_shape = _obs_shape(obs, where)
     env_spec, problem = zoo.env_spec(checkpoint, math.prod(obs_shape), act.kind == "Box", env)
 
-    outputs = math.prod(act.shape or ()) if act.kind == "Box" else sum(act.nvec)
+    outputs = _outputs(act, where)
     actor = build_actor(algo, archive.tensors, kwargs, obs_shape, outputs, act.kind == "Box", where)
     head = _head(act, actor.squash, env_spec, where)
     normalizer = read_normalizer(checkpoint.vecnormalize) if checkpoint.vecnormalize else None
@@ -153,28 +153,31 @@ def _obs_shape(space: Space, where: str) -> tuple[int, ...]:
     return space.shape
 
 
-def _head(space: Space, squash: bool, env: EnvSpec | None, where: str) -> Head:
-    """How the network's outputs become actions of `space`. Bounds numpy did not print come from the environment."""
-    match space.kind:
-        case "Discrete":
-            return Head("discrete", nvec=space.nvec)  # SB3 never adds `start`
-        case "MultiDiscrete":
-            return Head("multidiscrete", nvec=space.nvec)
-        case "MultiBinary":
-            return Head("multibinary", nvec=(1,) * len(space.nvec))
-        case "Box" if space.shape is not None and len(space.shape) == 1:
-            low, high = space.low, space.high
-            if low is None or high is None:
-                low, high = _bounds_of(env, space.shape, where)
-            if any(math.isnan(a) or math.isnan(b) or a > b for a, b in zip(low, high, strict=True)):
-                raise InputError(f"{where}: action bounds low {low[:4]} and high {high[:4]} are no interval")
-            if squash and not all(map(math.isfinite, low + high)):
-                raise InputError(f"{where}: squashed actions need finite bounds, not low {low[:4]} and high {high[:4]}")
-            return Head("box", low=low, high=high, squash=squash)
+def _outputs(space: Space, where: str) -> int:
+    """How many numbers the actor gives for an action space; InputError for the spaces that are not read."""
+    if space.kind == "Box" and space.shape is not None and len(space.shape) == 1:
+        return space.shape[0]
+    if space.nvec and not (space.kind == "MultiDiscrete" and space.shape is not None and len(space.shape) > 1):
+        return sum(space.nvec)
     raise InputError(
         f"{where}: action space {space.kind} of shape {space.shape} cannot be read;"
         " accepted: Box of one dimension, Discrete, MultiDiscrete, MultiBinary"
     )
+
+
+def _head(space: Space, squash: bool, env: EnvSpec | None, where: str) -> Head:
+    """How the network's outputs become actions of `space`. Bounds numpy did not print come from the environment."""
+    kinds = {"Discrete": "discrete", "MultiDiscrete": "multidiscrete", "MultiBinary": "multibinary"}
+    if space.kind in kinds:
+        return Head(kinds[space.kind], nvec=space.nvec)  # type: ignore[arg-type]  # SB3 never adds `start`
+    low, high = space.low, space.high
+    if low is None or high is None:
+        low, high = _bounds_of(env, space.shape or (), where)
+    if any(math.isnan(a) or math.isnan(b) or a > b for a, b in zip(low, high, strict=True)):
+        raise InputError(f"{where}: action bounds low {low[:4]} and high {high[:4]} are no interval")
+    if squash and not all(map(math.isfinite, low + high)):
+        raise InputError(f"{where}: squashed actions need finite bounds, not low {low[:4]} and high {high[:4]}")
+    return Head("box", low=low, high=high, squash=squash)
 
 
 def _bounds_of(env: EnvSpec | None, shape: tuple[int, ...], where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 import zlib
@@ -27,6 +28,7 @@ _MIB = 2**20
 _TOTAL_BYTES = 2048 * _MIB
 _MEMBER_BYTES = {"data": 256 * _MIB, "policy.pth": 1024 * _MIB, "_stable_baselines3_version": 4096}
 _RATIO, _RATIO_FROM = 200, 100 * _MIB  # a member that unpacks to > 100 MiB may not shrink 200 times
+_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, OSError, ValueError, struct.error)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,10 +62,10 @@ def read_archive(path: Path) -> Archive:
             missing = [name for name in ("data", "policy.pth") if name not in archive.namelist()]
             if missing:
                 raise InputError(
-                    f"{path}: no member {missing[0]!r}; a Stable-Baselines3 zip holds 'data' (JSON) and 'policy.pth'"
+                    f"{path}: no member {missing[0]!r} (truncated?); a Stable-Baselines3 zip holds 'data' (JSON) and 'policy.pth'"
                 )
             blobs = {name: _read(archive, name, path) for name in _MEMBER_BYTES if name in archive.namelist()}
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, OSError, ValueError) as error:
+    except _ZIP_ERRORS as error:
         if isinstance(error, InputError):
             raise
         cause = "empty file" if path.is_file() and path.stat().st_size == 0 else one_line(error)
@@ -129,11 +131,14 @@ def _read_json(blob: bytes, path: Path) -> dict[str, Any]:
 def _read_tensors(blob: bytes, path: Path) -> dict[str, Tensor]:
     """The state dict in policy.pth; only dense floating point tensors that the file really holds."""
     where = f"{path}: policy.pth"
-    try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as inner:
-            _check_members(inner, where)
-    except zipfile.BadZipFile:
-        pass  # before torch 1.6 it was no zip; torch.load reads both
+    if blob.startswith(b"PK"):  # before torch 1.6 it was no zip; torch.load reads both
+        try:
+            with zipfile.ZipFile(io.BytesIO(blob)) as inner:
+                _check_members(inner, where)
+        except _ZIP_ERRORS as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{where} is not a readable zip ({one_line(error)})") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -21,8 +21,8 @@ _MAX_ENTRIES = 10**8
 class Space:
     """A space as printed: kind ("Box", "Discrete", ...), shape or None, dtype, and bounds or sizes.
 
-    low, high: every entry's bound (flat), or None where the printed text left entries out. nvec: sizes
-    of Discrete (one), MultiDiscrete, MultiBinary (two for each), or ().
+    low, high: every entry's bound (flat), or None where the printed text left entries out. nvec: network
+    outputs for each component of Discrete (one size), MultiDiscrete and MultiBinary (ones), else ().
     """
 
     kind: str
@@ -58,10 +58,14 @@ def read_space(data: dict[str, Any], key: str, where: str) -> Space:
             flat = [_uniform(fields, name) for name in ("low", "high")]
             return Space(kind, shape, dtype, low, high, (), len(shape) == 3 and dtype == "uint8" and flat == [0.0, 255.0])
         case "Discrete" | "MultiBinary" | "MultiDiscrete":
-            sizes = [int(float(n)) for n in _NUMBER.findall(str(fields.get("nvec" if kind == "MultiDiscrete" else "n")))]
-            if not sizes or min(sizes) < 1 or (kind != "MultiDiscrete" and len(sizes) != 1) or "..." in str(fields.get("nvec")):
+            text = str(fields.get("nvec" if kind == "MultiDiscrete" else "n"))
+            sizes = [int(n) for n in re.findall(r"\d+", text[:100_000]) if len(n) < 9]
+            plain = re.fullmatch(r"\[[\d\s,]+\]" if kind == "MultiDiscrete" else r"\d{1,8}", text)
+            if not plain or min(sizes) < 1 or sum(sizes) > _MAX_ENTRIES:
                 raise InputError(f"{where}: {key}: unreadable size of {kind}")
-            nvec = (2,) * sizes[0] if kind == "MultiBinary" else tuple(sizes)
+            if kind == "MultiBinary" and sizes[0] > 10**6:
+                raise InputError(f"{where}: {key}: MultiBinary of {sizes[0]} entries; at most 10^6 are read")
+            nvec = (1,) * sizes[0] if kind == "MultiBinary" else tuple(sizes)
             return Space(kind, shape, dtype, nvec=nvec)
     return Space(kind, shape, dtype)
 

@@ -40,7 +40,8 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None) -
         raise InputError(f"{path}: holds tensors only; name the code that builds the module: factory='package.module:callable'")
     module = _build(factory)
     tensors = read_tensors(path)
-    _check(module.state_dict(), tensors, path, factory)
+    _check_shapes(module.state_dict(), tensors, path, factory)
+    _check_values(dict(module.named_parameters()), tensors, path)
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -53,7 +54,7 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None) -
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors in a .safetensors or .pt file; InputError for anything else, NaN or Inf included."""
+    """The named tensors in a .safetensors or .pt file; InputError for anything else."""
     if path.suffix not in _SUFFIXES or not path.is_file():
         raise InputError(f"{path}: not a file of tensors; accepted: {', '.join(_SUFFIXES)}")
     try:
@@ -71,10 +72,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read as tensors ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{path}: holds a {type(state).__name__}; expected a state dict of named tensors")
-    for name, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
-            at = (~torch.isfinite(value.float())).nonzero()[0].tolist()
-            raise InputError(f"{path}: tensor {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
     return state
 
 
@@ -103,7 +100,7 @@ def _build(factory: str) -> nn.Module:
     return module
 
 
-def _check(wanted: dict[str, Tensor], given: dict[str, Tensor], path: Path, factory: str) -> None:
+def _check_shapes(wanted: dict[str, Tensor], given: dict[str, Tensor], path: Path, factory: str) -> None:
     problems = [
         *(f"missing {name!r} {tuple(t.shape)}" for name, t in wanted.items() if name not in given),
         *(f"unexpected {name!r} {tuple(t.shape)}" for name, t in given.items() if name not in wanted),
@@ -116,6 +113,19 @@ def _check(wanted: dict[str, Tensor], given: dict[str, Tensor], path: Path, fact
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise InputError(f"{path}: does not fit what {factory} builds: {', '.join(problems[:6])}{more}")
+
+
+def _check_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], path: Path) -> None:
+    """No tensor may hold NaN, no parameter Inf (a buffer may: an open clipping bound)."""
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized:
+            raise InputError(f"{path}: tensor {name!r} is not a plain dense tensor")
+        if not value.is_floating_point():
+            continue
+        bad = ~torch.isfinite(value.float()) if name in parameters else torch.isnan(value.float())
+        if bad.any():
+            at = bad.nonzero()[0].tolist()
+            raise InputError(f"{path}: tensor {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
 
 
 def _example(module: nn.Module, factory: str) -> Tensor:

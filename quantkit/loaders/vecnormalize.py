@@ -12,6 +12,7 @@ import hashlib
 import math
 import pickletools
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,12 @@ def read_pickle(blob: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, arg, _ in pickletools.genops(blob):
-            if opcode.name == "STOP":
-                return machine.stack[-1]
-            _step(machine, opcode.name, arg)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickletools warns of odd escapes in texts
+            for opcode, arg, _ in pickletools.genops(blob):
+                if opcode.name == "STOP":
+                    return machine.stack[-1]
+                _step(machine, opcode.name, arg)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"damaged pickle: {' '.join(str(error).split())[:120] or type(error).__name__}") from None
     raise ValueError("damaged pickle: it does not end")
@@ -211,7 +214,7 @@ def _from_raw(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     shape = (shape,) if isinstance(shape, int) else shape
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError("array of unreadable shape")
-    blob, kind = _bytes(raw), _dtype(dtype)
+    kind, blob = _dtype(dtype), _bytes(raw)
     if math.prod(shape) * kind.itemsize != len(blob):
         raise ValueError(f"array of shape {shape} with {len(blob)} bytes")
     return np.frombuffer(blob, kind).reshape(shape, order="F" if order == "F" else "C")

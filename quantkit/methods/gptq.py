@@ -6,13 +6,17 @@ H = X X^T. With U^T U = H^-1, U upper triangular, the paper's step for column j 
 
     q = round(w_j);   W_:k -= (w_j - q) / U_jj U_jk    for k > j.
 
-Here the same numbers come from H itself. With H = R R^T, R upper triangular (so U = R^-1), the
-error is the sum over j of |sum_(k <= j) (w_k - q_k) R_kj|^2, and each term is made smallest in turn:
+Here the same numbers come from H itself. Number the columns backwards, so that the paper's first is
+the last, and let H = L L^T, L lower triangular (L = U^-1, turned around). The error is
 
-    q_j = round(w_j + sum_(k < j) (w_k - q_k) N_kj),    N_kj = R_kj / R_jj,
+    sum over j of |sum_(k >= j) (w_k - q_k) L_kj|^2,
+
+and from the last column on each term is made as small as it can be:
+
+    q_j = round(w_j + sum_(k > j) (w_k - q_k) N_kj),    N_kj = L_kj / L_jj,
 
 w being the original weights. That needs one Cholesky factor and no inverse, and one product of a
-vector with the errors so far in place of an update of everything to the right. Matrices are stored
+vector with the errors so far in place of an update of everything still to come. Matrices are stored
 by columns, so that a column is contiguous; the groups of a convolution run side by side.
 
 Differs from the paper: the arithmetic above; inputs that are never active round to nearest instead
@@ -29,97 +33,112 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hwmodel.formats import Format
+from hwmodel.formats import Format, Levels, max_value, min_value
 from hwmodel.spec import PerGroup
 from quantkit.model import Calib, Model
 from quantkit.observers import Gram, walk
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import ScaleRule, expand_scale, fit_groups, fit_scale, from_values
-from quantkit.rounding import round_to
+from quantkit.rounding import round_array, round_to, rounder
 
 CHANGES = frozenset({"weights"})
 
 
 def factorize(H: Tensor, damp: float = 0.01) -> tuple[Tensor, float] | None:
-    """N of H + damp mean(diag H) I, unit upper triangular, and the damping used; None if all fails.
+    """N of H + damp mean(diag H) I, unit lower triangular, and the damping used; None if all fails.
 
-    H: (groups, columns, columns). The damping grows tenfold up to 1; the last try keeps the diagonal.
+    H: (groups, columns, columns). An input that is never active counts as one of mean size; the
+    damping grows tenfold from 0.001 up to 1.
     """
-    if not torch.isfinite(H).all():
+    if not H.numel() or not torch.isfinite(H).all():
         return None
-    diagonal = H.diagonal(dim1=1, dim2=2)
+    damped = H.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(dim=1, keepdim=True)
-    H = H.flip(1, 2)  # the lower factor of the flipped matrix is the flipped upper factor
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    undamped = torch.where(diagonal > 0, diagonal, mean)
     for amount in (damp, *(d for d in (1e-3, 1e-2, 1e-1, 1.0) if d > damp)):
-        damped = H.clone()
-        damped.diagonal(dim1=1, dim2=2).add_((amount * mean).clamp_min(torch.finfo(H.dtype).tiny))
-        lower, info = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(undamped + amount * mean)
+        L, info = torch.linalg.cholesky_ex(damped)
         if not info.any():
-            R = lower.flip(1, 2)
-            return R / R.diagonal(dim1=1, dim2=2).unsqueeze(1), amount
+            return L.div_(L.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()), amount
     return None
 
 
 def solve(
-    W: Tensor, N: Tensor, fmt: Format, scale: Tensor | Callable[[Tensor, int], Tensor], size: int, block: int
+    W: Tensor, N: Tensor, fmt: Format, scale: Callable[[Tensor, int], Tensor], size: int, block: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Grid values Q (columns, groups, rows) for W of that shape, and their scales.
+    """Grid values Q and scales for W.
 
-    N: (groups, columns, columns) of `factorize`. scale: (columns or 1, groups, rows), or a function
-    from the weights about to be rounded, (size, groups, rows), and their first column to the scale
-    of their group, (groups, rows). block: columns between two matrix products; it does not change the result
+    W, Q: float32 (columns, groups, rows), from the last column to be rounded to the first. N:
+    (groups, columns, columns) of `factorize`. Every `size` columns share scales, (groups, rows):
+    `scale` gives them, seeing these columns as they are then and the number of the first; the
+    scales returned are (columns / size, groups, rows). block: columns handled one by one; feedback
+    beyond them is one matrix product each time the columns double. It does not change the result
     beyond float noise. Runs on one thread: a column is too little work to share.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _solve(W, N, fmt, scale, size, block)
+        Q, T, scales = W.clone(), W.clone(), []  # T: W plus the feedback received so far, then W - Q
+        for edge in range(len(W) - size, -1, -size):
+            group = slice(edge, edge + size)
+            s = scale(T[group], edge)
+            scales.append(s)
+            Q[group] /= s
+            T[group] /= s
+            _span(Q[group], T[group], N[:, group, group], _in_place(fmt), block)
+            T[group] *= s
+            _feed(T[:edge], T[group], N[:, group, :edge])
+        return Q, torch.stack(scales[::-1])
     finally:
         torch.set_num_threads(threads)
 
 
-def _solve(
-    W: Tensor, N: Tensor, fmt: Format, scale: Tensor | Callable[[Tensor, int], Tensor], size: int, block: int
-) -> tuple[Tensor, Tensor]:
-    columns, groups, _ = W.shape
-    T, D, Q = W.clone(), torch.empty_like(W), torch.empty_like(W)  # W plus feedback, W - Q, Q
-    fitted: list[Tensor] = []
-    C = N.permute(2, 1, 0).contiguous()  # C[j, :j] meets the errors of the columns before j
-    fixed = scale if isinstance(scale, Tensor) else None
-    step = block if fixed is not None else min(block, size)
-    start = 0
-    while start < columns:
-        stop = min(start + step, columns, columns if fixed is not None else (start // size + 1) * size)
-        if fixed is None and start % size == 0:
-            fitted.append(scale(T[start : start + size], start))  # type: ignore[operator]
-        for j in range(start, stop):
-            w = _feedback(T[j], D[start:j], C[j, start:j])
-            s = fitted[-1] if fixed is None else fixed[j if len(fixed) > 1 else 0]
-            q = torch.div(w, s, out=Q[j])
-            q.copy_(round_to(q, fmt))
-            torch.addcmul(W[j], q, s, value=-1, out=D[j])
-        if stop < columns:
-            late = T[stop:].transpose(0, 1)
-            late.baddbmm_(N[:, start:stop, stop:].mT, D[start:stop].transpose(0, 1))
-        start = stop
-    return Q, fixed if fixed is not None else torch.stack(fitted)
+def _span(Q: Tensor, T: Tensor, N: Tensor, nearest: Callable[[np.ndarray], Any], block: int) -> None:
+    """Round all columns of Q and T (in units of the scale), from the last to the first, in place."""
+    if len(Q) > block:
+        middle = (len(Q) // 2 + block - 1) // block * block
+        _span(Q[middle:], T[middle:], N[:, middle:, middle:], nearest, block)
+        _feed(T[:middle], T[middle:], N[:, middle:, :middle])
+        _span(Q[:middle], T[:middle], N[:, :middle, :middle], nearest, block)
+        return
+    values, targets = Q.numpy(), T.numpy()  # numpy, as one call of it costs a fraction of torch's
+    q = np.empty_like(values[0])
+    for j in range(len(values) - 1, -1, -1):
+        if j + 1 < len(values):
+            if len(q) == 1:
+                T[j, 0].addmv_(T[j + 1 :, 0].T, N[0, j + 1 :, j])
+            else:
+                T[j] += (T[j + 1 :] * N[:, j + 1 :, j].T.unsqueeze(-1)).sum(dim=0)
+        np.copyto(q, targets[j])
+        nearest(q)
+        np.subtract(values[j], q, out=targets[j])
+        np.copyto(values[j], q)
 
 
-def _feedback(w: Tensor, errors: Tensor, n: Tensor) -> Tensor:
-    """w + sum_k n_k errors_k: w (groups, rows), errors (k, groups, rows), n (k, groups)."""
-    if not len(errors):
-        return w
-    if w.shape[0] == 1:
-        return torch.addmv(w[0], errors[:, 0].T, n[:, 0]).unsqueeze(0)
-    return (errors * n.unsqueeze(-1)).sum(dim=0).add_(w)
+def _feed(T: Tensor, errors: Tensor, N: Tensor) -> None:
+    """T_j += sum_k N_kj errors_k, in place: T (j, groups, rows), errors (k, groups, rows), N (groups, k, j)."""
+    if len(T) and T.shape[1] == 1:
+        T[:, 0].addmm_(N[0].T, errors[:, 0])
+    elif len(T):
+        T.transpose(0, 1).baddbmm_(N.mT, errors.transpose(0, 1))
+
+
+def _in_place(fmt: Format) -> Callable[[np.ndarray], Any]:
+    if isinstance(fmt, Levels):
+        return lambda u: round_array(u, fmt)
+    return rounder(fmt, min_value(fmt), max_value(fmt))
 
 
 def row_errors(D: Tensor, H: Tensor) -> Tensor:
     """|D_r X|^2 of every row of D (groups, rows, columns) under H, (groups, rows)."""
-    return (torch.bmm(D, H) * D).sum(dim=-1)
+    parts = [(torch.bmm(part, H) * part).sum(dim=-1) for part in D.split(128, dim=1)]
+    return torch.cat(parts, dim=1)
 
 
 def apply(
@@ -131,7 +150,7 @@ def apply(
     pow2: bool = False,
     damp: float = 0.01,
     act_order: bool = False,
-    block: int = 128,
+    block: int = 16,
     sequential: bool = True,
 ) -> dict[str, float]:
     """Quantize every planned weight that is still float.
@@ -146,7 +165,7 @@ def apply(
         gram = Gram()
         for x in site.inputs:
             gram(site.layer, x)
-        H = torch.zeros(0) if gram.total is None else gram.total / gram.count
+        H = torch.zeros(0) if gram.total is None else gram.total.div_(gram.count)
         rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
         for key, value in _layer(site.layer, H, rule, damp, act_order, block).items():
             report[key] = max(report[key], value) if key == "largest_damp" else report[key] + value
@@ -158,70 +177,71 @@ def _layer(
 ) -> dict[str, float]:
     fmt, granularity = layer.plan.weight, layer.plan.granularity
     assert fmt is not None
-    W = layer.weight.detach().float().reshape(layer.groups, layer.weight.shape[0] // layer.groups, -1)
-    groups, rows, columns = W.shape
+    W = layer.weight.detach().float().flatten(1)
+    out, columns = W.shape
+    groups, rows = layer.groups, out // layer.groups
     importance = None
     if H.numel() and rule["rule"] == "importance":
         importance = H.diagonal(dim1=1, dim2=2)  # (groups, columns)
         importance = (importance + 1e-3 * importance.mean()).repeat_interleave(rows, dim=0)
     nearest = fit_scale(layer.weight, fmt, granularity, importance=importance, **rule)
     S = expand_scale(nearest, columns)
-    near = round_to(W.reshape(groups * rows, columns) / S, fmt)
-    near_scale = nearest.expand(groups * rows, -1)
+    near = round_to(W / S, fmt)
     dead = float((H.diagonal(dim1=1, dim2=2) == 0).sum()) if H.numel() else 0.0
 
-    factor = None
-    if H.numel():
-        order = _order(H, act_order)
-        factor = factorize(_permuted(H, order), damp)
+    order = _order(H, act_order)
+    factor = factorize(_permuted(H, order), damp)
     if factor is None:
         layer.set_weight(from_values(near, nearest, fmt, granularity, tuple(layer.weight.shape)))
         return {"nearest_layers": 1.0, "dead_inputs": dead}
     N, used = factor
 
+    def by_columns(matrix: Tensor) -> Tensor:  # (out, columns or 1) -> (columns or 1, groups, rows)
+        cube = matrix.reshape(groups, rows, -1).permute(2, 0, 1)
+        if len(cube) == 1:
+            return cube
+        return cube.flip(0) if order is None else cube.gather(0, order.T.unsqueeze(-1).expand(-1, -1, rows))
+
+    def by_rows(cube: Tensor) -> Tensor:  # the inverse
+        if order is not None:
+            cube = cube.gather(0, order.argsort(dim=1).T.unsqueeze(-1).expand(-1, -1, rows))
+        return (cube.flip(0) if order is None else cube).permute(1, 2, 0).reshape(out, -1)
+
     def fit(weights: Tensor, start: int) -> Tensor:
-        elements = weights.permute(1, 2, 0).reshape(groups * rows, 1, -1)
-        share = None if importance is None else importance[:, None, start : start + elements.shape[2]]
-        fitted = fit_groups(
-            elements, fmt, rule["rule"], percentile=rule["percentile"], column_weight=share, pow2=rule["pow2"]
-        )
-        return fitted.reshape(groups, rows)
+        if size == columns:
+            return nearest.expand(out, 1).reshape(groups, rows)
+        if order is not None:
+            return by_columns(S)[start]
+        elements = weights.permute(1, 2, 0).reshape(out, 1, size)
+        share = None if importance is None else importance.flip(1)[:, None, start : start + size]
+        options = {"percentile": rule["percentile"], "pow2": rule["pow2"]}
+        return fit_groups(elements, fmt, rule["rule"], column_weight=share, **options).reshape(groups, rows)
 
-    def by_columns(matrix: Tensor) -> Tensor:  # (groups * rows, columns or 1) -> (columns or 1, groups, rows)
-        cube = matrix.reshape(groups, rows, -1)
-        if cube.shape[2] > 1 and order is not None:
-            cube = cube.gather(2, order[:, None, :].expand(-1, rows, -1))
-        return cube.permute(2, 0, 1).contiguous()
-
-    size = granularity.size if isinstance(granularity, PerGroup) else columns
     moving = isinstance(granularity, PerGroup) and order is None
-    Q, fitted = solve(
-        by_columns(W), N, fmt, fit if moving else by_columns(S.expand(groups * rows, -1)), size, block
-    )
-    if order is not None:
-        back = order.argsort(dim=1).T.unsqueeze(-1).expand(-1, -1, rows)
-        Q = Q.gather(0, back)
-    values = Q.permute(1, 2, 0).reshape(groups * rows, columns)
-    scales = fitted.permute(1, 2, 0).reshape(groups * rows, -1) if moving else near_scale
+    size = columns if not isinstance(granularity, PerGroup) else granularity.size if moving else 1
+    Q, fitted = solve(by_columns(W), N, fmt, fit, size, block)
+    values, scale = by_rows(Q), by_rows(fitted) if moving else nearest
 
     def errors(v: Tensor, s: Tensor) -> Tensor:
-        return row_errors((v * expand_scale(s, columns)).reshape(W.shape) - W, H).reshape(-1, 1)
+        return row_errors((v * expand_scale(s, columns)).sub_(W).reshape(groups, rows, columns), H).reshape(out, 1)
 
-    better = errors(values, scales) <= errors(near, near_scale)
-    values = torch.where(better, values, near)
-    kept = torch.where(better, scales, near_scale) if moving else nearest
-    layer.set_weight(from_values(values, kept, fmt, granularity, tuple(layer.weight.shape)))
+    better = errors(values, scale) <= errors(near, nearest)
+    if not better.all():
+        values = torch.where(better, values, near)
+        scale = torch.where(better, scale, nearest) if moving else scale
+    layer.set_weight(from_values(values, scale, fmt, granularity, tuple(layer.weight.shape)))
     return {"nearest_rows": float((~better).sum()), "dead_inputs": dead, "largest_damp": used}
 
 
 def _order(H: Tensor, act_order: bool) -> Tensor | None:
-    """Columns by falling diagonal, (groups, columns), or None to keep them."""
-    return H.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True) if act_order else None
+    """Columns from the smallest diagonal to the largest, (groups, columns), or None to keep them."""
+    return H.diagonal(dim1=1, dim2=2).argsort(dim=1, stable=True) if act_order and H.numel() else None
 
 
 def _permuted(H: Tensor, order: Tensor | None) -> Tensor:
-    if order is None:
-        return H
+    """H with its columns as `solve` wants them: from the last to be rounded to the first."""
+    if order is None or not H.numel():
+        return H.flip(1, 2) if H.numel() else H
     columns = H.shape[1]
     H = H.gather(1, order[:, :, None].expand(-1, -1, columns))
     return H.gather(2, order[:, None, :].expand(-1, columns, -1))

@@ -103,7 +103,7 @@ def bare_env(spec: EnvSpec) -> tuple[gymnasium.Env[Any, Any], int | None]:
     env: Any = open_env(spec)
     from gymnasium import wrappers
 
-    known = tuple(getattr(wrappers.common, name) for name in _NO_OPS)
+    known = tuple(getattr(wrappers, name) for name in _NO_OPS)
     limit: int | None = None
     while type(env) in known:
         if isinstance(env, wrappers.TimeLimit):

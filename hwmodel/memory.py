@@ -1,0 +1,76 @@
+"""Where bits are kept: constants in logic, LUTRAM or 18 Kb block RAMs, by the shapes the device has.
+
+Shape rules of block RAMs as in FINN's model of a matrix-vector unit (Xilinx/finn).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from hwmodel.cost import ZERO, Cost
+
+Kind = Literal["none", "logic", "registers", "lutram", "bram"]
+
+LUTRAM_DEPTH = 128
+"""Deepest memory that goes to LUTs on its own accord: two LUT6 (64 x 1) per bit and a free MUXF7."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A chosen memory: what it is made of, its words and its cost."""
+
+    kind: Kind
+    width: int
+    depth: int
+    cost: Cost
+
+
+def bram18(width: int, depth: int) -> int:
+    """18 Kb block RAMs for `depth` words of `width` bits.
+
+    >>> bram18(36, 512), bram18(256, 64), bram18(1, 16384), bram18(9, 2049)
+    (1, 8, 1, 2)
+    """
+    if width <= 0 or depth <= 0:
+        return 0
+    if width == 1:
+        return math.ceil(depth / 16384)
+    if width == 2:
+        return math.ceil(depth / 8192)
+    if width <= 4:
+        return math.ceil(depth / 4096)
+    if width <= 9:
+        return math.ceil(depth / 2048)
+    if width <= 18 or depth > 512:
+        return math.ceil(depth / 1024) * math.ceil(width / 18)
+    return math.ceil(width / 36)
+
+
+def rom(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto") -> Memory:
+    """Constants read one word per cycle. Depth 1 is wiring; up to `LUTRAM_DEPTH` LUTs; else block RAM."""
+    if width <= 0 or depth <= 0:
+        return Memory("none", 0, 0, ZERO)
+    if depth == 1:
+        return Memory("logic", width, depth, ZERO)
+    if kind == "lutram" or (kind == "auto" and depth <= LUTRAM_DEPTH):
+        blocks = math.ceil(depth / 64)
+        select = math.ceil((math.ceil(blocks / 4) - 1) / 3)  # MUXF7 and MUXF8 join four LUTs for nothing
+        return Memory("lutram", width, depth, Cost(luts=width * (blocks + select), ffs=width))
+    return Memory("bram", width, depth, Cost(bram18=bram18(width, depth)))
+
+
+def ram(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto") -> Memory:
+    """A buffer written and read in the same cycle: registers, simple dual-port LUTRAM, or block RAM.
+
+    LUTRAM of 32 words has 6 bits in 4 LUTs (RAM32M), of 64 words 3 bits in 4 LUTs (RAM64M).
+    """
+    if width <= 0 or depth <= 0:
+        return Memory("none", 0, 0, ZERO)
+    if depth == 1:
+        return Memory("registers", width, depth, Cost(ffs=width))
+    if kind == "lutram" or (kind == "auto" and depth <= LUTRAM_DEPTH):
+        luts = 4 * math.ceil(width / 6) if depth <= 32 else 4 * math.ceil(width / 3) * math.ceil(depth / 64)
+        return Memory("lutram", width, depth, Cost(luts=luts, ffs=width))
+    return Memory("bram", width, depth, Cost(bram18=bram18(width, depth)))

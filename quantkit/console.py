@@ -1,0 +1,111 @@
+"""How the command line speaks: tables and JSON on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from quantkit.errors import InputError
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn InputError into one line and exit code 2; any other exception is our fault, exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (InputError, _hw_error()) as error:
+            fail(str(error), 2)
+        except KeyboardInterrupt:
+            fail("interrupted; finished work is kept", 130)
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+        except OSError as error:
+            fail(f"{error.filename or 'file'}: {error.strerror or error}", 2)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            fail(f"internal error ({type(error).__name__}); please report it with the lines above", 1)
+
+    return run
+
+
+def _hw_error() -> type[Exception]:
+    module = sys.modules.get("hwmodel.errors")
+    return module.HwError if module else InputError  # only raised once that module is loaded
+
+
+def fail(message: str, code: int) -> None:
+    """Print one `error:` line on stderr and leave with this exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; NaN and infinities become null."""
+    print(json.dumps(_plain(document), indent=1))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_table(title: str, columns: dict[str, str], rows: list[list[str]], *, highlight: int | None = None) -> None:
+    """A rich table on stdout; `columns` maps a heading to "left" or "right"."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
+    for index, row in enumerate(rows):
+        table.add_row(*(Text(cell) for cell in row), style="bold green" if index == highlight else None)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def say(text: str) -> None:
+    """A line for people, on stdout."""
+    print(text)
+
+
+@contextmanager
+def progress_bar(description: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and remaining time on stderr; yields `update(done, total)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
+            rate = f"{speed:.3g} {unit}/s" if speed else ""
+            progress.update(task, completed=done, total=total, rate=rate)
+
+        yield update

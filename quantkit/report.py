@@ -1,0 +1,77 @@
+"""What a finished sweep leaves beside its rows: `pareto.csv` and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import InputError
+from quantkit.files import new_file
+from quantkit.pareto import COLUMNS, front, knee, value
+from quantkit.results import Row, read_rows
+
+FRONTS = ("luts", "weight_kib", "dsps", "latency_us")
+
+
+def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    """study.json and the rows of a study directory; InputError if it is none or has no finished design."""
+    path = folder / "study.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a study directory (no study.json); run quantkit sweep first")
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise InputError(f"{path} is damaged") from None
+    rows = [row for row in read_rows(folder / "rows.jsonl") if "error" not in row]
+    if not rows:
+        raise InputError(f"{folder} has no finished design yet; run the sweep again to go on")
+    return document, rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One flat record per design for a spreadsheet: names, numbers, and a front_X column for each front."""
+    fronts = {x: set(front(rows, x, "mean")) for x in FRONTS}
+    records = []
+    for index, row in enumerate(rows):
+        record = {key: row[key] for key in ("id", "weights", "acts", "granularity", "steps", "family")}
+        score = row["score"]
+        record |= {"mean": score["mean"], "stderr": score["stderr"], "iqm": score["iqm"], "n": score["n"]}
+        record |= {"iqm_low": score["iqm_low"], "iqm_high": score["iqm_high"], "verdict": row["verdict"]["verdict"]}
+        record |= {name: value(row, name) for name in COLUMNS if name not in record}
+        record |= {f"front_{x}": index in members for x, members in fronts.items()}
+        records.append(record)
+    return records
+
+
+def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = "pareto") -> dict[str, Any]:
+    """Write pareto.csv, STEM.png and STEM.svg into the study; what `quantkit pareto` prints.
+
+    The result has `front` (rows ordered by cost), `knee` (the design to take) and `files`.
+    """
+    import pandas as pd
+
+    from quantkit.figures import pareto_figure, save_figure
+
+    document, rows = read_study(folder)
+    if all(value(row, x) is None for row in rows):
+        raise InputError(f"no design of {folder} has a number for {x!r}; sweep with quantized activations and --device")
+    on_front = front(rows, x, y)
+    reference, margin = document["reference"], document["margin"]
+    chosen = knee(rows, on_front, reference["mean"], margin, x)
+    with new_file(folder / "pareto.csv", force=True) as path:
+        frame = pd.DataFrame(table(rows)).sort_values(["luts", "weight_kib"], kind="stable")
+        frame.to_csv(path, index=False)
+    settings = document["settings"]
+    env = (settings.get("env") or {}).get("id", "")
+    title = f"{env} ({str(settings['algo']).upper()}): {len(rows)} designs, {settings['episodes']} episodes each"
+    files = save_figure(pareto_figure(rows, reference, margin, x=x, y=y, title=title), folder / stem)
+    return {
+        "reference": {k: reference[k] for k in ("mean", "stderr", "n")},
+        "margin": margin,
+        "designs": len(rows),
+        "front": [rows[i] for i in on_front],
+        "knee": None if chosen is None else rows[chosen],
+        "files": [str(folder / "pareto.csv"), *map(str, files)],
+    }

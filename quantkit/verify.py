@@ -1,0 +1,359 @@
+"""Verification of an exported file: torch against onnxruntime on real states and whole episodes.
+
+What may differ. With target "qdq" the sums of a quantized network are exact and both sides
+agree bit for bit, except where a transcendental activation (tanh, sigmoid, GELU, ELU: last-bit
+differences between libraries) or a float layer comes first. Such a difference of one part in
+10^7 is invisible, unless it falls on the boundary between two grid values: then one value
+rounds the other way and the output moves by what one step of that layer is worth. Every state
+that deviates is checked for this. A deviation with no value near a boundary has no innocent
+explanation: the file is wrong, and `ok` is False.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from hwmodel import formats
+from quantkit.errors import InputError
+from quantkit.export import canonical, open_session
+from quantkit.model import Model
+from quantkit.policy import Head, Policy
+from quantkit.qlayers import QLayer
+from quantkit.rounding import round_to
+from quantkit.simulate import compile_policy
+
+Act = Callable[[np.ndarray], np.ndarray]
+Progress = Callable[[str, int, int], None]
+
+OUTPUT_TOLERANCE = 1e-5
+"""Outputs agree within this part of the largest torch output; several times float32 rounding of a deep network."""
+ACTION_TOLERANCE = 1e-4
+"""Continuous actions agree within this part of their range."""
+BOUNDARY = 2.0**-19
+"""A value is at a rounding boundary if moving it by this part of its layer's largest input rounds it elsewhere."""
+MIN_AGREEMENT, MAX_FLIPS = 0.99, 0.05
+"""How many states must keep their action, and how many may deviate by boundaries, for `ok`."""
+_BATCH = 1024
+
+
+class Evaluate(Protocol):
+    """Returns of `episodes` episodes with seeds seed, seed + 1, ...: an array (episodes,)."""
+
+    def __call__(self, act: Act, *, episodes: int, seed: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well an ONNX file in onnxruntime agrees with the torch policy.
+
+    n: states compared. compared: "outputs" of the network, or "actions" if the file computes those.
+    max_abs: largest absolute difference. max_lsb: the same in LSBs of the last layer, the step of
+    its products (input scale * weight scale of that output * steps of the two formats; for
+    groups, the smallest scale of the row), or None where the last layer is not quantized on both
+    sides or actions were compared.
+    action_agreement: fraction of states with the same action (continuous: within 1e-4 of the range).
+    first_mismatch: first state with another action or with outputs beyond float rounding, or None.
+    flips: such states that a value on a rounding boundary explains. unexplained: those without.
+    mean, mean_torch: mean return of whole episodes on the same seeds through onnxruntime and torch,
+    None without episodes. equal_returns: how many episodes returned exactly the same.
+    ok: no unexplained state, at least 99 % equal actions, at most 5 % flips, and returns equal within
+    3 standard errors of their paired differences. reason: one line that says what is not ok.
+    """
+
+    n: int
+    compared: str
+    max_abs: float
+    max_lsb: float | None
+    action_agreement: float
+    first_mismatch: int | None
+    flips: int
+    unexplained: int
+    episodes: int
+    seed: int
+    mean: float | None
+    mean_torch: float | None
+    equal_returns: int | None
+    ok: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; a number that is not finite becomes None."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+def verify(
+    model: Model,
+    onnx_path: Path,
+    *,
+    states: np.ndarray,
+    episodes: int = 0,
+    seed: int = 1000,
+    evaluate: Evaluate | None = None,
+    progress: Progress | None = None,
+) -> Agreement:
+    """Compare the file with the model on `states` (n, *input shape) and, for a policy, on whole episodes.
+
+    evaluate: how episodes are run; by default in `model.env`. Raises InputError for a file that is
+    missing, no ONNX, or of another artifact (checkpoint, recipe or shapes), and for unfit states.
+    """
+    session, facts = _open(model, Path(onnx_path))
+    head = model.module.head if isinstance(model.module, Policy) else None
+    as_actions = facts["postprocess"] == "true"
+    runtime = _runner(session, Path(onnx_path))
+    inputs = _states(model, session, states)
+    outputs, others = [], []
+    for start in range(0, len(inputs), _BATCH):
+        if progress:
+            progress("states", start, len(inputs))
+        outputs.append(_torch(model.module, inputs[start : start + _BATCH]))
+        others.append(runtime(inputs[start : start + _BATCH]))
+    if progress:
+        progress("states", len(inputs), len(inputs))
+    out, other = np.concatenate(outputs), np.concatenate(others)
+    expected = head.actions(out) if head and as_actions else out
+    if other.shape != expected.shape:
+        raise InputError(f"{onnx_path}: gives {other.shape[1:]} per state where the model gives {expected.shape[1:]}")
+
+    difference = np.abs(expected.astype(np.float64) - other).reshape(len(out), -1)
+    difference[~np.isfinite(difference)] = np.inf
+    tolerance = OUTPUT_TOLERANCE * float(np.abs(expected).max(initial=1e-30))
+    deviates = difference.max(axis=1) > tolerance
+    if head is None:
+        same = ~deviates
+    else:
+        same = _same_actions(head, head.actions(out), other if as_actions else head.actions(other))
+    rows = np.flatnonzero(deviates | ~same)
+    explained = _at_boundary(model.module, inputs[rows])
+    if head is not None:
+        near_tie = _near_tie(head, out[rows], OUTPUT_TOLERANCE * float(np.abs(out).max(initial=1e-30)))
+        explained |= near_tie & (as_actions | ~deviates[rows])
+    unexplained = int((~explained).sum())
+    lsb = None if as_actions else _lsb(model)
+    returns, reference = _returns(model, runtime, as_actions, episodes, seed, evaluate, progress)
+
+    agreement = float(same.mean())
+    reason = ""
+    if unexplained:
+        reason = f"{unexplained} of {len(out)} states differ with no value at a rounding boundary, first {rows[~explained][0]}"
+    elif agreement < MIN_AGREEMENT:
+        reason = f"only {agreement:.2%} of the states keep their action"
+    elif len(rows) > MAX_FLIPS * len(out):
+        reason = f"{len(rows)} of {len(out)} states differ, each with a value at a rounding boundary"
+    elif returns is not None and not _equal_means(returns, reference):
+        reason = f"mean return {returns.mean():.6g} in onnxruntime, {reference.mean():.6g} in torch on the same seeds"
+    return Agreement(
+        n=len(out),
+        compared="actions" if as_actions else "outputs",
+        max_abs=float(difference.max(initial=0.0)),
+        max_lsb=None if lsb is None or lsb.shape[0] != difference.shape[1] else float((difference / lsb).max(initial=0.0)),
+        action_agreement=agreement,
+        first_mismatch=int(rows[0]) if rows.size else None,
+        flips=int(explained.sum()),
+        unexplained=unexplained,
+        episodes=episodes,
+        seed=seed,
+        mean=None if returns is None else float(returns.mean()),
+        mean_torch=None if returns is None else float(reference.mean()),
+        equal_returns=None if returns is None else int((returns == reference).sum()),
+        ok=not reason,
+        reason=reason,
+    )
+
+
+def onnx_act(path: Path, head: Head) -> Act:
+    """The actions of an exported policy as a numpy function, for `quantkit.tasks.episodes`."""
+    path = Path(path)
+    session = _session(path)
+    run = _runner(session, path)
+    if session.get_modelmeta().custom_metadata_map.get("postprocess") == "true":
+        return run
+    return lambda obs: head.actions(run(obs))
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return open_session(path)
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise InputError(f"{path}: onnxruntime cannot load it ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+    """The session and its metadata, after checking that the file was made from this model."""
+    session = _session(path)
+    facts = session.get_modelmeta().custom_metadata_map
+    if "quantkit_version" not in facts:
+        raise InputError(f"{path}: was not exported by quantkit (no metadata), so it cannot be compared with this model")
+    sha = str(model.meta.get("sha256", ""))
+    if facts["source_sha256"] != sha:
+        theirs, ours = facts["source_sha256"][:12] or "unknown", sha[:12] or "unknown"
+        raise InputError(f"{path}: was exported from another checkpoint (sha256 {theirs}, this model's is {ours})")
+    recipe = model.meta.get("recipe")
+    if facts.get("recipe") != (None if recipe is None else canonical(recipe)):
+        raise InputError(f"{path}: was exported from the same checkpoint quantized by another recipe")
+    shape = list(model.module.obs_shape if isinstance(model.module, Policy) else model.example.shape[1:])
+    if len(session.get_inputs()) != 1 or session.get_inputs()[0].shape[1:] != shape:
+        raise InputError(f"{path}: takes inputs {session.get_inputs()[0].shape[1:]}, this model takes {shape}")
+    return session, facts
+
+
+def _runner(session: onnxruntime.InferenceSession, path: Path) -> Act:
+    entry, name = session.get_inputs()[0], session.get_outputs()[0].name
+    dtype = np.uint8 if entry.type == "tensor(uint8)" else np.float32
+
+    def run(x: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(session.run([name], {entry.name: np.ascontiguousarray(x, dtype)})[0])
+        except Exception as error:
+            raise InputError(f"{path}: onnxruntime cannot run it ({_line(error)})") from None
+
+    return run
+
+
+def _states(model: Model, session: onnxruntime.InferenceSession, states: np.ndarray) -> np.ndarray:
+    entry = session.get_inputs()[0]
+    array = np.asarray(states, np.uint8 if entry.type == "tensor(uint8)" else np.float32)
+    if array.ndim == 0 or len(array) == 0 or list(array.shape[1:]) != entry.shape[1:]:
+        raise InputError(f"states of shape {array.shape} given; accepted: (n, {', '.join(map(str, entry.shape[1:]))}), n >= 1")
+    return array
+
+
+def _torch(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return module(torch.from_numpy(np.ascontiguousarray(inputs))).numpy()
+
+
+def _same_actions(head: Head, actions: np.ndarray, others: np.ndarray) -> np.ndarray:
+    if head.kind != "box":
+        return (actions == others).reshape(len(actions), -1).all(axis=1)
+    span = np.asarray(head.high, np.float64) - np.asarray(head.low, np.float64)
+    span = np.where(np.isfinite(span), span, np.abs(actions).max(initial=1.0))
+    return (np.abs(actions.astype(np.float64) - others) <= ACTION_TOLERANCE * span).all(axis=1)
+
+
+def _near_tie(head: Head, out: np.ndarray, tolerance: float) -> np.ndarray:
+    """Rows whose discrete action float rounding may decide: the best two outputs, or zero, within twice the tolerance."""
+    tie = np.zeros(len(out), bool)
+    if head.kind == "multibinary":
+        tie = (np.abs(out) <= 2 * tolerance).any(axis=1)
+    elif head.kind in ("discrete", "multidiscrete"):
+        edges = np.cumsum((0, *head.nvec))
+        for first, last in zip(edges[:-1], edges[1:], strict=True):
+            if last - first > 1:
+                top = np.sort(out[:, first:last], axis=1)[:, -2:]
+                tie |= top[:, 1] - top[:, 0] <= 2 * tolerance
+    return tie
+
+
+def _at_boundary(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    """Which inputs lead some quantizer to a value that a tiny move would round elsewhere."""
+    found = np.zeros(len(inputs), bool)
+    if not len(inputs):
+        return found
+
+    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if not isinstance(layer, QLayer) or layer.act is None:
+            return
+        x = arguments[0]
+        if layer.in_scale is not None:
+            x = x * (layer.in_scale if layer.op == "linear" else layer.in_scale[:, None, None])
+        u = x.flatten(1) / layer.act.scale
+        move = BOUNDARY * u.abs().amax(dim=1, keepdim=True)
+        differs = round_to(u + move, layer.act.fmt) != round_to(u - move, layer.act.fmt)
+        found[:] |= differs.any(dim=1).numpy()
+
+    handles = [m.register_forward_pre_hook(hook) for m in module.modules() if isinstance(m, QLayer)]
+    try:
+        _torch(module, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _lsb(model: Model) -> np.ndarray | None:
+    """The step of the last layer's products, one number per output, or None where there is no such grid."""
+    layers = list(model.layers().values())
+    last = layers[-1] if layers else None
+    if not isinstance(last, QLayer) or last.op != "linear" or last.q is None or last.act is None:
+        return None
+    steps = formats.unit(last.act.fmt) * formats.unit(last.q.fmt) * last.act.scale
+    scale = last.q.scale.double().amin(dim=1).numpy()
+    return steps * np.broadcast_to(scale, (last.weight.shape[0],))
+
+
+def _returns(
+    model: Model,
+    runtime: Act,
+    as_actions: bool,
+    episodes: int,
+    seed: int,
+    evaluate: Evaluate | None,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Returns of the same episodes through onnxruntime and through torch."""
+    if episodes == 0:
+        return None, None
+    policy = model.module
+    if not isinstance(policy, Policy):
+        raise InputError("whole episodes need a policy; this model is a plain module: use episodes=0")
+    if evaluate is None and model.env is None:
+        raise InputError("whole episodes need an environment and this model names none: use episodes=0")
+    forward, head = compile_policy(policy), policy.head
+    acts: dict[str, Act] = {
+        "episodes in onnxruntime": runtime if as_actions else lambda obs: head.actions(runtime(obs)),
+        "episodes in torch": lambda obs: head.actions(forward(obs)),
+    }
+    found = []
+    for name, act in acts.items():
+        if evaluate is not None:
+            found.append(np.asarray(evaluate(act, episodes=episodes, seed=seed), np.float64))
+            continue
+        from quantkit.tasks.episodes import rollout
+
+        def report(done: int, total: int, name: str = name) -> None:
+            if progress:
+                progress(name, done, total)
+
+        assert model.env is not None
+        found.append(rollout(act, model.env, episodes=episodes, seed=seed, progress=report).returns)
+    return found[0], found[1]
+
+
+def _equal_means(returns: np.ndarray, reference: np.ndarray) -> bool:
+    """Whether paired returns are equal within 3 standard errors; one differing episode alone is not."""
+    difference = returns - reference
+    if np.abs(difference).max() <= 1e-6 * max(1.0, float(np.abs(reference).max())):
+        return True
+    if len(difference) < 2:
+        return False
+    stderr = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return abs(float(difference.mean())) <= 3 * stderr
+
+
+def summary(agreement: Agreement) -> str:
+    """One line for people."""
+    parts = [f"{agreement.n} states", f"max error {agreement.max_abs:.3g}"]
+    if agreement.max_lsb is not None:
+        parts.append(f"{agreement.max_lsb:.3g} LSB")
+    parts.append(f"{agreement.action_agreement:.2%} equal actions")
+    if agreement.flips:
+        parts.append(f"{agreement.flips} at rounding boundaries")
+    if agreement.mean is not None and agreement.mean_torch is not None:
+        parts.append(f"return {agreement.mean:.6g} (torch {agreement.mean_torch:.6g}, {agreement.episodes} episodes)")
+    return ("agrees: " if agreement.ok else f"DIFFERS ({agreement.reason}): ") + ", ".join(parts)
