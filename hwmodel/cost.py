@@ -30,3 +30,7 @@ class Cost:
 
 
 ZERO = Cost()
+
+
+class HwError(ValueError):
+    """A network, target or device that cannot be costed; the message says which and what would be."""

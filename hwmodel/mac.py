@@ -13,6 +13,7 @@ popcount of agreements (`rtl/popcount.v`).
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -163,13 +164,22 @@ def tree_cost(lanes: int, width: int, max_bits: int, owed: bool, absorbed_levels
     """
     luts = ffs = 0
     count, level = lanes, 0
+    odd_bits, age = width, 1  # of the value left over by odd counts: its bits, and registers in a row so far
     while count > 1:
         level += 1
         pairs, single = divmod(count, 2)
         narrow, wide = min(width + level - 1, max_bits), min(width + level, max_bits)
         if level > absorbed_levels:
             luts += pairs * (narrow + owed)
-            ffs += (pairs + single) * wide + (pairs + single) * owed
+            ffs += pairs * (wide + owed)
+        if single:
+            age += 1
+            ffs += odd_bits + owed
+        else:
+            if age >= 3:  # the mapper makes such a chain, product register included, a shift register in LUTs
+                luts += odd_bits + owed
+                ffs -= age * (odd_bits + owed)
+            odd_bits, age = wide, 1
         count = pairs + single
     return Cost(luts=luts, ffs=ffs)
 
@@ -231,7 +241,7 @@ def popcount_cost(acc_bits: int, lanes: int) -> Cost:
     """Binary x binary: agreements of `lanes` pairs counted per cycle."""
     fit = coefficients()["popcount"]
     return Cost(
-        luts=max(1.0, fit["per_lane"] * lanes + fit["one"]),
+        luts=max(1.0, fit["per_lane"] * lanes + fit["per_group"] * math.ceil(lanes / 3) + fit["one"]),
         ffs=max(1.0, fit["ffs_per_lane"] * lanes + 2 * acc_bits),
     )
 

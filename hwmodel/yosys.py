@@ -158,11 +158,14 @@ def mac_unit(weight: Format, act: Format, acc_bits: int, lanes: int) -> Unit:
 
 
 def product_style(weight: Format, act: Format) -> int:
-    """The cheapest multiplier style found for the pair; plain if it is not in the table."""
-    entry = coefficients()["products"].get(pair_key(weight, act))
-    style = entry[2] if entry else 0
-    swapped = operand(weight).key > operand(act).key
-    return {1: 2, 2: 1}.get(style, style) if swapped else style
+    """The cheapest multiplier style found for the pair, or for its significands alone, or Booth rows."""
+    w, a = operand(weight), operand(act)
+    significands = [f"{'s' if o.signed else 'u'}{o.sig}" for o in (w, a)]
+    for x, y in ((w.key, a.key), tuple(significands)):
+        entry = coefficients()["products"].get(" ".join(sorted((x, y))))
+        if entry:
+            return {1: 2, 2: 1}.get(entry[2], entry[2]) if x > y else entry[2]
+    return 1 if a.sig <= w.sig else 2
 
 
 def _pair(weight: Format, act: Format, style: int) -> tuple[tuple[str, int], ...]:

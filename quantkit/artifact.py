@@ -113,8 +113,12 @@ def is_artifact(path: Path) -> bool:
     return (path / "quantkit.json").is_file()
 
 
-def load_artifact(path: Path) -> Model:
-    """The quantized model of a directory; InputError names the file that is missing or damaged."""
+def load_artifact(path: Path, *, factory: str | None = None) -> Model:
+    """The quantized model of a directory; InputError names the file that is missing or damaged.
+
+    A network of the caller's own code is rebuilt only by a `factory` that the caller names and that
+    is the recorded one: a directory from elsewhere must not choose what is imported.
+    """
     document_path, tensors_path = path / "quantkit.json", path / "model.safetensors"
     try:
         document = json.loads(document_path.read_text())
@@ -132,16 +136,18 @@ def load_artifact(path: Path) -> Model:
     except SafetensorError as error:
         raise InputError(f"{tensors_path}: damaged ({error})") from None
     try:
-        return _restore(document, tensors)
+        return _restore(path, document, tensors, factory)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: quantkit.json and model.safetensors do not fit each other ({error})") from None
 
 
-def _restore(document: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], factory: str | None) -> Model:
     structure = document["structure"]
     if "factory" in structure:
+        if structure["factory"] != factory:
+            raise InputError(f"{path} holds a network of your own code; to import it, give --factory {structure['factory']}")
         from quantkit.loaders.torch_module import call_factory
 
         module: nn.Module = call_factory(structure["factory"])

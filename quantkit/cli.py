@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,6 +10,9 @@ import typer
 
 from quantkit.console import guarded, print_json, print_table, progress_bar, say
 from quantkit.errors import InputError
+
+# Rollouts multiply small matrices: numpy's BLAS threads cost more than they bring (torch keeps its own).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from quantkit.model import Model
@@ -169,13 +173,14 @@ def export(
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--raw", help="Put argmax, squashing, clipping and rescaling of actions into the file.")
     ] = False,
+    factory: Factory = None,
     force: Force = False,
 ) -> None:
     """Write an ONNX file: input `obs`, output `actions`, normalizer inside."""
     from quantkit.artifact import load_artifact
     from quantkit.export import export_onnx
 
-    export_onnx(load_artifact(directory), output, to=to, postprocess=postprocess, overwrite=force)
+    export_onnx(load_artifact(directory, factory=factory), output, to=to, postprocess=postprocess, overwrite=force)
     say(f"{output}: {output.stat().st_size:,} bytes; prove it with: quantkit verify {directory} {output}")
 
 
@@ -234,8 +239,6 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front."""
-    import os
-
     from hwmodel.devices import find_device
     from quantkit.recipe import parse_step
     from quantkit.sweep import Space
@@ -296,7 +299,7 @@ def _show_report(report: dict[str, Any], json: bool, x: str = "luts", y: str = "
         ]
         for row in report["front"]
     ]  # fmt: skip
-    columns = {"weights": "left", "inputs": "left", "scales": "left", "method": "left", "return": "right", "against float": "left"}
+    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left") | {"return": "right", "against float": "left"}
     columns |= {COLUMNS[c][1]: "right" for c in dict.fromkeys((x, "luts", "weight_kib", "latency_us"))}
     highlight = next((i for i, row in enumerate(report["front"]) if report["knee"] and row["id"] == report["knee"]["id"]), None)
     print_table(f"Pareto front of {COLUMNS[y][1]} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)

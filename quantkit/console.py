@@ -22,7 +22,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (InputError, _hw_error()) as error:
+        except (InputError, *_hardware_errors()) as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
             fail("interrupted; finished work is kept", 130)
@@ -41,9 +41,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _hw_error() -> type[Exception]:
-    module = sys.modules.get("hwmodel.errors")
-    return module.HwError if module else InputError  # only raised once that module is loaded
+def _hardware_errors() -> list[type[Exception]]:
+    module = sys.modules.get("hwmodel.cost")  # not imported for the sake of an error it cannot have raised
+    return [] if module is None else [module.HwError]
 
 
 def fail(message: str, code: int) -> None:
@@ -75,10 +75,13 @@ def print_table(title: str, columns: dict[str, str], rows: list[list[str]], *, h
 
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for name, justify in columns.items():
-        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for index, row in enumerate(rows):
         table.add_row(*(Text(cell) for cell in row), style="bold green" if index == highlight else None)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width of its own
+    console.print(table)
 
 
 def say(text: str) -> None:

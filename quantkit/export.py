@@ -7,13 +7,14 @@ policy has input `input` and output `output`.
 Two targets, both QDQ (see `quantkit.onnx_formats`), which differ in where scales are multiplied:
 
 qdq: after the sum of products, as in `quantkit.qlayers` and in hardware. DequantizeLinear has
-    scale 1 and the sums are of small whole numbers, exact in float32 and so the same in any
-    runtime and any order of summation.
+    scale 1 and the sums are of whole numbers, exact and so the same in any runtime and any order
+    of summation. Where they may exceed 2^24 a linear layer sums in float64 (Cast around Gemm), as
+    the torch layer does; onnxruntime has no such convolution, whose sums are then rounded.
 qdq-real: inside DequantizeLinear, as converters to other runtimes expect it. The sums are
     rounded; a value that falls on the boundary between two grid values may go the other way.
 
 Four things that onnxruntime (1.31, default optimizations) does to a QDQ graph would change its
-numbers, and the graph is shaped so that none of them applies (`tests/test_export.py` checks):
+numbers, and the graph is shaped so that none of them applies:
 
 - MatMul between two DequantizeLinear becomes an 8-bit integer kernel, which fails outright with
   blocked scales and, by onnxruntime's documentation, saturates on x86 processors without VNNI.
@@ -31,8 +32,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -81,8 +82,8 @@ def export_onnx(
         entry = session.get_inputs()[0]
         dtype = np.uint8 if entry.type == "tensor(uint8)" else np.float32
         session.run(None, {entry.name: model.example[:1].numpy().astype(dtype)})
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -117,7 +118,7 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     layers = _chain(policy.net if policy else model.module, example, "net." if policy else "")
     for name, layer in layers:
         x = _layer(graph, x, layer, name, real=to == "qdq-real")
-    out_kind, out_shape = TensorProto.FLOAT, list(width)
+    out_kind, out_shape = int(TensorProto.FLOAT), list(width)
     if policy and postprocess:
         x, out_kind, out_shape = _head(graph, x, policy.head)
     graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
@@ -225,10 +226,11 @@ def _head(graph: Graph, x: str, head: Head) -> tuple[str, int, list[int]]:
                 x = graph.op("Add", [x, graph.constant(head.start, "head.start", TensorProto.INT64)], "head.action")
             return x, TensorProto.INT64, []
         case "multidiscrete":
-            edges = np.cumsum((0, *head.nvec)).tolist()
             parts = []
-            for first, last in zip(edges[:-1], edges[1:], strict=True):
-                part = graph.op("Slice", [x, ints([first], "first"), ints([last], "last"), ints([1], "axis")], "head.part")
+            for first, last in pairwise(np.cumsum((0, *head.nvec)).tolist()):
+                part = graph.op(
+                    "Slice", [x, ints([first], "first"), ints([last], "last"), ints([1], "axis")], "head.part"
+                )
                 parts.append(graph.op("ArgMax", [part], "head.argmax", axis=1, keepdims=1))
             return graph.op("Concat", parts, "head.action", axis=1), TensorProto.INT64, [len(head.nvec)]
         case "multibinary":
@@ -238,7 +240,9 @@ def _head(graph: Graph, x: str, head: Head) -> tuple[str, int, list[int]]:
         case "box":
             low, high = np.asarray(head.low, np.float32), np.asarray(head.high, np.float32)
             if head.squash:  # the operations of Head.actions in its order
-                x = graph.op("Add", [graph.op("Tanh", [x], "head.tanh"), graph.constant(1.0, "head.one")], "head.shifted")
+                x = graph.op(
+                    "Add", [graph.op("Tanh", [x], "head.tanh"), graph.constant(1.0, "head.one")], "head.shifted"
+                )
                 x = graph.op("Mul", [graph.constant(0.5, "head.half"), x], "head.unit")
                 x = graph.op("Mul", [x, graph.constant(high - low, "head.range")], "head.scaled")
                 x = graph.op("Add", [graph.constant(low, "head.low"), x], "head.action")
@@ -260,7 +264,10 @@ def _layer(graph: Graph, x: str, layer: nn.Module, name: str, *, real: bool) -> 
             return graph.op("Gemm", inputs, f"{name}.out", transB=1)
         case nn.Conv2d():
             if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-                raise InputError(f"layer {name!r}: a convolution with padding {layer.padding!r}, mode {layer.padding_mode!r} cannot be exported")
+                raise InputError(
+                    f"layer {name!r}: a convolution with padding {layer.padding!r}, mode {layer.padding_mode!r} "
+                    "cannot be exported; accepted: padding by numbers with zeros"
+                )
             inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
             if layer.bias is not None:
                 inputs.append(graph.constant(layer.bias.detach().numpy(), f"{name}.bias"))
@@ -315,11 +322,18 @@ def _quantized(graph: Graph, x: str, layer: QLayer, name: str, *, real: bool) ->
     else:
         w = weight(graph, layer.q, f"{name}.weight", real=real)
     bias = layer.bias.detach().numpy()
+    kernel = layer.kernel()
+    wide = not real and layer.op == "linear" and kernel.weight.dtype == torch.float64
+    if wide:
+        x = graph.op("Cast", [x], f"{name}.wide_input", to=TensorProto.DOUBLE)
+        w = graph.op("Cast", [w], f"{name}.wide_weight", to=TensorProto.DOUBLE)
     if layer.op == "linear":
         acc = graph.op("Gemm", [x, w], f"{name}.acc", transB=1)
     else:
         acc = graph.op("Conv", [x, w], f"{name}.acc", **_conv(layer))
-    gain = None if real else layer.kernel()[1]
+    if wide:
+        acc = graph.op("Cast", [acc], f"{name}.sum", to=TensorProto.FLOAT)
+    gain = None if real else kernel.gain
     if gain is not None:
         values = gain.numpy() if isinstance(gain, Tensor) else np.float32(gain)
         values = values.reshape(-1, *tail[1:]) if values.size > 1 else values.reshape(())
@@ -370,6 +384,7 @@ def _chain(root: nn.Module, example: Tensor, prefix: str) -> list[tuple[str, nn.
     if output is not last[0]:
         end = f"after layer {calls[-1][0]!r}" if calls else "in its forward"
         raise InputError(
-            f"module {type(root).__name__}: something {end} is computed outside of layers; only chains of layers can be exported"
+            f"module {type(root).__name__}: something {end} is computed outside of layers; "
+            "only chains of layers can be exported"
         )
     return calls

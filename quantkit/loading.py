@@ -37,7 +37,7 @@ def load_checkpoint(
     if (path / "quantkit.json").is_file():
         from quantkit.artifact import load_artifact
 
-        return load_artifact(path)
+        return load_artifact(path, factory=factory)
     if factory is not None or torch_module.sniff(path):
         return torch_module.load(path, factory=factory, env=env)
     if sb3.sniff(path):

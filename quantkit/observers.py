@@ -177,7 +177,7 @@ def _walk_chain(
             current = [step(x) for x in current]
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Raised in a hook: the rest of the forward pass is not needed."""
 
 
@@ -208,9 +208,9 @@ def _seen(
     def see(layer: QLayer, x: Tensor) -> None:
         kept.append(of(layer, x))
         if calls[name] == 1:
-            raise _Enough
+            raise _EnoughError
 
     for batch in calib.batches() if name in calls else ():
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(_EnoughError):
             collect(model, Calib(batch, len(batch)), {name: see})
     return kept

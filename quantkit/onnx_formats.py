@@ -46,14 +46,9 @@ class Graph:
 
     def constant(self, values: Any, name: str, kind: int = TensorProto.FLOAT) -> str:
         """Store a constant of the given ONNX type; 4-bit types are packed two to a byte."""
-        array = np.asarray(values)
         output = self._fresh(name)
-        if kind in _PACKED:
-            flat = array.reshape(-1).astype(np.int64).tolist()
-            self.initializers.append(helper.make_tensor(output, kind, array.shape, flat))
-        else:
-            dtype = helper.tensor_dtype_to_np_dtype(kind)
-            self.initializers.append(numpy_helper.from_array(array.astype(dtype, order="C"), output))
+        array = np.asarray(values).astype(helper.tensor_dtype_to_np_dtype(kind), order="C")
+        self.initializers.append(numpy_helper.from_array(array, output))
         return output
 
     def call(self, function: FunctionProto, inputs: list[str], name: str) -> str:
@@ -70,7 +65,6 @@ class Graph:
         return unique
 
 
-_PACKED = (TensorProto.INT4, TensorProto.UINT4)
 _TYPES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
@@ -120,7 +114,7 @@ def weight(graph: Graph, q: QTensor, name: str, *, real: bool = False) -> str:
     scaled = real or isinstance(q.granularity, PerGroup)
     scales = q.scale.numpy() if scaled else np.ones((1, 1), np.float32)
     if isinstance(q.fmt, Float):
-        return _weight_codes(graph, q, scales, name)
+        return _weight_codes(graph, q, q.fmt, scales, name)
     values = values_of(q).numpy().astype(np.int64)
     width = 4 if formats.bits(q.fmt) <= 4 else 8 if formats.bits(q.fmt) <= 8 else 16
     kind = _TYPES[width, formats.is_signed(q.fmt)]
@@ -138,13 +132,13 @@ def weight(graph: Graph, q: QTensor, name: str, *, real: bool = False) -> str:
     return graph.op("DequantizeLinear", [stored, scale], f"{name}.values", axis=0)
 
 
-def _weight_codes(graph: Graph, q: QTensor, scales: np.ndarray, name: str) -> str:
+def _weight_codes(graph: Graph, q: QTensor, fmt: Float, scales: np.ndarray, name: str) -> str:
     rows, columns = q.codes.shape
-    kind = TensorProto.UINT4 if formats.bits(q.fmt) <= 4 else TensorProto.UINT8
+    kind = TensorProto.UINT4 if formats.bits(fmt) <= 4 else TensorProto.UINT8
     blocks = (rows, scales.shape[1], columns // scales.shape[1])
     codes = graph.constant(q.codes.numpy().reshape(blocks), f"{name}.codes", kind)
     scale = graph.constant(scales[:, :, None], f"{name}.scale")
-    values = graph.call(dequantize_function(q.fmt), [codes, scale], f"{name}.values")
+    values = graph.call(dequantize_function(fmt), [codes, scale], f"{name}.values")
     return _reshape(graph, values, q.shape, blocks, name)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InputError
+from quantkit.qlayers import QLayer
 
 
 class InputStage(nn.Module):
@@ -159,24 +160,12 @@ def activation(name: str) -> nn.Module:
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """JSON description of a float policy's structure; `build` is its inverse (values of tensors aside)."""
+    """JSON description of a policy's structure, quantized or not; `build` is its inverse (values of tensors aside)."""
     layers: list[dict[str, Any]] = []
     for name, module in policy.net.named_children():
         match module:
-            case nn.Linear():
-                entry: dict[str, Any] = {"op": "linear", "in": module.in_features, "out": module.out_features}
-                entry["bias"] = module.bias is not None
-            case nn.Conv2d():
-                entry = {
-                    "op": "conv2d",
-                    "in": module.in_channels,
-                    "out": module.out_channels,
-                    "kernel": list(module.kernel_size),
-                    "stride": list(module.stride),
-                    "padding": list(module.padding),
-                    "groups": module.groups,
-                    "bias": module.bias is not None,
-                }
+            case nn.Linear() | nn.Conv2d() | QLayer():
+                entry = _describe_layer(module)
             case nn.Flatten():
                 entry = {"op": "flatten"}
             case nn.Hardtanh():
@@ -188,6 +177,16 @@ def describe(policy: Policy) -> dict[str, Any]:
         layers.append({"name": name, **entry})
     stage = {key: list(getattr(policy.stage, key).shape) for key in ("mean", "std", "low", "high")}
     return {"obs_shape": list(policy.obs_shape), "stage": stage, "layers": layers, "head": asdict(policy.head)}
+
+
+def _describe_layer(layer: nn.Linear | nn.Conv2d | QLayer) -> dict[str, Any]:
+    out, inputs, *kernel = layer.weight.shape
+    bias = layer.bias is not None
+    if not kernel:
+        return {"op": "linear", "in": inputs, "out": out, "bias": bias}
+    groups, stride, padding = (getattr(layer, name) for name in ("groups", "stride", "padding"))
+    entry = {"op": "conv2d", "in": inputs * groups, "out": out, "kernel": kernel}
+    return entry | {"stride": list(stride), "padding": list(padding), "groups": groups, "bias": bias}
 
 
 def build(description: dict[str, Any]) -> Policy:

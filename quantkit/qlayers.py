@@ -1,9 +1,10 @@
 """`QLayer`: one wrapper for Linear and Conv2d whose input and weight may be quantized.
 
 The arithmetic is that of the hardware: the input is divided by its scale and rounded to grid
-values, multiplied with the weights' grid values, and the sum is scaled once per output. With
-float32 the sum is exact, and so independent of the order of summation, as long as it stays
-below 2^24 units. Weights are decoded once, not in every forward.
+values, multiplied with the weights' grid values, and the sum is scaled once per output. The
+sum is exact, and so independent of batch size, threads and machine: it is taken in float32
+where the actual weights keep it below 2^24 units, in float64 otherwise (exact below 2^53, that
+is, for all formats but e5 and e6 of 8 and 7 bits). Weights are decoded once, not in every forward.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hwmodel import formats
 from hwmodel.formats import Format
 from hwmodel.spec import Granularity, PerGroup, PerRow
 from quantkit.qtensor import QTensor, dequantize, values_of
@@ -35,6 +37,17 @@ class ActQuant:
 
     fmt: Format
     scale: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a forward multiplies with: `weight` in the dtype of the sum, `gain` for each output afterwards.
+
+    gain: None, a number, or one per output channel, in float32.
+    """
+
+    weight: Tensor
+    gain: Tensor | float | None
 
 
 class QLayer(nn.Module):
@@ -64,7 +77,7 @@ class QLayer(nn.Module):
         self.register_buffer("in_scale", None)
         self.q: QTensor | None = None
         self.act: ActQuant | None = None
-        self._frozen: tuple[Tensor, Tensor | float | None] | None = None
+        self._frozen: Kernel | None = None
 
     def set_weight(self, q: QTensor | None) -> None:
         """Use this quantized weight from now on (None: the float weight again)."""
@@ -93,8 +106,8 @@ class QLayer(nn.Module):
         """The weight in use, in real units: dequantized, or the float one."""
         return self.weight if self.q is None else dequantize(self.q)
 
-    def kernel(self) -> tuple[Tensor, Tensor | float | None]:
-        """(weight to multiply with, factor for each output or None), decoded once.
+    def kernel(self) -> Kernel:
+        """The decoded weight. Made once, until the weight or the input quantizer is set anew.
 
         Where a scale can be applied after the sum the weights are grid values; per-group scales
         are multiplied into them.
@@ -102,13 +115,22 @@ class QLayer(nn.Module):
         if self._frozen is None:
             act_scale = None if self.act is None else self.act.scale
             if self.q is None:
-                self._frozen = (self.weight.data, act_scale)
+                self._frozen = Kernel(self.weight.data, act_scale)
             elif isinstance(self.q.granularity, PerGroup):
-                self._frozen = (dequantize(self.q), act_scale)
+                weight = dequantize(self.q)
+                self._frozen = Kernel(weight if self.act is None else weight.double(), act_scale)
             else:
                 gain = self.q.scale[:, 0].double() * (1.0 if act_scale is None else act_scale)
-                self._frozen = (values_of(self.q).reshape(self.q.shape), gain.float())
+                values = values_of(self.q)
+                wide = self.act is not None and not self._fits_float32(values)
+                self._frozen = Kernel((values.double() if wide else values).reshape(self.q.shape), gain.float())
         return self._frozen
+
+    def _fits_float32(self, values: Tensor) -> bool:
+        """Whether every partial sum is a whole number of units below 2^24."""
+        assert self.q is not None and self.act is not None
+        largest = float(values.double().abs().sum(dim=1).max()) / formats.unit(self.q.fmt)
+        return largest * formats.int_max(self.act.fmt) <= 2**24
 
     def input_values(self, x: Tensor) -> Tensor:
         """What the multiplier sees: the input scaled and rounded to grid values (or the float input)."""
@@ -123,8 +145,9 @@ class QLayer(nn.Module):
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, gain = self.kernel()
-        y = self.product(self.input_values(x), weight)
+        kernel = self.kernel()
+        gain = kernel.gain
+        y = self.product(self.input_values(x).to(kernel.weight.dtype), kernel.weight).float()
         if gain is not None:
             y = y * (gain if self.op == "linear" or not isinstance(gain, Tensor) else gain[:, None, None])
         return y + (self.bias if self.op == "linear" else self.bias[:, None, None])

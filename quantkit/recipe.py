@@ -110,6 +110,12 @@ def parse_step(text: str) -> Step:
     return name, options
 
 
+def step_text(step: Step) -> str:
+    """The text that `parse_step` reads: ("gptq", {"damp": 0.02}) -> "gptq:damp=0.02"."""
+    name, options = step
+    return name + (":" + ",".join(f"{k}={v}" for k, v in options.items()) if options else "")
+
+
 def step_options(name: str) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a method's `apply`, by name."""
     signature = inspect.signature(shelves.methods()[name].apply, eval_str=True)

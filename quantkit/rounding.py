@@ -10,7 +10,7 @@ makes the float adder itself round half to even.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -44,49 +44,48 @@ def round_to(x: Tensor, fmt: Format) -> Tensor:
     return u.add_(magic).sub_(magic)
 
 
-_EXPONENT_BITS_F32 = np.int32(0x7F800000)
+# The ufunc behind np.clip (whose Python wrapper costs more than the clipping), and constants as
+# 0-d arrays: numpy converts a scalar anew in every call.
+_clip = (np._core if hasattr(np, "_core") else np.core).umath.clip
+_EXPONENT_BITS_F32 = np.array(0x7F800000, np.int32)
 
 
 def round_array(u: np.ndarray, fmt: Format) -> np.ndarray:
     """`round_to` for a float32 array, in place; returns the array."""
+    return rounder(fmt)(u)
+
+
+def rounder(fmt: Format) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that rounds a float32 array to `fmt`, in place, and returns it."""
     if isinstance(fmt, Levels) and fmt.name == "binary":
-        np.copyto(u, np.where(u >= 0, np.float32(1), np.float32(-1)))
-        return u
+
+        def sign(u: np.ndarray) -> np.ndarray:
+            np.copyto(u, np.where(u >= 0, np.float32(1), np.float32(-1)))
+            return u
+
+        return sign
     low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
-    return rounder(fmt, low, high)(u)
-
-
-def rounder(fmt: Format, low: float, high: float) -> Any:
-    """A function that clips a float32 array to [low, high] (values of `fmt`) and rounds it, in place."""
-    f_low, f_high = np.float32(low), np.float32(high)
-    minimum, maximum, rint = np.minimum, np.maximum, np.rint
+    f_low, f_high = np.array(low, np.float32), np.array(high, np.float32)
+    clip, rint = _clip, np.rint
 
     def integer(u: np.ndarray) -> np.ndarray:
-        minimum(u, f_high, out=u)
-        maximum(u, f_low, out=u)
-        return rint(u, out=u)
+        clip(u, f_low, f_high, u)
+        return rint(u, u)
 
     if not isinstance(fmt, Float):
         return integer
-    smallest = np.float32(2.0 ** min_exponent(fmt))
-    factor = np.float32(1.5 * 2.0 ** (23 - fmt.man))
-    bitwise_and, multiply, add, subtract, i32, f32 = (
-        np.bitwise_and,
-        np.multiply,
-        np.add,
-        np.subtract,
-        np.int32,
-        np.float32,
-    )
+    smallest = np.array(2.0 ** min_exponent(fmt), np.float32)
+    factor = np.array(1.5 * 2.0 ** (23 - fmt.man), np.float32)
+    bitwise_and, maximum, multiply, add, subtract = np.bitwise_and, np.maximum, np.multiply, np.add, np.subtract
+    i32, f32 = np.int32, np.float32
 
     def minifloat(u: np.ndarray) -> np.ndarray:
-        minimum(u, f_high, out=u)
-        maximum(u, f_low, out=u)
+        clip(u, f_low, f_high, u)
         magic = bitwise_and(u.view(i32), _EXPONENT_BITS_F32).view(f32)
         maximum(magic, smallest, out=magic)
-        multiply(magic, factor, out=magic)
-        add(u, magic, out=u)
-        return subtract(u, magic, out=u)
+        multiply(magic, factor, magic)
+        add(u, magic, u)
+        return subtract(u, magic, u)
 
     return minifloat
 

@@ -3,23 +3,23 @@
 `nn.Module` calls and small torch operations cost more than the arithmetic of a policy network.
 `compile_policy` flattens a `Policy` into a list of numpy steps with preallocated constants; a
 quantized MLP then costs about what the float module costs. The steps perform the same float32
-operations in the same order as the modules, so both agree bit for bit wherever sums of
-products are exact (see `qlayers`), and to float rounding elsewhere. Convolutions run in torch.
+operations in the same order as the modules, so both agree bit for bit where inputs are
+quantized, because sums of products are then exact (see `qlayers`), and to float rounding
+elsewhere. Convolutions run in torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hwmodel.formats import Format, Levels, max_value, min_value
+from hwmodel.formats import Format
 from quantkit.policy import InputStage, Policy
 from quantkit.qlayers import QLayer
-from quantkit.rounding import round_array, rounder
+from quantkit.rounding import rounder
 
 Step = Callable[[np.ndarray], np.ndarray]
 
@@ -39,7 +39,7 @@ def compile_policy(policy: Policy) -> Step:
                 steps.extend(_qlayer(module))
             case nn.Linear():
                 bias = None if module.bias is None else module.bias.detach().numpy()
-                steps.append(_linear(module.weight.detach().numpy(), None, bias))
+                steps.append(_linear(module.weight.detach().numpy(), bias))
             case nn.ReLU():
                 steps.append(_relu)
             case nn.Tanh():
@@ -89,14 +89,12 @@ def _input_stage(stage: InputStage) -> Step:
     return step
 
 
-def _linear(weight: np.ndarray, gain: Any, bias: np.ndarray | None) -> Step:
+def _linear(weight: np.ndarray, bias: np.ndarray | None) -> Step:
+    """A float layer. One product per row: BLAS rounds differently for different batch sizes."""
     transposed = np.ascontiguousarray(weight.T)
-    matmul = np.matmul
 
     def step(x: np.ndarray) -> np.ndarray:
-        y = matmul(x, transposed)
-        if gain is not None:
-            y *= gain
+        y = np.matmul(x[:, None, :], transposed)[:, 0, :]
         if bias is not None:
             y += bias
         return y
@@ -109,23 +107,37 @@ def _qlayer(layer: QLayer) -> list[Step]:
     if layer.in_scale is not None:
         factor = layer.in_scale.detach().numpy().copy()
         steps.append(lambda x: x * factor)
+    bias = layer.bias.detach().numpy().copy()
+    frozen = layer.kernel()
+    weight = frozen.weight.detach().numpy()
+    if layer.act is None and frozen.gain is None:
+        return [*steps, _linear(weight, bias)]
     if layer.act is not None:
         steps.append(_quantizer(layer.act.fmt, layer.act.scale))
-    weight, gain = layer.kernel()
-    value = gain.numpy() if isinstance(gain, Tensor) else None if gain is None else np.float32(gain)
-    steps.append(_linear(weight.detach().numpy(), value, layer.bias.detach().numpy()))
-    return steps
+    transposed = np.ascontiguousarray(weight.T)
+    gain = np.asarray(frozen.gain, np.float32)
+    wide = frozen.weight.dtype == torch.float64
+    by_row = layer.act is None
+
+    def step(x: np.ndarray) -> np.ndarray:
+        if by_row:
+            y = np.matmul(x[:, None, :], transposed)[:, 0, :]
+        elif wide:
+            y = np.matmul(x.astype(np.float64), transposed).astype(np.float32)
+        else:
+            y = np.matmul(x, transposed)
+        np.multiply(y, gain, y)
+        return np.add(y, bias, y)
+
+    return [*steps, step]
 
 
 def _quantizer(fmt: Format, scale: float) -> Step:
-    divisor = np.float32(scale)
-    if isinstance(fmt, Levels) and fmt.name == "binary":
-        return lambda x: round_array(x / divisor, fmt)
-    low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
-    round_in_place = rounder(fmt, low, high)
+    divisor = np.array(scale, np.float32)
+    round_in_place, divide = rounder(fmt), np.divide
 
     def step(x: np.ndarray) -> np.ndarray:
-        return round_in_place(x / divisor)
+        return round_in_place(divide(x, divisor))
 
     return step
 

@@ -47,7 +47,7 @@ def _spec(name: str, layer: nn.Module, nxt: nn.Module | None, positions: int, fo
     if not isinstance(layer, QLayer) or layer.q is None:
         return LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean()))
     units = units_of(layer.q)
-    acc_bits = None if act is None else accumulator.exact_bits(units, act.fmt)
+    acc_bits = None if act is None else int(accumulator.exact_bits(units, act.fmt).max())
     pow2 = (
         act is not None
         and out is not None

@@ -12,25 +12,29 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import hwmodel
+from hwmodel.cost import HwError
 from hwmodel.devices import Device
-from hwmodel.estimate import HwError, estimate
+from hwmodel.estimate import estimate
 from hwmodel.formats import Float, Format
 from quantkit.errors import InputError
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.policy import Policy
-from quantkit.recipe import Recipe, format_name, quantize
+from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
 from quantkit.statistics import default_margin
 from quantkit.tasks import episodes as episodes_task
 from quantkit.tasks.episodes import Progress, Score
+
+if TYPE_CHECKING:
+    from quantkit.verify import Agreement
 
 CALIBRATION_STATES = 2048
 
@@ -77,7 +81,8 @@ def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
     if not isinstance(model.module, Policy):
         raise InputError("this network is not a policy; episodes need a Stable-Baselines3 agent")
     if model.env is None:
-        raise InputError("the checkpoint does not tell its environment; give it with --env ID")
+        problem = model.meta.get("env_problem") or "the checkpoint does not tell its environment"
+        raise InputError(f"{problem}; give it with --env ID")
     return model.module, model.env
 
 
@@ -103,6 +108,16 @@ def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Pa
     if array.shape[1:] != shape or len(array) == 0:
         raise InputError(f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})")
     return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
+
+
+def verify_export(
+    model: Model, path: Path, *, episodes: int, seed: int, progress: Progress | None = None
+) -> Agreement:
+    """`quantkit.verify.verify` on 512 states of the quantized policy's own rollouts and on whole episodes."""
+    from quantkit.verify import verify
+
+    states = calibration_states(model, 512)
+    return verify(model, path, states=states, episodes=episodes, seed=seed, progress=progress)
 
 
 def prepare(model: Model, settings: Settings, progress: Progress | None = None) -> Study:
@@ -137,7 +152,7 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
         "weights": weights,
         "acts": acts,
         "granularity": str(recipe.plan[0][1].granularity),
-        "steps": "+".join(name for name, _ in recipe.steps) or "rtn",
+        "steps": "+".join(step_text(step) for step in recipe.steps) or "rtn",
         "family": family(recipe),
         "recipe": recipe.to_json(),
         "checkpoint_sha256": study.model.meta.get("sha256"),

@@ -1,12 +1,12 @@
 """Verification of an exported file: torch against onnxruntime on real states and whole episodes.
 
-What may differ. With target "qdq" the sums of a quantized network are exact and both sides
-agree bit for bit, except where a transcendental activation (tanh, sigmoid, GELU, ELU: last-bit
-differences between libraries) or a float layer comes first. Such a difference of one part in
-10^7 is invisible, unless it falls on the boundary between two grid values: then one value
-rounds the other way and the output moves by what one step of that layer is worth. Every state
-that deviates is checked for this. A deviation with no value near a boundary has no innocent
-explanation: the file is wrong, and `ok` is False.
+What may differ. With target "qdq" the sums of a quantized network are exact (wide convolutions
+excepted, see `quantkit.export`) and both sides agree bit for bit, except where a transcendental
+activation (tanh, sigmoid, GELU, ELU: libraries differ in the last bit) or a float layer comes
+first. Such a difference of one part in 10^7 is invisible, unless it falls on the boundary between
+two grid values: then one value rounds the other way and the output moves by what one step of that
+layer is worth. Every state that deviates is checked for this. A deviation with no value near a
+boundary has no innocent explanation: the file is wrong, and `ok` is False.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +120,9 @@ def verify(
     if progress:
         progress("states", len(inputs), len(inputs))
     out, other = np.concatenate(outputs), np.concatenate(others)
+    if not np.isfinite(out).all():
+        first = int((~np.isfinite(out)).reshape(len(out), -1).any(axis=1).argmax())
+        raise InputError(f"state {first}: the torch model's own output is not finite, there is nothing to compare with")
     expected = head.actions(out) if head and as_actions else out
     if other.shape != expected.shape:
         raise InputError(f"{onnx_path}: gives {other.shape[1:]} per state where the model gives {expected.shape[1:]}")
@@ -138,32 +142,35 @@ def verify(
         explained |= near_tie & (as_actions | ~deviates[rows])
     unexplained = int((~explained).sum())
     lsb = None if as_actions else _lsb(model)
-    returns, reference = _returns(model, runtime, as_actions, episodes, seed, evaluate, progress)
+    pair = _returns(model, runtime, as_actions, episodes, seed, evaluate, progress) if episodes else None
 
     agreement = float(same.mean())
     reason = ""
     if unexplained:
-        reason = f"{unexplained} of {len(out)} states differ with no value at a rounding boundary, first {rows[~explained][0]}"
+        first = rows[~explained][0]
+        reason = f"{unexplained} of {len(out)} states differ with no value at a rounding boundary, first {first}"
     elif agreement < MIN_AGREEMENT:
         reason = f"only {agreement:.2%} of the states keep their action"
     elif len(rows) > MAX_FLIPS * len(out):
         reason = f"{len(rows)} of {len(out)} states differ, each with a value at a rounding boundary"
-    elif returns is not None and not _equal_means(returns, reference):
-        reason = f"mean return {returns.mean():.6g} in onnxruntime, {reference.mean():.6g} in torch on the same seeds"
+    elif pair and not _equal_means(*pair):
+        reason = f"mean return {pair[0].mean():.6g} in onnxruntime, {pair[1].mean():.6g} in torch on the same seeds"
     return Agreement(
         n=len(out),
         compared="actions" if as_actions else "outputs",
         max_abs=float(difference.max(initial=0.0)),
-        max_lsb=None if lsb is None or lsb.shape[0] != difference.shape[1] else float((difference / lsb).max(initial=0.0)),
+        max_lsb=None
+        if lsb is None or lsb.shape[0] != difference.shape[1]
+        else float((difference / lsb).max(initial=0.0)),
         action_agreement=agreement,
         first_mismatch=int(rows[0]) if rows.size else None,
         flips=int(explained.sum()),
         unexplained=unexplained,
         episodes=episodes,
         seed=seed,
-        mean=None if returns is None else float(returns.mean()),
-        mean_torch=None if returns is None else float(reference.mean()),
-        equal_returns=None if returns is None else int((returns == reference).sum()),
+        mean=float(pair[0].mean()) if pair else None,
+        mean_torch=float(pair[1].mean()) if pair else None,
+        equal_returns=int((pair[0] == pair[1]).sum()) if pair else None,
         ok=not reason,
         reason=reason,
     )
@@ -198,7 +205,9 @@ def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[
     session = _session(path)
     facts = session.get_modelmeta().custom_metadata_map
     if "quantkit_version" not in facts:
-        raise InputError(f"{path}: was not exported by quantkit (no metadata), so it cannot be compared with this model")
+        raise InputError(
+            f"{path}: was not exported by quantkit (no metadata), so it cannot be compared with this model"
+        )
     sha = str(model.meta.get("sha256", ""))
     if facts["source_sha256"] != sha:
         theirs, ours = facts["source_sha256"][:12] or "unknown", sha[:12] or "unknown"
@@ -229,7 +238,9 @@ def _states(model: Model, session: onnxruntime.InferenceSession, states: np.ndar
     entry = session.get_inputs()[0]
     array = np.asarray(states, np.uint8 if entry.type == "tensor(uint8)" else np.float32)
     if array.ndim == 0 or len(array) == 0 or list(array.shape[1:]) != entry.shape[1:]:
-        raise InputError(f"states of shape {array.shape} given; accepted: (n, {', '.join(map(str, entry.shape[1:]))}), n >= 1")
+        raise InputError(
+            f"states of shape {array.shape} given; accepted: (n, {', '.join(map(str, entry.shape[1:]))}), n >= 1"
+        )
     return array
 
 
@@ -247,13 +258,13 @@ def _same_actions(head: Head, actions: np.ndarray, others: np.ndarray) -> np.nda
 
 
 def _near_tie(head: Head, out: np.ndarray, tolerance: float) -> np.ndarray:
-    """Rows whose discrete action float rounding may decide: the best two outputs, or zero, within twice the tolerance."""
+    """Rows whose discrete action float rounding may decide: best two, or zero, within 2 tolerances."""
     tie = np.zeros(len(out), bool)
     if head.kind == "multibinary":
         tie = (np.abs(out) <= 2 * tolerance).any(axis=1)
     elif head.kind in ("discrete", "multidiscrete"):
         edges = np.cumsum((0, *head.nvec))
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges.tolist()):
             if last - first > 1:
                 top = np.sort(out[:, first:last], axis=1)[:, -2:]
                 tie |= top[:, 1] - top[:, 0] <= 2 * tolerance
@@ -305,10 +316,8 @@ def _returns(
     seed: int,
     evaluate: Evaluate | None,
     progress: Progress | None,
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns of the same episodes through onnxruntime and through torch."""
-    if episodes == 0:
-        return None, None
     policy = model.module
     if not isinstance(policy, Policy):
         raise InputError("whole episodes need a policy; this model is a plain module: use episodes=0")

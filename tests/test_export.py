@@ -20,9 +20,11 @@ from quantkit.export import IR_VERSION, build_onnx, canonical, export_onnx, open
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.onnx_formats import DOMAIN, OPSET, quantize_function
 from quantkit.policy import Head, InputStage, Policy
-from quantkit.recipe import quantize, uniform
+from quantkit.recipe import Recipe, make_plan, quantize, uniform
 from quantkit.rounding import round_to
 
+# Cheap rules; the percentile lets some inputs saturate.
+STEPS = (("act_scales", {"scale": "percentile", "percentile": 99.0}), ("rtn", {"scale": "absmax"}))
 INPUTS, HIDDEN, OUTPUTS = 16, 24, 6
 NAMES = formats.all_names()
 FUNCTION_FORMATS = [name for name in NAMES if isinstance(formats.parse(name), Float) or formats.parse(name) == BINARY]
@@ -48,7 +50,12 @@ def mlp(act: type[nn.Module] = nn.ReLU, head: Head | None = None) -> Model:
 def cnn() -> Model:
     torch.manual_seed(11)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, (1, 0), groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5)
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, (1, 0), groups=4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(192, 5),
     )
     policy = Policy(InputStage(std=255.0), net, Head("discrete", nvec=(5,)), (3, 11, 12)).eval()
     return Model(policy, images(2), None, {"kind": "policy", "sha256": "cd" * 32})
@@ -60,7 +67,7 @@ def images(n: int) -> Tensor:
 
 def quantized(model: Model, weights: str, acts: str, granularity: str = "row") -> Model:
     inputs = images(32) if model.example.dim() == 4 else states(256)
-    return quantize(model, uniform(weights, acts, granularity), Calib(inputs))
+    return quantize(model, uniform(weights, acts, granularity, STEPS), Calib(inputs))
 
 
 def run(path: Path, x: Tensor) -> np.ndarray:
@@ -108,7 +115,10 @@ def test_minifloat_function_equals_round_to_on_every_awkward_float(name: str) ->
     graph = helper.make_graph(
         [helper.make_node(function.name, ["x", "scale"], ["y"], domain=DOMAIN)],
         "rounding",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"]), helper.make_tensor_value_info("scale", TensorProto.FLOAT, [])],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"]),
+            helper.make_tensor_value_info("scale", TensorProto.FLOAT, []),
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
@@ -127,15 +137,13 @@ BOTH = [n for n in NAMES if n not in ALONE and "16" not in n]
 
 @pytest.mark.parametrize("name", BOTH)
 def test_every_format_is_exact_in_a_relu_network(name: str, tmp_path: Path) -> None:
-    """Weights and inputs in the same format: onnxruntime gives bit for bit the outputs of torch while sums are exact."""
+    """Weights and inputs in the same format: onnxruntime and torch agree bit for bit, where sums fit 53 bits."""
     fmt = formats.parse(name)
     found, expected = both(quantized(mlp(), name, name), tmp_path / "m.onnx", states(200))
-    widest = max(HIDDEN, INPUTS) * formats.int_max(fmt) ** 2
-    if widest < 2**24:
+    if HIDDEN * formats.int_max(fmt) ** 2 < 2**53:
         np.testing.assert_array_equal(found, expected)
-    else:  # sums beyond 24 bits are rounded, and a value at a boundary may follow
-        off = np.abs(found - expected).max(axis=1) > 1e-5 * np.abs(expected).max()
-        assert off.mean() <= 0.01
+    else:
+        assert worst((found, expected)) < 1e-6
 
 
 @pytest.mark.parametrize("weights", ["int1", "int4", "ternary", "binary", "e2m1"])
@@ -146,21 +154,24 @@ def test_few_levels_are_exact(weights: str, acts: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["int16", "int16n", "uint16", "uint16n"])
-def test_sixteen_bits_agree_to_float_rounding(name: str, tmp_path: Path) -> None:
-    """Sums of 16-bit products do not fit 24 bits; the outputs agree to a few steps of 2^-15."""
-    assert worst(both(quantized(mlp(), "int8", name), tmp_path / "m.onnx", states(200))) < 1e-4
-    if not name.startswith("u"):
-        assert worst(both(quantized(mlp(), name, "int8"), tmp_path / "m.onnx", states(200))) < 1e-2
+def test_sixteen_bits_are_exact(name: str, tmp_path: Path) -> None:
+    """Sums of 16-bit products do not fit 24 bits and are taken in float64, exactly."""
+    np.testing.assert_array_equal(*both(quantized(mlp(), "int8", name), tmp_path / "m.onnx", states(200)))
+    np.testing.assert_array_equal(*both(quantized(mlp(), name, "int16"), tmp_path / "m.onnx", states(200)))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group8"])
-@pytest.mark.parametrize(("weights", "acts"), [("int8", "int8"), ("int3n", "int5"), ("e2m3", "e4m3"), ("e7m0", "int4"), ("int16", "float"), ("float", "int6")])
+@pytest.mark.parametrize(
+    ("weights", "acts"),
+    [("int8", "int8"), ("int3n", "int5"), ("e2m3", "e4m3"), ("e7m0", "int4"), ("int16", "float"), ("float", "int6")],
+)
 def test_granularities(weights: str, acts: str, granularity: str, tmp_path: Path) -> None:
-    """Scales per tensor, row and group: float rounding at most."""
+    """Scales per tensor, row and group: exact where both sides are quantized, else float rounding."""
     pair = both(quantized(mlp(), weights, acts, granularity), tmp_path / "m.onnx", states(200))
-    off = np.abs(pair[0] - pair[1]).max(axis=1) > 1e-5 * np.abs(pair[1]).max()
-    assert off.mean() <= 0.01
-    assert granularity == "group8" or "float" in (weights, acts) or not np.any(pair[0] != pair[1])
+    if "float" in (weights, acts):
+        assert (np.abs(pair[0] - pair[1]).max(axis=1) > 1e-5 * np.abs(pair[1]).max()).mean() <= 0.01
+    else:
+        np.testing.assert_array_equal(*pair)
 
 
 @pytest.mark.parametrize("layer", [nn.Tanh, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardtanh])
@@ -181,16 +192,21 @@ def test_activation_options_are_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "acts", "granularity"),
-    [("int8", "int8", "row"), ("int4", "uint4", "tensor"), ("int4", "int8", "group9"), ("e2m1", "e4m3", "row"), ("ternary", "int2", "row"), ("float", "int4", "row")],
+    [
+        ("int8", "int8", "row"),
+        ("int4", "uint4", "tensor"),
+        ("int4", "int8", "group9"),
+        ("e2m1", "e4m3", "row"),
+        ("ternary", "int2", "row"),
+        ("float", "int4", "row"),
+    ],
 )
 def test_convolutions(weights: str, acts: str, granularity: str, tmp_path: Path) -> None:
     """Strided, padded and grouped convolutions on raw uint8 images, per row and tensor exact."""
     model = cnn()
-    if granularity == "group9":
-        model.module.net[5] = nn.Linear(192, 5).requires_grad_(False)  # type: ignore[index, union-attr]
-        recipe = uniform(weights, acts, "row")
-        recipe = type(recipe)((*recipe.plan, ("net.0", uniform(weights, acts, "group9").plan[0][1])))
-        model = quantize(model, recipe, Calib(images(32)))
+    if granularity == "group9":  # one group per kernel of 3 x 3; 192 inputs of the last layer do not split so
+        plan = (*uniform(weights, acts, "group9").plan, ("last", make_plan(weights, acts)))
+        model = quantize(model, Recipe(plan, STEPS), Calib(images(32)))
     else:
         model = quantized(model, weights, acts, granularity)
     pair = both(model, tmp_path / "m.onnx", images(20))
@@ -199,10 +215,22 @@ def test_convolutions(weights: str, acts: str, granularity: str, tmp_path: Path)
     assert open_session(tmp_path / "m.onnx").get_inputs()[0].type == "tensor(uint8)"
 
 
-@pytest.mark.parametrize(("weights", "acts"), [("int8", "int8"), ("int4", "int4"), ("int4", "float"), ("int8", "float"), ("e2m1", "int8")])
+def test_wide_convolutions_are_rounded(tmp_path: Path) -> None:
+    """Sums beyond 2^24 units are float64 in torch's convolutions and float32 in onnxruntime's: boundary flips only."""
+    model = quantized(cnn(), "e4m3", "e4m3")
+    assert model.qlayers()["net.0"].kernel().weight.dtype == torch.float64
+    found, expected = both(model, tmp_path / "m.onnx", images(100))
+    assert (np.abs(found - expected).max(axis=1) > 1e-5 * np.abs(expected).max()).mean() <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("weights", "acts"), [("int8", "int8"), ("int4", "int4"), ("int4", "float"), ("int8", "float"), ("e2m1", "int8")]
+)
 @pytest.mark.parametrize("target", ["qdq", "qdq-real"])
 @pytest.mark.parametrize("granularity", ["row", "group8"])
-def test_onnxruntime_keeps_the_arithmetic(weights: str, acts: str, target: str, granularity: str, tmp_path: Path) -> None:
+def test_onnxruntime_keeps_the_arithmetic(
+    weights: str, acts: str, target: str, granularity: str, tmp_path: Path
+) -> None:
     """Default optimizations put in no integer kernel, no second quantization and no rounded bias."""
     model = quantized(mlp(), weights, acts, granularity)
     graph = optimized(model, tmp_path, to=target).graph
@@ -244,7 +272,15 @@ def test_storage_types(tmp_path: Path) -> None:
         graph = build_onnx(quantized(mlp(), weights, "int8")).graph
         tensor = next(t for t in graph.initializer if t.name == "net.0.weight.codes")
         kinds[weights] = (TensorProto.DataType.Name(tensor.data_type), tensor.ByteSize() < HIDDEN * INPUTS * 3 // 4)
-    expected = {"ternary": "INT4", "int3": "INT4", "int4": "INT4", "int6": "INT8", "e2m1": "UINT4", "e4m3": "UINT8", "int16": "INT16"}
+    expected = {
+        "ternary": "INT4",
+        "int3": "INT4",
+        "int4": "INT4",
+        "int6": "INT8",
+        "e2m1": "UINT4",
+        "e4m3": "UINT8",
+        "int16": "INT16",
+    }
     assert {k: v[0] for k, v in kinds.items()} == expected
     assert {k for k, v in kinds.items() if v[1]} == {"ternary", "int3", "int4", "e2m1"}
 
@@ -380,7 +416,7 @@ def test_plain_modules_that_are_chains(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_refused_by_name() -> None:
     """Unknown layers, branches and misfits are InputErrors that name the place."""
-    with pytest.raises(InputError, match="layer 'last'.*after layer 'body.2'"):
+    with pytest.raises(InputError, match=r"layer 'last'.*after layer 'body\.2'"):
         build_onnx(Model(Residual().eval(), states(2)))
     with pytest.raises(InputError, match="after layer 'last'"):
         build_onnx(Model(Scaled().eval(), states(2)))

@@ -68,7 +68,11 @@ def test_payload_is_live(tmp_path: Path) -> None:
 def test_code_in_policy_pth_does_not_run(tmp_path: Path) -> None:
     """A pickle in policy.pth that would run code, bare or inside torch's zip, is refused unrun."""
     sentinel = tmp_path / "touched"
-    for blob in (pickle.dumps(Evil(sentinel)), pickle.dumps({"a": Evil(sentinel)}, 2), tiny.torch_bytes({"a": Evil(sentinel)})):
+    for blob in (
+        pickle.dumps(Evil(sentinel)),
+        pickle.dumps({"a": Evil(sentinel)}, 2),
+        tiny.torch_bytes({"a": Evil(sentinel)}),
+    ):
         refused(tiny.write_zip(tmp_path / "agent.zip", tiny.members() | {"policy.pth": blob}), "policy.pth")
     assert not sentinel.exists()
 
@@ -224,7 +228,11 @@ FIRST, SECOND = "mlp_extractor__policy_net__0", "mlp_extractor__policy_net__2"
         ),
         ({"action_net__bias": torch.tensor([0.0, float("nan")])}, ["'action_net.bias' holds nan at [1]"]),
         (
-            {f"{FIRST}__weight": torch.ones(4, 3).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(-float("inf")))},
+            {
+                f"{FIRST}__weight": torch.ones(4, 3).index_put(
+                    (torch.tensor(2), torch.tensor(1)), torch.tensor(-float("inf"))
+                )
+            },
             ["'mlp_extractor.policy_net.0.weight' holds -inf at [2, 1]"],
         ),
         (
@@ -256,7 +264,10 @@ def test_policy_that_is_no_state_dict(value: Any, tmp_path: Path) -> None:
 
 # --- fields -----------------------------------------------------------------------------------
 
-_LSTM = {"__module__": "sb3_contrib.common.recurrent.policies", "__init__": "<function RecurrentActorCriticPolicy.__init__ at 0x1>"}
+_LSTM = {
+    "__module__": "sb3_contrib.common.recurrent.policies",
+    "__init__": "<function RecurrentActorCriticPolicy.__init__ at 0x1>",
+}
 _OWN = {"__module__": "__main__", "__init__": "<function MyPolicy.__init__ at 0x1>"}
 
 
@@ -267,8 +278,14 @@ _OWN = {"__module__": "__main__", "__init__": "<function MyPolicy.__init__ at 0x
         ({"policy_class": _OWN}, ["__main__.MyPolicy", "accepted: PPO"]),
         ({"policy_class": None}, ["policy class", "accepted: PPO"]),
         ({"policy_kwargs": None}, ["no readable policy_kwargs"]),
-        ({"policy_kwargs": {"net_arch": [4, 5], "activation_fn": "<class '__main__.Mine'>"}}, ["activation_fn", "known: ReLU, Tanh"]),
-        ({"policy_kwargs": {"features_extractor_class": "<class '__main__.Mine'>"}}, ["features extractor", "NatureCNN"]),
+        (
+            {"policy_kwargs": {"net_arch": [4, 5], "activation_fn": "<class '__main__.Mine'>"}},
+            ["activation_fn", "known: ReLU, Tanh"],
+        ),
+        (
+            {"policy_kwargs": {"features_extractor_class": "<class '__main__.Mine'>"}},
+            ["features extractor", "NatureCNN"],
+        ),
         ({"observation_space": None}, ["observation_space"]),
         ({"action_space": {":type:": "<class '__main__.Space'>"}}, ["action_space"]),
         ({"action_space": {":type:": "<class 'gymnasium.spaces.tuple.Tuple'>"}}, ["action space Tuple", "accepted"]),
@@ -297,7 +314,7 @@ def test_squashed_actions_need_bounds(tmp_path: Path) -> None:
 
 
 def test_random_damage_is_one_line_or_loads(tmp_path: Path) -> None:
-    """Random bytes anywhere in the zip, in `data` or in policy.pth give a model or one InputError, never another error."""
+    """Random bytes in the zip, in `data` or in policy.pth give a model or one InputError, never another error."""
     rng = random.Random(4)
     content = tiny.members()
     whole = agent(tmp_path).read_bytes()
@@ -325,10 +342,29 @@ def test_random_damage_is_one_line_or_loads(tmp_path: Path) -> None:
 def test_random_fields_are_one_line_or_load(tmp_path: Path) -> None:
     """Values of any JSON type in any field give a model or one InputError."""
     rng = random.Random(9)
-    values: list[Any] = [None, True, -1, 0.5, 1e400, "x", "[1 2]", "nan", [], [[]], {}, {"a": []}, "9" * 400, [None], ["x"], "(" * 300]
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        0.5,
+        1e400,
+        "x",
+        "[1 2]",
+        "nan",
+        [],
+        [[]],
+        {},
+        {"a": []},
+        "9" * 400,
+        [None],
+        ["x"],
+        "(" * 300,
+    ]
     data = tiny.ppo_data()
     fields = [(key, None) for key in data] + [(k, s) for k, v in data.items() if isinstance(v, dict) for s in v]
-    fields += [("policy_kwargs", k) for k in ("activation_fn", "squash_output", "clip_mean", "normalize_images", "net_arch")]
+    fields += [
+        ("policy_kwargs", k) for k in ("activation_fn", "squash_output", "clip_mean", "normalize_images", "net_arch")
+    ]
     path, policy = tmp_path / "fields.zip", tiny.members()["policy.pth"]
     for key, sub in fields:
         for value in rng.sample(values, 8):

@@ -142,7 +142,9 @@ def test_shared_layers_of_old_versions(tmp_path: Path) -> None:
     }
     data = json.loads(content["data"])
     data["policy_kwargs"] = {"net_arch": [7, {"pi": [9], "vf": [6]}]}
-    old = tiny.write_zip(tmp_path / "old.zip", content | {"policy.pth": tiny.torch_bytes(renamed), "data": json.dumps(data).encode()})
+    old = tiny.write_zip(
+        tmp_path / "old.zip", content | {"policy.pth": tiny.torch_bytes(renamed), "data": json.dumps(data).encode()}
+    )
     assert_same_actions(agent, load_checkpoint(old).module, tiny.observations(agent.observation_space))
 
 
@@ -211,7 +213,9 @@ def zoo_folder(root: Path, env: str, *, algo: str = "ppo", config: str = "", arg
     settings.mkdir()
     lines = args or f"!!python/object/apply:collections.OrderedDict\n- - - algo\n    - {algo}\n  - - env\n    - {env}\n"
     (settings / "args.yml").write_text(lines)
-    (settings / "config.yml").write_text(config or "!!python/object/apply:collections.OrderedDict\n- - - policy\n    - MlpPolicy\n")
+    (settings / "config.yml").write_text(
+        config or "!!python/object/apply:collections.OrderedDict\n- - - policy\n    - MlpPolicy\n"
+    )
     return folder
 
 
@@ -239,7 +243,7 @@ def test_folder_with_several_zips_must_be_told_which(tmp_path: Path) -> None:
     """An ambiguous folder is refused with the names of its zips; one without zips too."""
     for name in ("one.zip", "two.zip"):
         tiny.write_zip(tmp_path / name, tiny.members())
-    with pytest.raises(InputError, match="one.zip, two.zip; name one"):
+    with pytest.raises(InputError, match=r"one\.zip, two\.zip; name one"):
         load_checkpoint(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -312,7 +316,9 @@ def test_other_wrappers_leave_no_environment(tmp_path: Path) -> None:
 def test_zero_padded_ant(tmp_path: Path) -> None:
     """Ant agents with 111 inputs get 84 zeros after the 27 of today; a time feature comes after those."""
     for extra, config in ((0, "policy: MlpPolicy"), (1, "env_wrapper: x.TimeFeatureWrapper")):
-        data = tiny.ppo_data(observation_space=tiny.box_fields(np.full(111 + extra, -np.inf), np.full(111 + extra, np.inf)))
+        data = tiny.ppo_data(
+            observation_space=tiny.box_fields(np.full(111 + extra, -np.inf), np.full(111 + extra, np.inf))
+        )
         tensors = tiny.ppo_tensors(mlp_extractor__policy_net__0__weight=torch.ones(4, 111 + extra))
         folder = zoo_folder(tmp_path / str(extra), "Ant-v3", config=config, data=data, tensors=tensors)
         model = load_checkpoint(folder)
@@ -338,7 +344,7 @@ def test_bounds_that_were_not_printed(tmp_path: Path) -> None:
     head = load_checkpoint(tiny.write_zip(tmp_path / "single.zip", single)).module.head
     assert (head.low, head.high) == ((-3.0,), (4.5,))
     content = tiny.members(tiny.ppo_data(action_space=fields), tensors)
-    with pytest.raises(InputError, match="not printed in full.*give env="):
+    with pytest.raises(InputError, match=r"not printed in full.*give env="):
         load_checkpoint(tiny.write_zip(tmp_path / "mystery.zip", content))
     pytest.importorskip("gymnasium")
     assert load_checkpoint(tiny.write_zip(tmp_path / "Pendulum-v1.zip", content)).module.head.high == (2.0,)
@@ -346,7 +352,9 @@ def test_bounds_that_were_not_printed(tmp_path: Path) -> None:
 
 def test_missing_normalizer_is_named(tmp_path: Path) -> None:
     """config.yml says normalized, the file is not there: refused with the place it belongs."""
-    for i, text in enumerate(("normalize: true", 'normalize: "{\'norm_obs\': True}"', "normalize: dict(norm_reward=False)")):
+    for i, text in enumerate(
+        ("normalize: true", "normalize: \"{'norm_obs': True}\"", "normalize: dict(norm_reward=False)")
+    ):
         with pytest.raises(InputError, match=r"vecnormalize\.pkl: not found, but config\.yml"):
             load_checkpoint(zoo_folder(tmp_path / str(i), "CartPole-v1", config=text))
     quiet = zoo_folder(tmp_path / "off", "CartPole-v1", config="normalize: dict(norm_obs=False, norm_reward=True)")

@@ -59,7 +59,9 @@ def test_zoo_agent_acts_as_sb3(folder: Path, mode: Any) -> None:
     cls = {"dqn": DQNPolicy, "sac": SACPolicy, "ars": ARSLinearPolicy}.get(folder.parent.name, ActorCriticPolicy)
     given = (observation, action) if cls is ARSLinearPolicy else (observation, action, lambda _: 1e-3)
     policy = cls(*given, **KWARGS.get(key, {}))
-    tensors = torch.load(io.BytesIO(tiny.read_zip(folder / f"{env}.zip")["policy.pth"]), map_location="cpu", weights_only=True)
+    tensors = torch.load(
+        io.BytesIO(tiny.read_zip(folder / f"{env}.zip")["policy.pth"]), map_location="cpu", weights_only=True
+    )
     if cls is ARSLinearPolicy:
         tensors = {"action_net.0.weight": tensors["action_net.weight"]}
     policy.load_state_dict(tensors)

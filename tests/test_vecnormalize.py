@@ -54,7 +54,19 @@ def saved(**changes: Any) -> VecNormalize:
         "norm_obs": True,
         "np_random": np.random.RandomState(3),
         "rng": np.random.default_rng(3),
-        "others": [deque([1]), {2, 3}, frozenset({4}), OrderedDict(a=1), 5j, b"six", "sieben", 10**30, None, False, range(3)],
+        "others": [
+            deque([1]),
+            {2, 3},
+            frozenset({4}),
+            OrderedDict(a=1),
+            5j,
+            b"six",
+            "sieben",
+            10**30,
+            None,
+            False,
+            range(3),
+        ],
     }
     return VecNormalize(**(state | changes))
 
@@ -67,7 +79,13 @@ def write(path: Path, value: Any, protocol: int = 4) -> Path:
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_protocol(protocol: int, tmp_path: Path) -> None:
     """Statistics are read exactly from each pickle protocol, in Fortran order and any plain type too."""
-    for mean in (MEAN, MEAN.astype(np.float32), MEAN.astype(">f8"), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(3)):
+    for mean in (
+        MEAN,
+        MEAN.astype(np.float32),
+        MEAN.astype(">f8"),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(3),
+    ):
         var = np.ones_like(mean) * 2
         normalizer = read_normalizer(write(tmp_path / "v.pkl", saved(obs_rms=RunningMeanStd(mean, var)), protocol))
         assert normalizer is not None and normalizer.clip == 5.0

@@ -26,9 +26,27 @@ AGENTS: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...], dict[str, An
     "ppo-discrete": ("PPO", "MlpPolicy", _BOX5, ("discrete", 4), {}),
     "ppo-box": ("PPO", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": {"pi": [7, 9], "vf": [6]}}}),
     "ppo-linear": ("PPO", "MlpPolicy", _BOX5, _BOX3, {"policy_kwargs": {"net_arch": []}}),
-    "ppo-multidiscrete": ("PPO", "MlpPolicy", _BOX5, ("multidiscrete", [2, 5, 3]), {"policy_kwargs": {"net_arch": [9]}}),
-    "ppo-multibinary": ("PPO", "MlpPolicy", ("multibinary", 6), ("multibinary", 4), {"policy_kwargs": {"net_arch": [9]}}),
-    "ppo-matrix-observation": ("PPO", "MlpPolicy", ("box", (3, 4), -3.0, 3.0), _BOX3, {"policy_kwargs": {"net_arch": [9]}}),
+    "ppo-multidiscrete": (
+        "PPO",
+        "MlpPolicy",
+        _BOX5,
+        ("multidiscrete", [2, 5, 3]),
+        {"policy_kwargs": {"net_arch": [9]}},
+    ),
+    "ppo-multibinary": (
+        "PPO",
+        "MlpPolicy",
+        ("multibinary", 6),
+        ("multibinary", 4),
+        {"policy_kwargs": {"net_arch": [9]}},
+    ),
+    "ppo-matrix-observation": (
+        "PPO",
+        "MlpPolicy",
+        ("box", (3, 4), -3.0, 3.0),
+        _BOX3,
+        {"policy_kwargs": {"net_arch": [9]}},
+    ),
     "ppo-discrete-start": ("PPO", "MlpPolicy", _BOX5, ("discrete", 4, 3), {}),
     "ppo-sde": ("PPO", "MlpPolicy", _BOX5, _WIDE, {"use_sde": True}),
     "ppo-sde-squash": ("PPO", "MlpPolicy", _BOX5, _WIDE, {"use_sde": True, "policy_kwargs": {"squash_output": True}}),
@@ -40,7 +58,13 @@ AGENTS: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...], dict[str, An
         _WIDE,
         {"policy_kwargs": {"share_features_extractor": False, "net_arch": [8], **_SMALL_CNN}},
     ),
-    "ppo-cnn-raw": ("PPO", "CnnPolicy", _IMAGE, ("discrete", 4), {"policy_kwargs": {"normalize_images": False, **_SMALL_CNN}}),
+    "ppo-cnn-raw": (
+        "PPO",
+        "CnnPolicy",
+        _IMAGE,
+        ("discrete", 4),
+        {"policy_kwargs": {"normalize_images": False, **_SMALL_CNN}},
+    ),
     "ppo-mlp-image": ("PPO", "MlpPolicy", ("image", (6, 6, 1)), ("discrete", 4), {"policy_kwargs": {"net_arch": [9]}}),
     "a2c": ("A2C", "MlpPolicy", _BOX5, _BOX3, {"policy_kwargs": {"net_arch": [8, 8, 8]}}),
     "trpo": ("TRPO", "MlpPolicy", _BOX5, ("discrete", 3), {}),
@@ -51,12 +75,30 @@ AGENTS: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...], dict[str, An
     "ars": ("ARS", "MlpPolicy", _BOX5, _WIDE, {}),
     "ars-clipped": ("ARS", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"squash_output": False, "with_bias": False}}),
     "ars-linear": ("ARS", "LinearPolicy", _BOX5, _WIDE, {}),
-    "ars-linear-squash": ("ARS", "LinearPolicy", _BOX5, _WIDE, {"policy_kwargs": {"squash_output": True, "with_bias": True}}),
+    "ars-linear-squash": (
+        "ARS",
+        "LinearPolicy",
+        _BOX5,
+        _WIDE,
+        {"policy_kwargs": {"squash_output": True, "with_bias": True}},
+    ),
     "ars-discrete": ("ARS", "MlpPolicy", _BOX5, ("discrete", 3), {"policy_kwargs": {"net_arch": [8]}}),
     "sac": ("SAC", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": {"pi": [8, 9], "qf": [4]}}}),
     "sac-linear": ("SAC", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": []}}),
-    "sac-sde": ("SAC", "MlpPolicy", _BOX5, _WIDE, {"use_sde": True, "policy_kwargs": {"net_arch": [8], "clip_mean": 0.75}}),
-    "sac-sde-unclipped": ("SAC", "MlpPolicy", _BOX5, _WIDE, {"use_sde": True, "policy_kwargs": {"net_arch": [8], "clip_mean": 0.0}}),
+    "sac-sde": (
+        "SAC",
+        "MlpPolicy",
+        _BOX5,
+        _WIDE,
+        {"use_sde": True, "policy_kwargs": {"net_arch": [8], "clip_mean": 0.75}},
+    ),
+    "sac-sde-unclipped": (
+        "SAC",
+        "MlpPolicy",
+        _BOX5,
+        _WIDE,
+        {"use_sde": True, "policy_kwargs": {"net_arch": [8], "clip_mean": 0.0}},
+    ),
     "sac-cnn": ("SAC", "CnnPolicy", _IMAGE, _WIDE, {"policy_kwargs": {"net_arch": [8], **_SMALL_CNN}}),
     "td3": ("TD3", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": [8, 8]}}),
     "td3-cnn": ("TD3", "CnnPolicy", _IMAGE, _WIDE, {"policy_kwargs": {"net_arch": [8], **_SMALL_CNN}}),
@@ -106,7 +148,12 @@ def make_venv(observation: tuple[Any, ...], action: tuple[Any, ...], seed: int =
 
 
 def make_agent(
-    algorithm: str, policy: str, observation: tuple[Any, ...], action: tuple[Any, ...], kwargs: dict[str, Any], venv: Any = None
+    algorithm: str,
+    policy: str,
+    observation: tuple[Any, ...],
+    action: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    venv: Any = None,
 ) -> Any:
     """A real agent without learning; noise on every weight, so that biases and outputs are not trivial."""
     import sb3_contrib

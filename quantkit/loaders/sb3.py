@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +124,8 @@ def _policy_kwargs(archive: Archive, where: str) -> dict[str, Any]:
     if extractor is not None:
         match = re.fullmatch(r"<class 'stable_baselines3\.common\.torch_layers\.(\w+)'>", str(extractor))
         if not match or match[1] not in _EXTRACTORS:
-            raise InputError(f"{where}: features extractor {str(extractor)[:80]!r} cannot be read; known: {', '.join(_EXTRACTORS)}")
+            known = ", ".join(_EXTRACTORS)
+            raise InputError(f"{where}: features extractor {str(extractor)[:80]!r} cannot be read; known: {known}")
     return dict(kwargs)
 
 
@@ -149,7 +149,9 @@ def _algorithm(archive: Archive, kwargs: dict[str, Any], folder: str | None, whe
 
 def _obs_shape(space: Space, where: str) -> tuple[int, ...]:
     if space.kind not in ("Box", "MultiBinary") or not space.shape:
-        raise InputError(f"{where}: observation space {space.kind} cannot be read; accepted: Box or MultiBinary of one or more dimensions")
+        raise InputError(
+            f"{where}: observation space {space.kind} cannot be read; accepted: Box and MultiBinary with a shape"
+        )
     return space.shape
 
 
@@ -199,9 +201,13 @@ def _bounds_of(env: EnvSpec | None, shape: tuple[int, ...], where: str) -> tuple
 
 def _check_normalizer(normalizer: Normalizer, obs_shape: tuple[int, ...], stage: InputStage, where: str) -> None:
     if normalizer.mean.shape != obs_shape:
-        raise InputError(f"{where}: normalizes observations of shape {normalizer.mean.shape}; the policy takes {obs_shape}")
+        raise InputError(
+            f"{where}: normalizes observations of shape {normalizer.mean.shape}; the policy takes {obs_shape}"
+        )
     if stage.scales:
-        raise InputError(f"{where}: normalizes images that the policy divides by 255 as well; expected normalize_images=False")
+        raise InputError(
+            f"{where}: normalizes images that the policy divides by 255 as well; expected normalize_images=False"
+        )
 
 
 def _normalized(normalizer: Normalizer, mode: str, net: torch.nn.Sequential) -> InputStage:

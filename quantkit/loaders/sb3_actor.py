@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -89,7 +89,9 @@ def build_actor(
             last, squash = parts.get("actor.mu.0" if clipped else "actor.mu", 2), True
             limit = _positive(kwargs.get("clip_mean", 2.0), where) if clipped else None
         case _:
-            stem = {"dqn": "q_net.q_net", "qrdqn": "quantile_net.quantile_net", "ars": "action_net"}.get(algo, "actor.mu")
+            stem = {"dqn": "q_net.q_net", "qrdqn": "quantile_net.quantile_net", "ars": "action_net"}.get(
+                algo, "actor.mu"
+            )
             # in older sb3-contrib, ARSLinearPolicy's network was one bare Linear
             bare = linear_ars and "action_net.weight" in tensors
             chain = [parts.get(stem, 2, bias)] if bare else parts.stack(stem, 1, bias)
@@ -107,7 +109,8 @@ def fold(net: nn.Sequential, mean: np.ndarray, std: np.ndarray) -> None:
     """Make the first layer take raw inputs where it took `(x - mean) / std`: W / std, b - W (mean / std). In place."""
     name, first = next((n, m) for n, m in net.named_children() if not isinstance(m, nn.Flatten))
     if not isinstance(first, nn.Linear):
-        raise InputError(f"normalize='fold' needs a linear first layer, not {type(first).__name__}; use normalize='stage'")
+        kind = type(first).__name__
+        raise InputError(f"normalize='fold' needs a linear first layer, not {kind}; use normalize='stage'")
     weight = first.weight.detach().double().numpy() / std.reshape(1, -1)
     bias = 0.0 if first.bias is None else first.bias.detach().double().numpy()
     folded = _Part(name, torch.from_numpy(weight), torch.from_numpy(bias - weight @ mean.reshape(-1)))
@@ -129,19 +132,22 @@ class _Parts:
         if value is None:
             raise InputError(f"{self.where}: tensor {name!r} is missing from policy.pth")
         if value.ndim != ndim or 0 in value.shape:
-            raise InputError(f"{self.where}: tensor {name!r} has shape {tuple(value.shape)}; expected {ndim} dimensions, none empty")
+            shape = tuple(value.shape)
+            raise InputError(f"{self.where}: tensor {name!r} has shape {shape}; expected {ndim} dimensions, none empty")
         value = value.detach().to(torch.float32).contiguous().clone()
         bad = (~torch.isfinite(value)).nonzero()
         if len(bad):
             at = bad[0].tolist()
-            raise InputError(f"{self.where}: tensor {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
+            number = value[tuple(at)].item()
+            raise InputError(f"{self.where}: tensor {name!r} holds {number} at {at}; all weights must be finite")
         return value
 
     def get(self, name: str, ndim: int, bias: bool = True) -> _Part:
         weight = self.tensor(f"{name}.weight", ndim)
         part = _Part(name, weight, self.tensor(f"{name}.bias", 1) if bias else None)
         if part.bias is not None and len(part.bias) != len(weight):
-            raise InputError(f"{self.where}: {name}.bias {tuple(part.bias.shape)} does not fit {name}.weight {part.shape}")
+            shape = tuple(part.bias.shape)
+            raise InputError(f"{self.where}: {name}.bias {shape} does not fit {name}.weight {part.shape}")
         return part
 
     def stack(self, prefix: str, at_least: int, bias: bool = True) -> list[_Part]:
@@ -149,24 +155,28 @@ class _Parts:
         found = {m[1] for name in self.tensors if (m := re.fullmatch(rf"{re.escape(prefix)}\.(.+)\.\w+", name))}
         odd = sorted(i for i in found if not i.isdecimal() or int(i) % 2)
         if odd:
-            raise InputError(f"{self.where}: {prefix}.{odd[0]} is not a Linear layer followed by an activation; only those are read")
+            raise InputError(
+                f"{self.where}: {prefix}.{odd[0]} is not a Linear layer before an activation; only those are read"
+            )
         count = max([at_least, *(int(i) // 2 + 1 for i in found)])
         if count > 1000:
-            raise InputError(f"{self.where}: {prefix} numbers its layers up to {2 * count}; at most 1000 layers are read")
+            raise InputError(f"{self.where}: {prefix} counts {count} layers; at most 1000 layers are read")
         return [self.get(f"{prefix}.{2 * i}", 2, bias) for i in range(count)]
 
     def expect(self, trunk: list[_Part], depths: tuple[int, ...], prefix: str) -> None:
         """A trunk as deep as net_arch asks: a missing last layer would go unnoticed where all widths are equal."""
         if depths and len(trunk) not in depths:
+            asked = " or ".join(map(str, depths))
             raise InputError(
-                f"{self.where}: {prefix} has {len(trunk)} hidden layers, net_arch asks for {' or '.join(map(str, depths))}"
+                f"{self.where}: {prefix} has {len(trunk)} hidden layers; net_arch asks for {asked}"
                 + (f"; tensor '{prefix}.{2 * len(trunk)}.weight' is missing" if len(trunk) < min(depths) else "")
             )
 
 
 def _feature_prefixes(algo: str) -> tuple[str, ...]:
     own = {"dqn": "q_net", "qrdqn": "quantile_net"}.get(algo, "actor")
-    return ("pi_features_extractor", "features_extractor") if algo in _ON_POLICY else (f"{own}.features_extractor", "features_extractor")
+    first = "pi_features_extractor" if algo in _ON_POLICY else f"{own}.features_extractor"
+    return first, "features_extractor"
 
 
 def _activation_name(kwargs: dict[str, Any], default: str, where: str) -> str:
@@ -228,11 +238,19 @@ def _check_chain(convs: list[_Part], dense: list[_Part], obs_shape: tuple[int, .
         width = part.shape[0]
         before = f"the {width} outputs of {part.name}.weight {part.shape}"
     if width != outputs:
-        raise InputError(f"{where}: {dense[-1].name}.weight {dense[-1].shape} gives {width} outputs; the action space needs {outputs}")
+        last = f"{dense[-1].name}.weight {dense[-1].shape}"
+        raise InputError(f"{where}: {last} gives {width} outputs; the action space needs {outputs}")
 
 
 def _chain(
-    convs: list[_Part], dense: list[_Part], trunk: list[_Part], last: _Part, act: str, *, flatten: bool, limit: float | None
+    convs: list[_Part],
+    dense: list[_Part],
+    trunk: list[_Part],
+    last: _Part,
+    act: str,
+    *,
+    flatten: bool,
+    limit: float | None,
 ) -> nn.Sequential:
     """The modules, named conv1, relu1, ..., flatten, fc1, tanh1, ..., head, clip_mean."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
@@ -259,17 +277,22 @@ def _chain(
 
 def _linear(part: _Part) -> nn.Linear:
     out, width = part.shape
-    return _filled(nn.utils.skip_init(nn.Linear, width, out, bias=part.bias is not None), part)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, width, out, bias=part.bias is not None)  # type: ignore[no-untyped-call]
+    return _fill(layer, part)
 
 
 def _conv(part: _Part, stride: int) -> nn.Conv2d:
-    out, channels, height, width = part.shape
-    return _filled(nn.utils.skip_init(nn.Conv2d, channels, out, (height, width), stride=stride), part)
+    out, channels, *kernel = part.shape
+    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, channels, out, kernel, stride=stride)  # type: ignore[no-untyped-call]
+    return _fill(layer, part)
 
 
-def _filled(module: Any, part: _Part) -> Any:
-    """`module` with a part's values in float32; built uninitialized, so no random numbers are drawn."""
-    module.weight = nn.Parameter(part.weight.to(torch.float32))
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
+
+
+def _fill(layer: _Layer, part: _Part) -> _Layer:
+    """`layer` with a part's values in float32; it was built uninitialized, so no random numbers were drawn."""
+    layer.weight = nn.Parameter(part.weight.to(torch.float32))
     if part.bias is not None:
-        module.bias = nn.Parameter(part.bias.to(torch.float32))
-    return module
+        layer.bias = nn.Parameter(part.bias.to(torch.float32))
+    return layer

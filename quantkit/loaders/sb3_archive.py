@@ -28,7 +28,16 @@ _MIB = 2**20
 _TOTAL_BYTES = 2048 * _MIB
 _MEMBER_BYTES = {"data": 256 * _MIB, "policy.pth": 1024 * _MIB, "_stable_baselines3_version": 4096}
 _RATIO, _RATIO_FROM = 200, 100 * _MIB  # a member that unpacks to > 100 MiB may not shrink 200 times
-_ZIP_ERRORS = (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, OSError, ValueError, struct.error)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    EOFError,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    struct.error,
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,16 +71,20 @@ def read_archive(path: Path) -> Archive:
             missing = [name for name in ("data", "policy.pth") if name not in archive.namelist()]
             if missing:
                 raise InputError(
-                    f"{path}: no member {missing[0]!r} (truncated?); a Stable-Baselines3 zip holds 'data' (JSON) and 'policy.pth'"
+                    f"{path}: no member {missing[0]!r} (truncated?); an agent's zip holds 'data' and 'policy.pth'"
                 )
             blobs = {name: _read(archive, name, path) for name in _MEMBER_BYTES if name in archive.namelist()}
     except _ZIP_ERRORS as error:
         if isinstance(error, InputError):
             raise
         cause = "empty file" if path.is_file() and path.stat().st_size == 0 else one_line(error)
-        raise InputError(f"{path}: not a readable zip ({cause}); expected an agent saved by Stable-Baselines3") from None
+        raise InputError(
+            f"{path}: not a readable zip ({cause}); expected an agent saved by Stable-Baselines3"
+        ) from None
     version = blobs.get("_stable_baselines3_version", b"").decode("utf-8", "replace").strip() or None
-    return Archive(path, _read_json(blobs["data"], path), _read_tensors(blobs["policy.pth"], path), version, sha256_of(path))
+    return Archive(
+        path, _read_json(blobs["data"], path), _read_tensors(blobs["policy.pth"], path), version, sha256_of(path)
+    )
 
 
 def one_line(error: BaseException) -> str:

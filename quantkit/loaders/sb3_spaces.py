@@ -45,7 +45,7 @@ class Space:
 
 
 def read_space(data: dict[str, Any], key: str, where: str) -> Space:
-    """The space under `key` ("observation_space" or "action_space"); InputError when it is absent or of no known type."""
+    """The space under `key` ("observation_space" or "action_space"); InputError when absent or unreadable."""
     fields = data.get(key)
     match = _TYPE.fullmatch(str(fields.get(":type:"))) if isinstance(fields, dict) else None
     if not match or not isinstance(fields, dict):
@@ -56,7 +56,9 @@ def read_space(data: dict[str, Any], key: str, where: str) -> Space:
         case "Box" if shape is not None:
             low, high = (_bounds(fields, name, shape) for name in ("low", "high"))
             flat = [_uniform(fields, name) for name in ("low", "high")]
-            return Space(kind, shape, dtype, low, high, (), len(shape) == 3 and dtype == "uint8" and flat == [0.0, 255.0])
+            return Space(
+                kind, shape, dtype, low, high, (), len(shape) == 3 and dtype == "uint8" and flat == [0.0, 255.0]
+            )
         case "Discrete" | "MultiBinary" | "MultiDiscrete":
             text = str(fields.get("nvec" if kind == "MultiDiscrete" else "n"))
             sizes = [int(n) for n in re.findall(r"\d+", text[:100_000]) if len(n) < 9]

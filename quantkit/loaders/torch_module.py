@@ -7,7 +7,6 @@ are read without unpickling (.safetensors, or .pt / .pth with `weights_only=True
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
 import sys
 import warnings
@@ -30,15 +29,17 @@ def sniff(path: Path) -> bool:
 
 
 def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None) -> Model:
-    """The module that `factory` ("package.module:callable", found from the working directory too) builds, filled from `path`.
+    """The module that `factory` ("package.module:callable", also in the working directory) builds, filled from `path`.
 
     A `Policy` keeps kind "policy", any other module is of kind "module". The example input is the
     module's attribute `example_input` (a float tensor with a batch dimension), or, for a Policy,
     zeros and ones. Raises InputError naming missing, unexpected and misshapen tensors.
     """
     if factory is None:
-        raise InputError(f"{path}: holds tensors only; name the code that builds the module: factory='package.module:callable'")
-    module = _build(factory)
+        raise InputError(
+            f"{path}: holds tensors only; name the code that builds the module: factory='package.module:callable'"
+        )
+    module = call_factory(factory)
     tensors = read_tensors(path)
     _check_shapes(module.state_dict(), tensors, path, factory)
     _check_values(dict(module.named_parameters()), tensors, path)
@@ -67,7 +68,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore")
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: is not a plain state dict: it asks for code; save module.state_dict() instead") from None
+        raise InputError(
+            f"{path}: is not a plain state dict: it asks for code; save module.state_dict() instead"
+        ) from None
     except Exception as error:  # both libraries raise many types on damaged files
         raise InputError(f"{path}: cannot be read as tensors ({one_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
@@ -75,8 +78,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _build(factory: str) -> nn.Module:
-    """Call the factory."""
+def call_factory(factory: str) -> nn.Module:
+    """What `package.module:callable` gives; InputError when it is not found, cannot be called or is no module.
+
+    This runs the named code: only a name that the user gave may come here.
+    """
     name, colon, attribute = factory.partition(":")
     if not colon or not name or not attribute:
         raise InputError(f"factory {factory!r} is not of the form package.module:callable")
@@ -125,7 +131,9 @@ def _check_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor
         bad = ~torch.isfinite(value.float()) if name in parameters else torch.isnan(value.float())
         if bad.any():
             at = bad.nonzero()[0].tolist()
-            raise InputError(f"{path}: tensor {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
+            raise InputError(
+                f"{path}: tensor {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite"
+            )
 
 
 def _example(module: nn.Module, factory: str) -> Tensor:

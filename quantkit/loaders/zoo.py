@@ -24,7 +24,9 @@ _ALGOS = "a2c|ppo|trpo|dqn|qrdqn|ars|sac|td3|ddpg|tqc"
 _ENV_IN_NAME = re.compile(rf"(?:(?:{_ALGOS})[-_])?(?P<id>(?:[A-Za-z0-9.]+[/:-])*[A-Za-z0-9.]+-v\d+)(?:[_-].*)?", re.I)
 
 # Old id -> today's id and arguments. Same observations, actions and (nearly) dynamics.
-_MUJOCO = "Ant HalfCheetah Hopper Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d"
+_MUJOCO = (
+    "Ant HalfCheetah Hopper Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d"
+)
 RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "LunarLander-v2": ("LunarLander-v3", {}),
     "LunarLanderContinuous-v2": ("LunarLander-v3", {"continuous": True}),
@@ -81,7 +83,11 @@ def locate(path: Path) -> Checkpoint:
     named = args.get("env") if isinstance(args.get("env"), str) else None
     parents = [p.name for p in (archive.absolute().parent, archive.absolute().parent.parent)]
     trained_on = named or next((i for i in map(id_in_name, (archive.stem, parents[0])) if i), None)
-    algo = args.get("algo") if isinstance(args.get("algo"), str) else next((p for p in parents if p in _ALGOS.split("|")), None)
+    algo = (
+        args.get("algo")
+        if isinstance(args.get("algo"), str)
+        else next((p for p in parents if p in _ALGOS.split("|")), None)
+    )
     return Checkpoint(archive, _normalizer_of(archive, settings, config), args, config, trained_on, algo)
 
 
@@ -91,7 +97,8 @@ def _zip_in(folder: Path) -> Path:
         return inner
     zips = sorted(folder.glob("*.zip"))
     by_stem = {file.stem: file for file in zips}
-    for stem in (re.sub(r"_\d+$", "", folder.absolute().name), *(f.stem for f in zips if (folder / f.stem).is_dir()), "best_model"):
+    with_settings = [file.stem for file in zips if (folder / file.stem).is_dir()]
+    for stem in (re.sub(r"_\d+$", "", folder.absolute().name), *with_settings, "best_model"):
         if stem in by_stem:
             return by_stem[stem]
     if len(zips) == 1:
@@ -111,8 +118,9 @@ def _settings_of(archive: Path) -> Path | None:
 
 def _normalizer_of(archive: Path, settings: Path | None, config: dict[str, Any]) -> Path | None:
     """The vecnormalize.pkl to use; as in the zoo, `normalize` in config.yml decides where there is one."""
-    places = [settings] if settings else []
-    candidates = [p / "vecnormalize.pkl" for p in places] + [archive.parent / n for n in ("vecnormalize.pkl", "vec_normalize.pkl")]
+    candidates = [archive.parent / name for name in ("vecnormalize.pkl", "vec_normalize.pkl")]
+    if settings:
+        candidates.insert(0, settings / "vecnormalize.pkl")
     found = next((file for file in candidates if file.is_file()), None)
     if not config:
         return found
@@ -122,7 +130,9 @@ def _normalizer_of(archive: Path, settings: Path | None, config: dict[str, Any])
     if isinstance(wanted, dict):
         wanted = wanted.get("norm_obs", True)
     if wanted and found is None:
-        raise InputError(f"{candidates[0]}: not found, but config.yml says that observations were normalized; add the file")
+        raise InputError(
+            f"{candidates[0]}: not found, but config.yml says that observations were normalized; add the file"
+        )
     return found if wanted else None
 
 
@@ -163,7 +173,10 @@ def today(env_id: str) -> tuple[EnvSpec | None, str | None]:
     for pattern, why in _NO_MAP:
         if re.fullmatch(pattern, env_id):
             return None, f"{env_id} is {why}; name an environment with env="
-    return None, f"gymnasium does not know {env_id} and no newer name for it is known here; name an environment with env="
+    return (
+        None,
+        f"gymnasium does not know {env_id} and no newer name for it is known here; name an environment with env=",
+    )
 
 
 def env_spec(
@@ -197,7 +210,10 @@ def env_spec(
     pad_obs = padded if re.fullmatch(r"Ant-v[45]", spec.id) and padded == _ANT_INPUTS else None
     other = [name for name in wrappers if name not in ("TimeFeatureWrapper", *_HARMLESS)]
     if env is None and other:
-        return None, f"{trained_on} was trained through {', '.join(other)}, not rebuilt here; name an environment with env="
+        return (
+            None,
+            f"{trained_on} was trained through {', '.join(other)}, not rebuilt here; name an environment with env=",
+        )
     if pad_obs and spec.id == "Ant-v5":
         kwargs = {"include_cfrc_ext_in_observation": False} | kwargs
     return EnvSpec(spec.id, kwargs, horizon, pad_obs, trained_on), None
@@ -221,7 +237,9 @@ def _wrappers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for key in ("env_wrapper", "vec_env_wrapper"):
         value = config.get(key)
         for entry in value if isinstance(value, list) else [value]:
-            named = entry if isinstance(entry, dict) else {entry: {}} if isinstance(entry, str) and entry.strip() else {}
+            named = (
+                entry if isinstance(entry, dict) else {entry: {}} if isinstance(entry, str) and entry.strip() else {}
+            )
             for name, kwargs in named.items():
                 found[str(name).rsplit(".", 1)[-1]] = kwargs if isinstance(kwargs, dict) else {}
     if isinstance(config.get("frame_stack"), int) and config["frame_stack"] > 1:
@@ -229,7 +247,7 @@ def _wrappers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-class _TaglessLoader(yaml.SafeLoader):
+class _TaglessLoader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """SafeLoader that reads a Python-tagged node as the plain list, dictionary or text that it is written as."""
 
 
@@ -241,8 +259,8 @@ def _plain(loader: _TaglessLoader, tag: str, node: yaml.Node) -> Any:
     return loader.construct_scalar(node) or tag if isinstance(node, yaml.ScalarNode) else None
 
 
-_TaglessLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)  # type: ignore[no-untyped-call]
-_TaglessLoader.add_multi_constructor("!", _plain)  # type: ignore[no-untyped-call]
+_TaglessLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)  # type: ignore[no-untyped-call, unused-ignore]
+_TaglessLoader.add_multi_constructor("!", _plain)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -255,7 +273,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > 2**20:
         raise InputError(f"{path}: larger than 1 MiB; no settings file of the zoo is")
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaglessLoader)  # noqa: S506
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaglessLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
         raise InputError(f"{path}: not readable YAML ({' '.join(str(error).split())[:160]})") from None
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
@@ -281,7 +299,9 @@ def literal(text: str, where: str) -> Any:
         return _literal(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         cause = " ".join(str(error).split())[:80]
-        raise InputError(f"{where}: cannot read {text[:60]!r} as a literal ({cause}); expected e.g. dict(norm_obs=True)") from None
+        raise InputError(
+            f"{where}: cannot read {text[:60]!r} as a literal ({cause}); e.g. dict(norm_obs=True)"
+        ) from None
 
 
 def _literal(node: ast.expr) -> Any:

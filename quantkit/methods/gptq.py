@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwmodel.formats import Format, Levels, max_value, min_value
+from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
 from quantkit.model import Calib, Model
 from quantkit.observers import Gram, walk
 from quantkit.qlayers import QLayer
-from quantkit.qtensor import ScaleRule, expand_scale, fit_groups, fit_scale, from_values
-from quantkit.rounding import round_array, round_to, rounder
+from quantkit.qtensor import ScaleRule, expand_scale, fit_groups, fit_scale, from_values, quantize
+from quantkit.rounding import round_to, rounder
 
 CHANGES = frozenset({"weights"})
 
@@ -84,14 +84,16 @@ def solve(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        Q, T, scales = W.clone(), W.clone(), []  # T: W plus the feedback received so far, then W - Q
+        Q = W.clone(memory_format=torch.contiguous_format)
+        T = Q.clone()  # W plus the feedback received so far, then W - Q
+        scales: list[Tensor] = []
         for edge in range(len(W) - size, -1, -size):
             group = slice(edge, edge + size)
             s = scale(T[group], edge)
             scales.append(s)
             Q[group] /= s
             T[group] /= s
-            _span(Q[group], T[group], N[:, group, group], _in_place(fmt), block)
+            _span(Q[group], T[group], N[:, group, group], rounder(fmt), block)
             T[group] *= s
             _feed(T[:edge], T[group], N[:, group, :edge])
         return Q, torch.stack(scales[::-1])
@@ -107,15 +109,15 @@ def _span(Q: Tensor, T: Tensor, N: Tensor, nearest: Callable[[np.ndarray], Any],
         _feed(T[:middle], T[middle:], N[:, middle:, :middle])
         _span(Q[:middle], T[:middle], N[:, :middle, :middle], nearest, block)
         return
-    values, targets = Q.numpy(), T.numpy()  # numpy, as one call of it costs a fraction of torch's
+    groups, columns = len(N), len(Q)
+    values, targets, n = Q.numpy(), T.numpy(), N.numpy()  # one call of numpy costs a fraction of torch's
     q = np.empty_like(values[0])
-    for j in range(len(values) - 1, -1, -1):
-        if j + 1 < len(values):
-            if len(q) == 1:
-                T[j, 0].addmv_(T[j + 1 :, 0].T, N[0, j + 1 :, j])
-            else:
-                T[j] += (T[j + 1 :] * N[:, j + 1 :, j].T.unsqueeze(-1)).sum(dim=0)
-        np.copyto(q, targets[j])
+    for j in range(columns - 1, -1, -1):
+        if groups == 1:
+            np.dot(n[0, j + 1 :, j], targets[j + 1 :, 0], out=q[0])
+        else:
+            np.einsum("gk,kgr->gr", n[:, j + 1 :, j], targets[j + 1 :], out=q)
+        np.add(q, targets[j], out=q)
         nearest(q)
         np.subtract(values[j], q, out=targets[j])
         np.copyto(values[j], q)
@@ -129,16 +131,9 @@ def _feed(T: Tensor, errors: Tensor, N: Tensor) -> None:
         T.transpose(0, 1).baddbmm_(N.mT, errors.transpose(0, 1))
 
 
-def _in_place(fmt: Format) -> Callable[[np.ndarray], Any]:
-    if isinstance(fmt, Levels):
-        return lambda u: round_array(u, fmt)
-    return rounder(fmt, min_value(fmt), max_value(fmt))
-
-
-def row_errors(D: Tensor, H: Tensor) -> Tensor:
-    """|D_r X|^2 of every row of D (groups, rows, columns) under H, (groups, rows)."""
-    parts = [(torch.bmm(part, H) * part).sum(dim=-1) for part in D.split(128, dim=1)]
-    return torch.cat(parts, dim=1)
+def advantage(D: Tensor, E: Tensor, H: Tensor) -> Tensor:
+    """|E_r X|^2 - |D_r X|^2 of every row of D and E (groups, rows, columns), (groups, rows)."""
+    return (torch.bmm(E - D, H) * (E + D)).sum(dim=-1)  # a^2 - b^2 = (a - b)(a + b), H being symmetric
 
 
 def apply(
@@ -186,13 +181,12 @@ def _layer(
         importance = (importance + 1e-3 * importance.mean()).repeat_interleave(rows, dim=0)
     nearest = fit_scale(layer.weight, fmt, granularity, importance=importance, **rule)
     S = expand_scale(nearest, columns)
-    near = round_to(W / S, fmt)
     dead = float((H.diagonal(dim1=1, dim2=2) == 0).sum()) if H.numel() else 0.0
 
     order = _order(H, act_order)
     factor = factorize(_permuted(H, order), damp)
     if factor is None:
-        layer.set_weight(from_values(near, nearest, fmt, granularity, tuple(layer.weight.shape)))
+        layer.set_weight(quantize(layer.weight, nearest, fmt, granularity))
         return {"nearest_layers": 1.0, "dead_inputs": dead}
     N, used = factor
 
@@ -211,26 +205,33 @@ def _layer(
         if size == columns:
             return nearest.expand(out, 1).reshape(groups, rows)
         if order is not None:
-            return by_columns(S)[start]
+            return by_order[start]
         elements = weights.permute(1, 2, 0).reshape(out, 1, size)
         share = None if importance is None else importance.flip(1)[:, None, start : start + size]
         options = {"percentile": rule["percentile"], "pow2": rule["pow2"]}
         return fit_groups(elements, fmt, rule["rule"], column_weight=share, **options).reshape(groups, rows)
 
+    by_order = by_columns(S.expand(out, -1))
     moving = isinstance(granularity, PerGroup) and order is None
     size = columns if not isinstance(granularity, PerGroup) else granularity.size if moving else 1
     Q, fitted = solve(by_columns(W), N, fmt, fit, size, block)
     values, scale = by_rows(Q), by_rows(fitted) if moving else nearest
 
-    def errors(v: Tensor, s: Tensor) -> Tensor:
-        return row_errors((v * expand_scale(s, columns)).sub_(W).reshape(groups, rows, columns), H).reshape(out, 1)
-
-    better = errors(values, scale) <= errors(near, nearest)
-    if not better.all():
-        values = torch.where(better, values, near)
-        scale = torch.where(better, scale, nearest) if moving else scale
+    fallen = 0
+    every = torch.arange(out).reshape(groups, rows)
+    for part in every.split(max(1, 128 // groups), dim=1):  # few rows at a time: large temporaries are slow
+        r = part.flatten()
+        w, s = W[r], S.expand(out, -1)[r]
+        near = round_to(w / s, fmt)
+        D = values[r] * expand_scale(scale.expand(out, -1)[r], columns) - w
+        E = near * s - w
+        lost = advantage(D.reshape(groups, -1, columns), E.reshape(groups, -1, columns), H).flatten() < 0
+        values[r[lost]] = near[lost]
+        if moving:
+            scale[r[lost]] = nearest[r[lost]]
+        fallen += int(lost.sum())
     layer.set_weight(from_values(values, scale, fmt, granularity, tuple(layer.weight.shape)))
-    return {"nearest_rows": float((~better).sum()), "dead_inputs": dead, "largest_damp": used}
+    return {"nearest_rows": float(fallen), "dead_inputs": dead, "largest_damp": used}
 
 
 def _order(H: Tensor, act_order: bool) -> Tensor | None:

@@ -1,0 +1,192 @@
+"""Command line of the cost model: `hwmodel cost`, `hwmodel estimate`, `hwmodel devices`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="What a quantized network costs on an FPGA: LUTs, flip-flops, DSPs, block RAMs, latency.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.", rich_help_panel="Output")]
+MappingOption = Annotated[
+    str, typer.Option(help="lut: no DSPs; dsp: wherever synthesis would; auto: whichever serves.", rich_help_panel="Hardware")
+]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Bad input ends with one line on stderr and exit code 2."""
+    from hwmodel.cost import HwError
+    from hwmodel.devices import DeviceError
+    from hwmodel.formats import FormatError
+
+    try:
+        yield
+    except (HwError, DeviceError, FormatError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Report bad input."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def checked_mapping(name: str) -> Any:
+    """A mapping, or the end of the program."""
+    if name not in ("lut", "dsp", "auto"):
+        fail(f"unknown mapping {name!r}; accepted: lut, dsp, auto")
+    return name
+
+
+@app.command(rich_help_panel="Model")
+def cost(
+    weights: Annotated[str, typer.Option(help="Format of the weights, such as int4, e2m1, ternary.", rich_help_panel="Formats")],
+    acts: Annotated[str, typer.Option(help="Format of the activations.", rich_help_panel="Formats")],
+    acc_bits: Annotated[int | None, typer.Option(help="Accumulator bits; default: exact for 256 products.", rich_help_panel="Hardware")] = None,
+    lanes: Annotated[int, typer.Option(help="Products per cycle.", rich_help_panel="Hardware")] = 1,
+    mapping: MappingOption = "lut",
+    json_: Json = False,
+) -> None:
+    """One multiply-accumulate element: products, adder tree, accumulator.
+
+    Example: hwmodel cost --weights int4 --acts e4m3 --lanes 8
+    """
+    with plain_errors():
+        from hwmodel.accumulator import type_bound
+        from hwmodel.estimate import residual
+        from hwmodel.formats import parse
+        from hwmodel.mac import mac_cost
+
+        weight, act = parse(weights), parse(acts)
+        if lanes < 1 or (acc_bits is not None and acc_bits < 1):
+            fail("--lanes and --acc-bits are at least 1")
+        width = type_bound(weight, act, 256) if acc_bits is None else acc_bits
+        found = mac_cost(weight, act, width, lanes, checked_mapping(mapping))
+        record = {
+            "weights": str(weight),
+            "acts": str(act),
+            "acc_bits": width,
+            "lanes": lanes,
+            "mapping": mapping,
+            "luts": round(found.luts, 1),
+            "ffs": round(found.ffs, 1),
+            "dsps": round(found.dsps),
+            "luts_per_lane": round(found.luts / lanes, 2),
+            "residual": residual(weight, act),
+        }
+    if json_:
+        print(json.dumps(record))
+    else:
+        _table(f"{record['weights']} x {record['acts']}", ["", ""], [[k, str(v)] for k, v in record.items()])
+
+
+@app.command(rich_help_panel="Model")
+def estimate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized network's directory (its specs.json), or a specs file.")],
+    device: Annotated[str, typer.Option(help="Part, such as xc7a35t or xc7z020clg400-1.", rich_help_panel="Hardware")],
+    latency_us: Annotated[float | None, typer.Option(help="Fewest LUTs within this latency.", rich_help_panel="Target")] = None,
+    luts: Annotated[int | None, typer.Option(help="Lowest latency within this many LUTs.", rich_help_panel="Target")] = None,
+    clock_mhz: Annotated[float, typer.Option(help="Clock frequency assumed; it is not predicted.", rich_help_panel="Hardware")] = 100.0,
+    mapping: MappingOption = "lut",
+    json_: Json = False,
+) -> None:
+    """A whole network on a device: the best folding, layer by layer.
+
+    Without a target: 64 multiply-accumulates per cycle, but 1,000 cycles at least.
+
+    Example: hwmodel estimate runs/policy-w4a4 --device xc7a35t --latency-us 5
+    """
+    with plain_errors():
+        from hwmodel.devices import find_device
+        from hwmodel.estimate import estimate as run
+
+        part = find_device(device)
+        if latency_us is not None and luts is not None:
+            fail("give --latency-us or --luts, not both")
+        found = run(
+            read_specs(directory), part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, mapping=checked_mapping(mapping)
+        )
+    if json_:
+        print(json.dumps(found.to_json()))
+        return
+    columns = ["name", "pe", "simd", "luts", "ffs", "dsps", "bram18", "cycles", "memory", "converter"]
+    rows = [[str(getattr(layer, c)) for c in columns] for layer in found.layers]
+    rows.append(["total", "", "", str(found.luts), str(found.ffs), str(found.dsps), str(found.bram18), str(found.cycles), "", ""])
+    _table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
+    print(
+        f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}; "
+        f"MAC LUTs within {found.residual:.1%} on nine of ten held-out units"
+    )
+
+
+@app.command(rich_help_panel="Facts")
+def devices(json_: Json = False) -> None:
+    """Known parts with their resources and the documents these come from.
+
+    Example: hwmodel devices --json
+    """
+    from dataclasses import asdict
+
+    from hwmodel.devices import devices as table
+
+    parts = [asdict(part) for part in table().values()]
+    if json_:
+        print(json.dumps(parts))
+    else:
+        _table("Devices", list(parts[0]), [[str(v) for v in part.values()] for part in parts])
+
+
+def read_specs(path: Path) -> list[Any]:
+    """The layers of a directory with specs.json, or of such a file; one line of error for anything else."""
+    from hwmodel.spec import LayerSpec
+
+    file = path / "specs.json" if path.is_dir() else path
+    if not file.is_file():
+        fail(f"{file} does not exist; expected a directory with specs.json, or a path to such a file")
+    try:
+        document = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        fail(f"{file} is not JSON: {error}")
+    if not isinstance(document, dict) or not isinstance(document.get("layers"), list):
+        fail(f'{file} has no list "layers"; expected {{"format_version": 1, "layers": [...]}}')
+    if document.get("format_version") != 1:
+        fail(f"{file} has format_version {document.get('format_version')!r}; this version reads 1")
+    layers = []
+    for i, record in enumerate(document["layers"]):
+        try:
+            layers.append(LayerSpec.from_json(record))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            fail(f"{file}: layer {i} is not a layer specification: {type(error).__name__}: {error}")
+    if not layers:
+        fail(f"{file} has no layers")
+    return layers
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(columns))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("name", "memory", "converter", "family", "source", "") else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()
