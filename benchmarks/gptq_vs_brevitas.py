@@ -162,7 +162,9 @@ def main(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         command = " ".join(["python", *sys.argv])
-        file.write(f"# {command}; brevitas {package.__version__}, torch {torch.__version__}, {args.threads} thread(s)\n")
+        file.write(
+            f"# {command}; brevitas {package.__version__}, torch {torch.__version__}, {args.threads} thread(s)\n"
+        )
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

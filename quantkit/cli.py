@@ -169,7 +169,10 @@ def quantize(
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.", rich_help_panel=_OUT)],
-    to: Annotated[Literal["qdq"], typer.Option(help="qdq: QuantizeLinear/DequantizeLinear, for plain onnxruntime.")] = "qdq",
+    to: Annotated[
+        Literal["qdq", "qdq-real"],
+        typer.Option(help="qdq: exact in onnxruntime, scales after the sum; qdq-real: scales inside DequantizeLinear, for other converters."),
+    ] = "qdq",
     postprocess: Annotated[
         bool, typer.Option("--postprocess/--raw", help="Put argmax, squashing, clipping and rescaling of actions into the file.")
     ] = False,

@@ -73,7 +73,7 @@ def print_table(title: str, columns: dict[str, str], rows: list[list[str]], *, h
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
     for name, justify in columns.items():
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for index, row in enumerate(rows):
@@ -81,6 +81,8 @@ def print_table(title: str, columns: dict[str, str], rows: list[list[str]], *, h
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no width of its own
+    if title:
+        console.print(Text(title, style="bold"))
     console.print(table)
 
 

@@ -51,7 +51,7 @@ def pareto_figure(
         figure, axes = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
         draw_pareto(axes, rows, reference, margin, x=x, y=y)
         if title:
-            axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+            axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
     return figure
 
 
@@ -123,8 +123,14 @@ def _axes(axes: Axes, rows: Sequence[Row], x: str, y: str, reference: Mapping[st
     ys = sorted(value(row, y) or 0.0 for row in rows)
     if reference is not None and ys:
         top = max(ys[-1], reference["mean"])
-        span = max(top - ys[len(ys) // 10], 1e-9)
-        axes.set_ylim(max(ys[0] - 0.15 * span, ys[len(ys) // 10] - 0.6 * span), top + 0.32 * span)
+        floor = ys[len(ys) // 4] if ys[len(ys) // 4] < top else ys[0]
+        span = max(top - floor, reference.get("stderr") or 0.0, 1e-9)
+        low = max(ys[0] - 0.3 * span, floor - 1.5 * span)
+        axes.set_ylim(low, top + 0.55 * (top - low))
+        hidden = sum(v < low for v in ys)
+        if hidden:
+            text = f"{hidden} design{'s' if hidden > 1 else ''} below"
+            axes.text(0.01, 0.015, text, transform=axes.transAxes, fontsize=8.5, color="#777777")
 
 
 def _label(axes: Axes, row: Row, x: str, y: str) -> None:

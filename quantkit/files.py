@@ -26,8 +26,14 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         if path.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "x")
-            temporary.rename(path)
+            try:
+                path.rename(old / "x")
+                temporary.rename(path)
+            except BaseException:
+                if (old / "x").exists():
+                    (old / "x").rename(path)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             temporary.replace(path)

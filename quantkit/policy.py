@@ -124,12 +124,15 @@ class Policy(nn.Module):
     ) -> tuple[np.ndarray, Any]:
         """Stable-Baselines3's `predict`: actions for one observation or a batch, and the state unchanged.
 
-        Always the deterministic action: that is what is quantized. Raises InputError when
-        `deterministic` is False or the observation has another shape than the policy's.
+        Always the deterministic action: that is what is quantized. Images may have their channels
+        last. Raises InputError when `deterministic` is False or the observation has another shape
+        than the policy's.
         """
         if not deterministic:
             raise InputError("a quantized policy only has its deterministic action; call predict(deterministic=True)")
         obs = np.asarray(observation)
+        if len(self.obs_shape) == 3 and obs.shape[-3:] == (*self.obs_shape[1:], self.obs_shape[0]) != self.obs_shape:
+            obs = np.moveaxis(obs, -1, -3)
         single = obs.shape == self.obs_shape
         if not single and obs.shape[1:] != self.obs_shape:
             raise InputError(f"observation of shape {obs.shape} given to a policy for shape {self.obs_shape}")

@@ -117,7 +117,12 @@ def verify_export(
     from quantkit.verify import verify
 
     states = calibration_states(model, 512)
-    return verify(model, path, states=states, episodes=episodes, seed=seed, progress=progress)
+
+    def count(_name: str, done: int, total: int) -> None:
+        if progress:
+            progress(done, total)
+
+    return verify(model, path, states=states, episodes=episodes, seed=seed, progress=count)
 
 
 def prepare(model: Model, settings: Settings, progress: Progress | None = None) -> Study:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import warnings
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -176,3 +177,34 @@ def test_impossible_inputs_are_refused():
     with pytest.raises(InputError, match="only Box"):
         input_shape(gymnasium.make("FrozenLake-v1"), EnvSpec("FrozenLake-v1"))
     assert make_env(dataclasses.replace(spec, pad_obs=8)).observation_space.shape == (8,)
+
+
+class _Picture(gymnasium.Env[Any, Any]):
+    """Random images with their channels last; the reward is the action if the first pixel is odd."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (12, 10, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.image = self.np_random.integers(0, 256, (12, 10, 3), np.uint8)
+        return self.image, {}
+
+    def step(self, action: Any) -> Any:
+        return self.image, float(action), True, False, {}
+
+
+def test_images_come_channels_first_and_predict_takes_either_order() -> None:
+    """An environment of channels-last images gives the policy what stable-baselines3 would give it."""
+    if "Picture-v0" not in gymnasium.registry:
+        gymnasium.register("Picture-v0", entry_point=_Picture)
+    env = make_env(EnvSpec("Picture-v0"))
+    first, _ = env.reset(seed=3)
+    last, _ = _Picture().reset(seed=3)
+    assert first.shape == env.observation_space.shape == (3, 12, 10)
+    assert np.array_equal(first, np.moveaxis(last, -1, 0))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(360, 2))
+    agent = Policy(InputStage(std=255), net, Head("discrete", (2,)), (3, 12, 10))
+    check_fits(env, agent)
+    assert agent.predict(first)[0] == agent.predict(last)[0]
+    assert agent.predict(last[None])[0].shape == (1,)

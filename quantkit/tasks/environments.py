@@ -74,7 +74,10 @@ def make_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
 
 
 def open_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
-    """`gymnasium.make` without the passive checker and without warnings; raises InputError as `make_env`."""
+    """`gymnasium.make` without the passive checker and without warnings; raises InputError as `make_env`.
+
+    Images come channels first, as Stable-Baselines3 gives them to its policies.
+    """
     try:
         import gymnasium
     except ImportError:
@@ -83,7 +86,7 @@ def open_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
         _register_atari(spec.id)
     with _quiet(spec.id):
         try:
-            return gymnasium.make(spec.id, **{**spec.kwargs, "disable_env_checker": True})
+            return _channels_first(gymnasium.make(spec.id, **{**spec.kwargs, "disable_env_checker": True}))
         except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
             raise InputError(f"unknown environment {spec.id!r}{_nearest(spec.id)}: {_line(error)}") from None
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
@@ -91,6 +94,19 @@ def open_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
             raise InputError(message) from None
         except (gymnasium.error.Error, TypeError, ValueError, AssertionError) as error:
             raise InputError(f"environment {spec.id!r} refuses {spec.kwargs or 'its id'}: {_line(error)}") from None
+
+
+def _channels_first(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+    """The environment, with uint8 images of (height, width, channels) turned to (channels, height, width)."""
+    from gymnasium import spaces, wrappers
+
+    space = env.observation_space
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3 or space.dtype != np.uint8:
+        return env
+    if int(np.argmin(space.shape)) != 2:  # the rule of stable_baselines3's is_image_space_channels_first
+        return env
+    turned = spaces.Box(space.low.transpose(2, 0, 1), space.high.transpose(2, 0, 1), dtype=np.uint8)
+    return wrappers.TransformObservation(env, lambda image: np.transpose(image, (2, 0, 1)), turned)
 
 
 def bare_env(spec: EnvSpec) -> tuple[gymnasium.Env[Any, Any], int | None]:
