@@ -19,7 +19,9 @@ import csv
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ warnings.filterwarnings("ignore")  # Brevitas uses deprecated parts of torch
 
 @dataclass
 class Args:
-    """The command line. samples: rows of calibration data; for convolutions that many positions, in images of 16 x 16."""
+    """The command line. samples: rows of calibration data; for convolutions, positions in images of 16 x 16."""
 
     samples: int = 2048
     repeats: int = 3
@@ -142,11 +144,11 @@ def main(args: Args) -> None:
             torch.manual_seed(args.seed)
             layer.reset_parameters()
             x = inputs(layer, args.samples)
-            runs = {
-                "brevitas": lambda: brevitas(layer, x, fmt, True),
-                "brevitas_default": lambda: brevitas(layer, x, fmt, False),
-                "ours": lambda: ours(layer, x, fmt, gptq),
-                "rtn": lambda: ours(layer, x, fmt, rtn),
+            runs: dict[str, Callable[[], tuple[float, Tensor]]] = {
+                "brevitas": partial(brevitas, layer, x, fmt, True),
+                "brevitas_default": partial(brevitas, layer, x, fmt, False),
+                "ours": partial(ours, layer, x, fmt, gptq),
+                "rtn": partial(ours, layer, x, fmt, rtn),
             }
             row: dict[str, object] = {"layer": name, "format": fmt}
             seconds: dict[str, float] = {}

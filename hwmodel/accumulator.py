@@ -43,7 +43,7 @@ def type_bound(weight: Format, act: Format, n: int) -> int:
     if n < 1:
         raise ValueError(f"a dot product has at least 1 term, not {n}")
     (w_low, w_high), (a_low, a_high) = unit_range(weight), unit_range(act)
-    corners = [w * a for w in (w_low, w_high) for a in (a_low, a_high)]
+    corners: list[int] = [w * a for w in (w_low, w_high) for a in (a_low, a_high)]
     return signed_bits(n * min(corners), n * max(corners))
 
 

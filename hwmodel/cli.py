@@ -22,7 +22,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.", rich_help_panel="Output")]
 MappingOption = Annotated[
-    str, typer.Option(help="lut: no DSPs; dsp: wherever synthesis would; auto: whichever serves.", rich_help_panel="Hardware")
+    str,
+    typer.Option(
+        help="lut: no DSPs; dsp: wherever synthesis would; auto: whichever serves.", rich_help_panel="Hardware"
+    ),
 ]
 
 
@@ -54,9 +57,13 @@ def checked_mapping(name: str) -> Any:
 
 @app.command(rich_help_panel="Model")
 def cost(
-    weights: Annotated[str, typer.Option(help="Format of the weights, such as int4, e2m1, ternary.", rich_help_panel="Formats")],
+    weights: Annotated[
+        str, typer.Option(help="Format of the weights, such as int4, e2m1, ternary.", rich_help_panel="Formats")
+    ],
     acts: Annotated[str, typer.Option(help="Format of the activations.", rich_help_panel="Formats")],
-    acc_bits: Annotated[int | None, typer.Option(help="Accumulator bits; default: exact for 256 products.", rich_help_panel="Hardware")] = None,
+    acc_bits: Annotated[
+        int | None, typer.Option(help="Accumulator bits; default: exact for 256 products.", rich_help_panel="Hardware")
+    ] = None,
     lanes: Annotated[int, typer.Option(help="Products per cycle.", rich_help_panel="Hardware")] = 1,
     mapping: MappingOption = "lut",
     json_: Json = False,
@@ -96,11 +103,19 @@ def cost(
 
 @app.command(rich_help_panel="Model")
 def estimate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized network's directory (its specs.json), or a specs file.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A quantized network's directory (its specs.json), or a specs file.")
+    ],
     device: Annotated[str, typer.Option(help="Part, such as xc7a35t or xc7z020clg400-1.", rich_help_panel="Hardware")],
-    latency_us: Annotated[float | None, typer.Option(help="Fewest LUTs within this latency.", rich_help_panel="Target")] = None,
-    luts: Annotated[int | None, typer.Option(help="Lowest latency within this many LUTs.", rich_help_panel="Target")] = None,
-    clock_mhz: Annotated[float, typer.Option(help="Clock frequency assumed; it is not predicted.", rich_help_panel="Hardware")] = 100.0,
+    latency_us: Annotated[
+        float | None, typer.Option(help="Fewest LUTs within this latency.", rich_help_panel="Target")
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(help="Lowest latency within this many LUTs.", rich_help_panel="Target")
+    ] = None,
+    clock_mhz: Annotated[
+        float, typer.Option(help="Clock frequency assumed; it is not predicted.", rich_help_panel="Hardware")
+    ] = 100.0,
     mapping: MappingOption = "lut",
     json_: Json = False,
 ) -> None:
@@ -118,14 +133,32 @@ def estimate(
         if latency_us is not None and luts is not None:
             fail("give --latency-us or --luts, not both")
         found = run(
-            read_specs(directory), part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, mapping=checked_mapping(mapping)
+            read_specs(directory),
+            part,
+            latency_us=latency_us,
+            luts=luts,
+            clock_mhz=clock_mhz,
+            mapping=checked_mapping(mapping),
         )
     if json_:
         print(json.dumps(found.to_json()))
         return
     columns = ["name", "pe", "simd", "luts", "ffs", "dsps", "bram18", "cycles", "memory", "converter"]
     rows = [[str(getattr(layer, c)) for c in columns] for layer in found.layers]
-    rows.append(["total", "", "", str(found.luts), str(found.ffs), str(found.dsps), str(found.bram18), str(found.cycles), "", ""])
+    rows.append(
+        [
+            "total",
+            "",
+            "",
+            str(found.luts),
+            str(found.ffs),
+            str(found.dsps),
+            str(found.bram18),
+            str(found.cycles),
+            "",
+            "",
+        ]
+    )
     _table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
     print(
         f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}; "
@@ -182,7 +215,9 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, show_header=any(columns))
     for name in columns:
-        table.add_column(name, justify="left" if name in ("name", "memory", "converter", "family", "source", "") else "right")
+        table.add_column(
+            name, justify="left" if name in ("name", "memory", "converter", "family", "source", "") else "right"
+        )
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -126,7 +126,7 @@ def requantizer(kind: str, acc_bits: int, out_bits: int, factor_bits: int, mappi
 
 
 def float_input_bits(fmt: Float) -> int:
-    """Fixed-point bits that a minifloat converter reads: sign, two bits below the smallest step, two above the largest."""
+    """Bits that a minifloat converter reads: sign, two below the smallest step, two above the largest value."""
     return int_max(fmt).bit_length() + 5
 
 

@@ -19,9 +19,7 @@ class Cost:
     bram18: float = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.luts + other.luts, self.ffs + other.ffs, self.dsps + other.dsps, self.bram18 + other.bram18
-        )
+        return Cost(self.luts + other.luts, self.ffs + other.ffs, self.dsps + other.dsps, self.bram18 + other.bram18)
 
     def __mul__(self, times: float) -> Cost:
         return Cost(self.luts * times, self.ffs * times, self.dsps * times, self.bram18 * times)

@@ -81,7 +81,9 @@ def folds(spec: LayerSpec, mapping: Mapping = "lut") -> tuple[Fold, ...]:
         if columns % spec.granularity.size:
             raise HwError(f"layer {spec.name!r}: groups of {spec.granularity.size} do not divide {columns} columns")
         columns = spec.granularity.size
-    return tuple(layer_fold(spec, pe, simd, mapping) for simd in divisors(columns) for pe in divisors(spec.out_features))
+    return tuple(
+        layer_fold(spec, pe, simd, mapping) for simd in divisors(columns) for pe in divisors(spec.out_features)
+    )
 
 
 @cache
@@ -109,7 +111,9 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, mapping: Mapping = "lut") ->
     return Fold(spec, pe, simd, cost + extra, words * spec.positions + fill, weights, method, width)
 
 
-def _conversion(spec: LayerSpec, sum_bits: int, pe: int, column_folds: int, mapping: Mapping) -> tuple[Cost, int, str, int]:
+def _conversion(
+    spec: LayerSpec, sum_bits: int, pe: int, column_folds: int, mapping: Mapping
+) -> tuple[Cost, int, str, int]:
     """The cheapest converter: cost with its memories, number of units, name, stages.
 
     Elements finish together every `column_folds` cycles, so that many can wait for one unit.
@@ -118,7 +122,9 @@ def _conversion(spec: LayerSpec, sum_bits: int, pe: int, column_folds: int, mapp
     fewest = next(n for n in divisors(pe) if n * column_folds >= pe)
     for units in {fewest, pe}:
         sharing = pe // units
-        queue = Cost(luts=((sharing - 1) * sum_bits + 1) if sharing > 1 else 0, ffs=sharing * sum_bits if sharing > 1 else 0)
+        queue = Cost(
+            luts=((sharing - 1) * sum_bits + 1) if sharing > 1 else 0, ffs=sharing * sum_bits if sharing > 1 else 0
+        )
         for unit in converters(spec, sum_bits, mapping):
             one = unit.cost + queue
             for memory_width, per_row in unit.memory:
@@ -169,14 +175,17 @@ def search_folding(
     return fastest(specs, device.luts if luts is None else luts, clock_mhz=clock_mhz, mapping=mapping)
 
 
-def cheapest(specs: Sequence[LayerSpec], cycles: int, *, clock_mhz: float = 100.0, mapping: Mapping = "lut") -> tuple[Fold, ...]:
+def cheapest(
+    specs: Sequence[LayerSpec], cycles: int, *, clock_mhz: float = 100.0, mapping: Mapping = "lut"
+) -> tuple[Fold, ...]:
     """The folds with the fewest LUTs whose cycles add up to at most `cycles`."""
     fronts = [front(spec, mapping) for spec in specs]
     quickest = [f[0].cycles for f in fronts]
     if sum(quickest) > cycles:
         slow = max(range(len(specs)), key=lambda i: quickest[i])
         raise HwError(
-            f"{cycles / clock_mhz:g} us at {clock_mhz:g} MHz cannot be met: the nearest is {sum(quickest) / clock_mhz:g} us "
+            f"{cycles / clock_mhz:g} us at {clock_mhz:g} MHz cannot be met: "
+            f"the nearest is {sum(quickest) / clock_mhz:g} us "
             f"({sum(quickest)} cycles, {math.ceil(sum(f[0].cost.luts for f in fronts))} LUTs), "
             f"bound by layer {specs[slow].name!r} with {quickest[slow]} cycles at full parallelism"
         )
@@ -184,7 +193,9 @@ def cheapest(specs: Sequence[LayerSpec], cycles: int, *, clock_mhz: float = 100.
     return _trace(fronts, points, len(points[-1][0]) - 1)  # most cycles, hence fewest LUTs
 
 
-def fastest(specs: Sequence[LayerSpec], luts: float, *, clock_mhz: float = 100.0, mapping: Mapping = "lut") -> tuple[Fold, ...]:
+def fastest(
+    specs: Sequence[LayerSpec], luts: float, *, clock_mhz: float = 100.0, mapping: Mapping = "lut"
+) -> tuple[Fold, ...]:
     """The folds with the fewest cycles whose LUTs add up to at most `luts`."""
     fronts = [front(spec, mapping) for spec in specs]
     smallest = [f[-1].cost.luts for f in fronts]

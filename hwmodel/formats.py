@@ -140,11 +140,11 @@ def parse(text: str) -> Format:
         reason = ""
     except FormatError as error:
         reason = f" ({error})"
-    near = difflib.get_close_matches(name, all_names(), n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name, all_names(), n=1, cutoff=0.45)
+    hint = f"did you mean {near[0]!r}? " if near else ""
     raise FormatError(
-        f"unknown format {text!r}{reason}; did you mean {near[0]!r}? "
-        "Formats: int1..int8, int16, uint1..uint8, with n for narrow; e1m1..e6m1 (3-8 bits), "
-        "with fn or ieee for the OCP codes; ternary; binary"
+        f"unknown format {text!r}{reason}; {hint}Formats: int1..int8, int16 and uint.., with n for narrow; "
+        "minifloats such as e2m1 or e4m3 (3-8 bits in all), with fn or ieee for the OCP codes; ternary; binary"
     )
 
 

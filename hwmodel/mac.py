@@ -95,11 +95,44 @@ def pair_key(weight: Format, act: Format) -> str:
 
 @cache
 def product_cost(weight: Format, act: Format) -> Cost:
-    """One registered product in LUTs: measured where the table has the pair, else the formula."""
+    """One registered product in LUTs: measured where the table has the pair, else the formula.
+
+    The formula is kept between the table's pairs that can do less and those that can do more.
+    """
     entry = coefficients()["products"].get(pair_key(weight, act))
     if entry:
         return Cost(luts=entry[0], ffs=entry[1])
-    return product_formula(weight, act, coefficients()["product_formula"])
+    guess = product_formula(weight, act, coefficients()["product_formula"])
+    low, high = 0.0, math.inf
+    for key, (luts, _, _) in coefficients()["products"].items():
+        x, y = (_format_of(part) for part in key.split())
+        if (does(weight, x) and does(act, y)) or (does(weight, y) and does(act, x)):
+            low = max(low, luts)
+        if (does(x, weight) and does(y, act)) or (does(x, act) and does(y, weight)):
+            high = min(high, luts)
+    return Cost(luts=min(max(guess.luts, low), high), ffs=guess.ffs)
+
+
+@cache
+def _format_of(key: str) -> Format:
+    """The format that an operand's key stands for."""
+    if key in ("t", "b"):
+        return TERNARY if key == "t" else BINARY
+    if key[0] == "e":
+        exp, man = key[1:].split("m")
+        return Float(int(exp), int(man))
+    return Int(int(key[1:]), signed=key[0] == "s")
+
+
+def does(wide: Format, narrow: Format) -> bool:
+    """Whether an operand of `wide` can stand in for one of `narrow` in the same hardware."""
+    match wide, narrow:
+        case Int(), Int():
+            return wide.bits >= narrow.bits + (wide.signed and not narrow.signed) and wide.signed >= narrow.signed
+        case Float(), Float():
+            return wide.exp >= narrow.exp and wide.man >= narrow.man
+        case _:
+            return wide == narrow
 
 
 def product_formula(weight: Format, act: Format, weights: dict[str, float]) -> Cost:
@@ -222,7 +255,7 @@ def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1, mapping
 
 
 def _dsp(weight: Format, act: Format, acc_bits: int, lanes: int) -> Cost:
-    """Significands multiplied in DSPs. Of integers, the DSP also takes the first adder level, or the only accumulator."""
+    """Significands multiplied in DSPs; of integers, these also take the first adders or the only accumulator."""
     w, a = operand(weight), operand(act)
     width = min(product_bits(weight, act), acc_bits)
     owed = owes(weight, act)

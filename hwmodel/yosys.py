@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
+from typing import Any
 
 from hwmodel.cost import Cost
 from hwmodel.formats import BINARY, Format
-from hwmodel.mac import coefficients, operand, owes, pair_key, product_bits, shift_bits
+from hwmodel.mac import coefficients, operand, owes, product_bits, shift_bits
 
 FLOW = "synth_xilinx -family xc7 -flatten -noiopad -noclkbuf"
 
@@ -73,7 +74,7 @@ def synthesize(units: Sequence[Unit], *, dsp: bool = False, flow: str = FLOW) ->
     return [_count(counted[cells[f"u{i}"]["type"]]) for i in range(len(units))]
 
 
-def gates(one: Unit) -> dict[str, object]:
+def gates(one: Unit) -> dict[str, Any]:
     """The unit as a flat netlist of NOT, AND, OR, XOR, MUX and DFF cells (Yosys JSON): for simulation in tests."""
     with tempfile.TemporaryDirectory() as folder:
         files = _write_design([one], Path(folder))
@@ -84,6 +85,7 @@ def gates(one: Unit) -> dict[str, object]:
         )
         _call(["-q", "-p", script], Path(folder))
         modules = json.loads((Path(folder) / "net.json").read_text())["modules"]
+    module: dict[str, Any]
     (module,) = (m for m in modules.values() if m.get("attributes", {}).get("top"))
     return module
 
@@ -154,7 +156,8 @@ def mac_unit(weight: Format, act: Format, acc_bits: int, lanes: int) -> Unit:
         return unit("popcount", N=lanes, ACC=acc_bits)
     pair = dict(_pair(weight, act, product_style(weight, act)))
     pair["P"] = min(pair["P"], acc_bits)
-    return unit("mac", **pair, OWED=int(owes(weight, act)), LANES=lanes, ACC=acc_bits)
+    size = {"OWED": int(owes(weight, act)), "LANES": lanes, "ACC": acc_bits}
+    return Unit("mac", tuple((pair | size).items()))
 
 
 def product_style(weight: Format, act: Format) -> int:
@@ -164,7 +167,8 @@ def product_style(weight: Format, act: Format) -> int:
     for x, y in ((w.key, a.key), tuple(significands)):
         entry = coefficients()["products"].get(" ".join(sorted((x, y))))
         if entry:
-            return {1: 2, 2: 1}.get(entry[2], entry[2]) if x > y else entry[2]
+            style = int(entry[2])
+            return {1: 2, 2: 1}.get(style, style) if x > y else style
     return 1 if a.sig <= w.sig else 2
 
 

@@ -12,6 +12,7 @@ except that a network of the caller's own code is rebuilt by its factory.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from hwmodel import formats
-from hwmodel.spec import parse_granularity
+from hwmodel.spec import PerGroup, PerRow, PerTensor, parse_granularity
 from quantkit import __version__
 from quantkit.errors import InputError
 from quantkit.files import new_directory
@@ -50,7 +51,7 @@ def summary(model: Model) -> dict[str, Any]:
                 "weight": format_name(layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
                 "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
                 "granularity": str(layer.plan.granularity) if quantized else None,
-                "sqnr_db": None if sqnr is None or sqnr == float("inf") else round(sqnr, 3),
+                "sqnr_db": None if sqnr is None or not math.isfinite(sqnr) else round(sqnr, 3),
             }
         )
     return {
@@ -122,10 +123,10 @@ def load_artifact(path: Path, *, factory: str | None = None) -> Model:
     document_path, tensors_path = path / "quantkit.json", path / "model.safetensors"
     try:
         document = json.loads(document_path.read_text())
-        version = document["format_version"]
+        version = int(document["format_version"])
     except FileNotFoundError:
         raise InputError(f"{path}: no quantkit.json; not a directory written by quantkit quantize") from None
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{document_path}: damaged; quantize the checkpoint again") from None
     if version > FORMAT_VERSION:
         raise InputError(f"{document_path}: format version {version} is newer than this program reads ({FORMAT_VERSION})")
@@ -133,14 +134,18 @@ def load_artifact(path: Path, *, factory: str | None = None) -> Model:
         tensors = {name: torch.from_numpy(array) for name, array in load_file(tensors_path).items()}
     except FileNotFoundError:
         raise InputError(f"{tensors_path}: missing; quantize the checkpoint again") from None
-    except SafetensorError as error:
-        raise InputError(f"{tensors_path}: damaged ({error})") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{tensors_path}: damaged ({_short(error)})") from None
     try:
         return _restore(path, document, tensors, factory)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: quantkit.json and model.safetensors do not fit each other ({error})") from None
+    except InputError:
+        raise
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+        raise InputError(f"{path}: quantkit.json and model.safetensors do not fit ({_short(error)})") from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], factory: str | None) -> Model:
@@ -166,14 +171,23 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         if record["weight"] is not None:
             _restore_weight(layer, record, tensors)
         if record["act"] is not None:
-            layer.set_act(ActQuant(formats.parse(record["act"]["format"]), record["act"]["scale"]))
+            layer.set_act(ActQuant(formats.parse(record["act"]["format"]), _positive(record["act"]["scale"])))
     codes = {f"{r['name']}.{leaf}" for r in document["quantized"] for leaf in ("codes", "scale")}
     rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
     missing, unexpected = model.module.load_state_dict(rest, strict=False)
     restored = {f"{r['name']}.weight" for r in document["quantized"] if r["weight"] is not None}
     if unexpected or set(missing) - restored:
         raise KeyError(", ".join([*unexpected, *sorted(set(missing) - restored)]))
+    for name, parameter in model.module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} is not finite")
     return model
+
+
+def _positive(scale: float) -> float:
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{scale} is not a scale")
+    return float(scale)
 
 
 def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -181,7 +195,19 @@ def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Te
     fmt = formats.parse(record["weight"]["format"])
     rows = shape[0]
     columns = int(torch.Size(shape).numel()) // rows
-    codes = unpack(tensors[f"{name}.codes"].numpy(), formats.bits(fmt), (rows, columns))
-    q = QTensor(codes, tensors[f"{name}.scale"], fmt, layer.plan.granularity, shape)
+    packed, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
+    if shape != tuple(layer.weight.shape) or packed.numel() != -(-rows * columns * formats.bits(fmt) // 8):
+        raise ValueError(f"{name} has another shape")
+    match layer.plan.granularity:
+        case PerTensor():
+            expected = (1, 1)
+        case PerRow():
+            expected = (rows, 1)
+        case PerGroup(size):
+            expected = (rows, columns // size)
+    if scale.shape != expected or not (torch.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"{name}.scale is not {expected} positive numbers")
+    codes = unpack(packed.numpy(), formats.bits(fmt), (rows, columns))
+    q = QTensor(codes, scale, fmt, layer.plan.granularity, shape)
     layer.set_weight(q)
     layer.weight.data = layer.effective_weight().clone()

@@ -38,6 +38,9 @@ Env = Annotated[str | None, typer.Option("--env", help="Environment id, if the c
 Factory = Annotated[
     str | None, typer.Option(help="module:callable that builds the network of a .safetensors file.", rich_help_panel=_IN)
 ]
+Inputs = Annotated[
+    Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=_IN)
+]
 Normalize = Annotated[
     Literal["stage", "fold"],
     typer.Option(help="Observation normalization: a float input stage, or folded into the first layer.", rich_help_panel=_IN),
@@ -65,12 +68,17 @@ States = Annotated[int, typer.Option("--calibration", min=1, help="Calibration s
 @app.command(rich_help_panel=_LOOK, epilog="Example: quantkit inspect ppo/LunarLander-v2_1")
 @guarded
 def inspect(
-    checkpoint: Checkpoint, env: Env = None, factory: Factory = None, normalize: Normalize = "stage", json: Json = False
+    checkpoint: Checkpoint,
+    env: Env = None,
+    factory: Factory = None,
+    inputs: Inputs = None,
+    normalize: Normalize = "stage",
+    json: Json = False,
 ) -> None:
     """Show what a checkpoint holds: algorithm, environment, layers, parameters."""
     from quantkit.loading import describe_checkpoint
 
-    document = describe_checkpoint(_load(checkpoint, env, factory, normalize))
+    document = describe_checkpoint(_load(checkpoint, env, factory, normalize, inputs))
     if json:
         print_json(document)
         return
@@ -124,9 +132,7 @@ def quantize(
     step: Steps = None,
     layer: Exceptions = None,
     calibration: States = 2048,
-    inputs: Annotated[
-        Path | None, typer.Option(help=".npy or .npz with calibration inputs, for networks that are no policy.", rich_help_panel=_NUM)
-    ] = None,
+    inputs: Inputs = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)] = 0,
     env: Env = None,
     factory: Factory = None,
@@ -141,7 +147,7 @@ def quantize(
     check_new(output, force=force)
     plan = (("*", make_plan(weights, acts, granularity)), *_exceptions(layer, granularity))
     recipe = Recipe(plan, tuple(parse_step(text) for text in step or []), seed)
-    model = _load(checkpoint, env, factory, normalize)
+    model = _load(checkpoint, env, factory, normalize, inputs)
 
     from quantkit.artifact import save_artifact, summary
     from quantkit.recipe import quantize as run
@@ -194,15 +200,17 @@ def verify(
     onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="File written by quantkit export.")],
     episodes: Episodes = 10,
     seed: Seed = 1000,
+    factory: Factory = None,
+    inputs: Inputs = None,
     json: Json = False,
 ) -> None:
     """Run torch and onnxruntime on the same states and episodes and compare; exit 1 if they disagree."""
     from quantkit.artifact import load_artifact
     from quantkit.study import verify_export
 
-    model = load_artifact(directory)
+    model = load_artifact(directory, factory=factory)
     with progress_bar("verify", "episodes") as update:
-        result = verify_export(model, onnx_file, episodes=episodes, seed=seed, progress=update)
+        result = verify_export(model, onnx_file, episodes=episodes, seed=seed, inputs=inputs, progress=update)
     document = result.to_json()
     if json:
         print_json(document)
@@ -311,10 +319,16 @@ def _show_report(report: dict[str, Any], json: bool, x: str = "luts", y: str = "
     say("\n".join(f"wrote {path}" for path in report["files"]))
 
 
-def _load(checkpoint: Path, env: str | None, factory: str | None, normalize: Literal["stage", "fold"]) -> Model:
+def _load(
+    checkpoint: Path,
+    env: str | None,
+    factory: str | None,
+    normalize: Literal["stage", "fold"],
+    inputs: Path | None = None,
+) -> Model:
     from quantkit.loading import load_checkpoint
 
-    return load_checkpoint(checkpoint, env=env, normalize=normalize, factory=factory)
+    return load_checkpoint(checkpoint, env=env, normalize=normalize, factory=factory, inputs=inputs)
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -6,9 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from quantkit.errors import InputError
 
@@ -72,3 +75,15 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_inputs(path: Path) -> np.ndarray:
+    """The array of a .npy file, or the first of a .npz; InputError unless it holds finite numbers, at least one row."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        array: np.ndarray = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+    except (ValueError, IndexError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path}: not a .npy or .npz file of plain numbers") from None
+    if array.ndim < 2 or len(array) == 0 or array.dtype.kind not in "fiub":
+        raise InputError(f"{path}: holds {array.dtype} of shape {array.shape}; accepted: numbers of shape (samples, ...)")
+    return array

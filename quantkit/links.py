@@ -9,6 +9,7 @@ clip whose bounds can be scaled.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,33 +63,29 @@ def find_links(model: Model) -> list[Link]:
     A layer that runs more than once, or shares its parameters with another, is part of no link.
     """
     policy = model.module if isinstance(model.module, Policy) else None
-    root: nn.Module = model.module if policy is None else policy.net
+    root = model.module if policy is None else policy.net
     prefix = "" if policy is None else "net."
     try:
         graph = _Tracer().trace(root)
     except Exception:  # whatever the module's own Python does with a proxy; no link is the answer
         return []
     modules = dict(root.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, Layer)}
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     owners: dict[int, int] = {}
-    for module in modules.values():
-        if isinstance(module, Layer):
-            owners[id(module.weight)] = owners.get(id(module.weight), 0) + 1
-    alone = {
-        name
-        for name, module in modules.items()
-        if isinstance(module, Layer) and calls.count(name) == 1 and owners[id(module.weight)] == 1
-    }
+    for layer in layers.values():
+        owners[id(layer.weight)] = owners.get(id(layer.weight), 0) + 1
+    alone = {n for n, layer in layers.items() if calls.count(n) == 1 and owners[id(layer.weight)] == 1}
     links = []
     for node in graph.nodes:
         if node.op == "placeholder" and policy is not None:
             found = _consumers(node, modules, alone)
-            if found and _fits_stage(policy, [modules[name] for name, _ in found]):
+            if found and _fits_stage(policy, [layers[name] for name, _ in found]):
                 links.append(Link("", tuple(prefix + name for name, _ in found), "input"))
         elif node.op == "call_module" and node.target in alone:
             found = _consumers(node, modules, alone)
-            if found and all(_fits(modules[node.target], modules[name], flat) for name, flat in found):
-                links.append(Link(prefix + node.target, tuple(prefix + name for name, _ in found), "layer"))
+            if found and all(_fits(layers[str(node.target)], layers[name], flat) for name, flat in found):
+                links.append(Link(prefix + str(node.target), tuple(prefix + name for name, _ in found), "layer"))
     return links
 
 
@@ -98,9 +95,10 @@ def _consumers(start: fx.Node, modules: dict[str, nn.Module], alone: set[str]) -
     pending = [(user, False) for user in start.users]
     while pending:
         node, flat = pending.pop(0)
-        module = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, Layer) and node.target in alone:
-            found.append((node.target, flat))
+        name = str(node.target)
+        module = modules.get(name) if node.op == "call_module" else None
+        if isinstance(module, Layer) and name in alone:
+            found.append((name, flat))
             continue
         flattens = _flattens(node, module)
         if not flattens and not (isinstance(module, _STEPS) or _is_homogeneous(node)):
@@ -127,7 +125,7 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
     return False
 
 
-def _fits(producer: nn.Module, consumer: nn.Module, flat: bool) -> bool:
+def _fits(producer: Layer, consumer: Layer, flat: bool) -> bool:
     channels = producer.weight.shape[0]
     inputs = in_channels(consumer)
     if is_conv(producer) and not is_conv(consumer):
@@ -135,22 +133,22 @@ def _fits(producer: nn.Module, consumer: nn.Module, flat: bool) -> bool:
     return is_conv(producer) == is_conv(consumer) and inputs == channels
 
 
-def _fits_stage(policy: Policy, consumers: list[nn.Module]) -> bool:
+def _fits_stage(policy: Policy, consumers: list[Layer]) -> bool:
     kinds = {is_conv(layer) for layer in consumers}
     if len(kinds) != 1:
         return False
-    size = policy.obs_shape[0] if kinds == {True} else int(torch.Size(policy.obs_shape).numel())
+    size = policy.obs_shape[0] if kinds == {True} else math.prod(policy.obs_shape)
     return len(policy.obs_shape) in ((3,) if kinds == {True} else (1, 2, 3)) and all(
         in_channels(layer) == size for layer in consumers
     )
 
 
-def is_conv(layer: nn.Module) -> bool:
+def is_conv(layer: Layer) -> bool:
     """Whether the layer is a convolution."""
     return layer.op == "conv2d" if isinstance(layer, QLayer) else isinstance(layer, nn.Conv2d)
 
 
-def in_channels(layer: nn.Module) -> int:
+def in_channels(layer: Layer) -> int:
     """Input channels of a convolution, input features of a linear layer."""
     return layer.weight.shape[1] * getattr(layer, "groups", 1)
 
@@ -182,7 +180,7 @@ def scale_rows(layer: Layer, factor: Tensor) -> None:
 def scale_stage(policy: Policy, factor: Tensor) -> None:
     """Multiply output i of the input stage by factor[i] (per channel for images), clip bounds included."""
     stage: InputStage = policy.stage
-    if len(factor) == torch.Size(policy.obs_shape).numel():
+    if len(factor) == math.prod(policy.obs_shape):
         factor = factor.reshape(policy.obs_shape)
     else:
         factor = factor.reshape(-1, 1, 1)

@@ -21,12 +21,13 @@ def load_checkpoint(
     env: EnvSpec | str | None = None,
     normalize: Literal["stage", "fold"] = "stage",
     factory: str | None = None,
+    inputs: Path | None = None,
 ) -> Model:
     """The model at `path`: a Stable-Baselines3 zip, an rl-zoo folder, a module's tensors, or a quantized directory.
 
     env: the environment to use instead of the checkpoint's. normalize: VecNormalize as an input
     "stage" or as a "fold" into the first layer. factory: `package.module:callable` that builds the
-    module whose tensors are in a .safetensors, .pt or .pth file.
+    module whose tensors are in a .safetensors, .pt or .pth file; inputs: .npy or .npz with inputs of it.
     Raises InputError, one line naming the file and what would be accepted.
     """
     path = Path(path)
@@ -39,7 +40,7 @@ def load_checkpoint(
 
         return load_artifact(path, factory=factory)
     if factory is not None or torch_module.sniff(path):
-        return torch_module.load(path, factory=factory, env=env)
+        return torch_module.load(path, factory=factory, env=env, inputs=inputs)
     if sb3.sniff(path):
         return sb3.load(path, env=env, normalize=normalize)
     raise InputError(

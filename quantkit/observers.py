@@ -25,10 +25,7 @@ Observer = Callable[[QLayer, Tensor], None]
 def collect(model: Model, calib: Calib, observers: Mapping[str, Observer]) -> None:
     """Run the model over the calibration inputs; `observers[name]` sees every input of the layer `name`."""
     layers = model.qlayers()
-    handles = [
-        layers[name].register_forward_pre_hook(lambda layer, args, see=see: see(layer, args[0]))
-        for name, see in observers.items()
-    ]
+    handles = [layers[name].register_forward_pre_hook(_hook(see)) for name, see in observers.items()]
     try:
         with torch.no_grad():
             for batch in calib.batches():
@@ -38,11 +35,11 @@ def collect(model: Model, calib: Calib, observers: Mapping[str, Observer]) -> No
             handle.remove()
 
 
-def inputs_of(model: Model, calib: Calib, names: Iterable[str]) -> dict[str, Tensor]:
-    """The float inputs of the named layers over the whole calibration set, concatenated."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
-    collect(model, calib, {name: (lambda layer, x, keep=keep: keep.append(x)) for name, keep in kept.items()})
-    return {name: torch.cat(parts) for name, parts in kept.items()}
+def _hook(see: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(layer, args[0])  # type: ignore[arg-type]
+
+    return hook
 
 
 class Sample:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from quantkit import shelves
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.qlayers import LayerPlan, QLayer
+from quantkit.qtensor import grouped
 
 Step = tuple[str, dict[str, Any]]
 
@@ -138,9 +140,12 @@ def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
             raise InputError(f"{where}: {text!r} is not true or false")
         return text.lower() in ("true", "1", "yes", "on")
     try:
-        return kind(text)
+        value = kind(text)
     except (TypeError, ValueError):
         raise InputError(f"{where}: {text!r} is not a {getattr(kind, '__name__', kind)}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: {text!r} is not a finite number")
+    return value
 
 
 def full_steps(recipe: Recipe) -> tuple[Step, ...]:
@@ -182,11 +187,14 @@ def quantize(
     layers = result.layers()
     for index, (name, layer) in enumerate(layers.items()):
         plan = recipe.plan_for(name, index, len(layers))
-        if not isinstance(layer, QLayer) and (plan.weight is not None or plan.act is not None):
+        if isinstance(layer, QLayer):
+            raise InputError(f"layer {name!r} is quantized already; quantize the original checkpoint")
+        if plan.weight is not None or plan.act is not None:
             try:
+                grouped(layer.weight.detach().flatten(1), plan.granularity)  # refuses groups that do not fit
                 result.replace(name, QLayer(layer, plan))
             except ValueError as error:
-                raise InputError(f"layer {name!r}: {error} cannot be quantized") from None
+                raise InputError(f"layer {name!r}: {error}") from None
     result.module.eval()
     calib.generator.manual_seed(recipe.seed)
     steps = full_steps(recipe)
@@ -211,6 +219,8 @@ def _check(model: Model, recipe: Recipe, calib: Calib) -> None:
     layers = model.layers()
     if not layers:
         raise InputError("the network has no Linear or Conv2d layer to quantize")
+    if model.qlayers():
+        raise InputError("the network is already quantized; start from the checkpoint it came from")
     for pattern, _ in recipe.plan:
         if pattern not in ("first", "last") and not any(fnmatch.fnmatchcase(n, pattern) for n in layers):
             raise InputError(f"no layer matches {pattern!r}; layers: {', '.join(layers)}")

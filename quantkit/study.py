@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from hwmodel.devices import Device
 from hwmodel.estimate import estimate
 from hwmodel.formats import Float, Format
 from quantkit.errors import InputError
+from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.policy import Policy
 from quantkit.recipe import Recipe, format_name, quantize, step_text
@@ -99,24 +99,24 @@ def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Pa
         if not isinstance(model.module, Policy):
             raise InputError("this network is not a policy; give calibration inputs with --inputs FILE.npy")
         return Calib(torch.from_numpy(calibration_states(model, n, progress)))
-    try:
-        loaded = np.load(inputs, allow_pickle=False)
-        array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
-    except (ValueError, IndexError, EOFError, zipfile.BadZipFile):
-        raise InputError(f"{inputs}: not a .npy or .npz file of plain numbers") from None
+    array = read_inputs(inputs)
     shape = tuple(model.example.shape[1:])
-    if array.shape[1:] != shape or len(array) == 0:
+    if array.shape[1:] != shape:
         raise InputError(f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})")
     return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
 
 
 def verify_export(
-    model: Model, path: Path, *, episodes: int, seed: int, progress: Progress | None = None
+    model: Model, path: Path, *, episodes: int, seed: int, inputs: Path | None = None, progress: Progress | None = None
 ) -> Agreement:
-    """`quantkit.verify.verify` on 512 states of the quantized policy's own rollouts and on whole episodes."""
+    """`quantkit.verify.verify` on 512 states of the quantized policy's own rollouts and on whole episodes.
+
+    A network that is no policy is compared on `inputs` only.
+    """
     from quantkit.verify import verify
 
-    states = calibration_states(model, 512)
+    states = calib_for(model, 512, inputs=inputs).inputs.numpy()
+    episodes = episodes if isinstance(model.module, Policy) else 0
 
     def count(_name: str, done: int, total: int) -> None:
         if progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ WEIGHT_FORMATS = ["int8", "int4", "int4n", "int3", "e2m1", "e1m2", "e3m0", "e4m3
 def midpoints(fmt: Format) -> list[float]:
     """Halfway between neighbouring values; exact in float64."""
     values = levels(fmt)
-    return [(a + b) / 2 for a, b in zip(values[:-1], values[1:], strict=True)]
+    return [(a + b) / 2 for a, b in itertools.pairwise(values)]
 
 
 def boundary_numbers(fmt: Format, limit: int = 200) -> np.ndarray:

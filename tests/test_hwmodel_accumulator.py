@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwmodel.accumulator import a2q_type_bound, exact_bits, paper_bound, signed_bits, type_bound, unit_range, weight_bound
+from hwmodel.accumulator import (
+    a2q_type_bound,
+    exact_bits,
+    paper_bound,
+    signed_bits,
+    type_bound,
+    unit_range,
+    weight_bound,
+)
 from hwmodel.formats import int_max, parse
 
 N = 4608  # 512 * 3 * 3: the longest dot product of ResNet-18
@@ -37,14 +45,20 @@ def test_integer_table(bits: int) -> None:
     assert (paper_bound(wide, wide, N), a2q_type_bound(wide, wide, N), type_bound(narrow, narrow, N)) == INTEGERS[bits]
 
 
-@pytest.mark.parametrize(("weight", "act"), [("int3", "uint2"), ("int4n", "uint3"), ("e2m1", "int2"), ("ternary", "uint2"), ("uint2", "uint2")])
+@pytest.mark.parametrize(
+    ("weight", "act"),
+    [("int3", "uint2"), ("int4n", "uint3"), ("e2m1", "int2"), ("ternary", "uint2"), ("uint2", "uint2")],
+)
 def test_type_bound_is_tight(weight: str, act: str) -> None:
     """The bound is what an enumeration of every extreme dot product needs, signed x unsigned included."""
     w, a = unit_range(parse(weight)), unit_range(parse(act))
     for n in (1, 2, 3, 5, 8):
         sums = [n * x * y for x, y in itertools.product(w, a)]
         assert type_bound(parse(weight), parse(act), n) == signed_bits(min(sums), max(sums))
-        assert type_bound(parse(weight), parse(act), n) <= (n * int_max(parse(weight)) * int_max(parse(act))).bit_length() + 1
+        assert (
+            type_bound(parse(weight), parse(act), n)
+            <= (n * int_max(parse(weight)) * int_max(parse(act))).bit_length() + 1
+        )
 
 
 @given(st.lists(st.integers(-7, 7), min_size=1, max_size=5), st.sampled_from(["int3", "uint3", "e2m0", "binary"]))

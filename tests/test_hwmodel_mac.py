@@ -13,7 +13,25 @@ from hwmodel.formats import Float, Format, Int, all_names, bits, minifloats, par
 from hwmodel.mac import coefficients, mac_cost, product_cost, uses_dsp
 from hwmodel.spec import LayerSpec, PerGroup, PerRow, PerTensor
 
-ACTS = ["int1", "uint1", "int2", "uint3", "int4", "uint4", "int8", "uint8", "int16", "e1m2", "e2m1", "e3m0", "e3m2", "e4m3", "e5m2", "ternary", "binary"]
+ACTS = [
+    "int1",
+    "uint1",
+    "int2",
+    "uint3",
+    "int4",
+    "uint4",
+    "int8",
+    "uint8",
+    "int16",
+    "e1m2",
+    "e2m1",
+    "e3m0",
+    "e3m2",
+    "e4m3",
+    "e5m2",
+    "ternary",
+    "binary",
+]
 
 
 def chains() -> list[list[Format]]:
@@ -38,7 +56,9 @@ def test_mac_is_monotone_in_the_weight(act: str) -> None:
                 assert mac_cost(a, narrow, 100, lanes).luts <= mac_cost(a, wide, 100, lanes).luts
 
 
-@pytest.mark.parametrize(("weight", "act"), [("int4", "uint4"), ("e3m2", "e2m1"), ("ternary", "int8"), ("binary", "binary")])
+@pytest.mark.parametrize(
+    ("weight", "act"), [("int4", "uint4"), ("e3m2", "e2m1"), ("ternary", "int8"), ("binary", "binary")]
+)
 def test_mac_is_monotone_in_accumulator_and_lanes(weight: str, act: str) -> None:
     """More accumulator bits or more lanes never cost less; lanes cost less than as many separate MACs."""
     w, a = parse(weight), parse(act)
@@ -65,7 +85,7 @@ def test_codes_that_change_nothing_cost_nothing() -> None:
 
 
 def test_known_units() -> None:
-    """A few MACs stand where synthesis put them: int4 and int8 near the published compressor trees of 16 and 60 LUT per lane."""
+    """Wide int4 and int8 dot products stand near the published compressor trees of 16 and 60 LUT per lane."""
     assert mac_cost(parse("int4"), parse("int4"), 20, 32).luts / 32 == pytest.approx(22, abs=3)
     assert mac_cost(parse("int8"), parse("int8"), 28, 32).luts / 32 == pytest.approx(60, abs=5)
 

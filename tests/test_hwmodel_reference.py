@@ -9,7 +9,9 @@ from hwmodel.formats import bits, decode, parse
 from hwmodel.reference import forward, quantize, to_units
 
 
-@pytest.mark.parametrize(("weight", "act"), [("int4", "uint8"), ("e2m1", "e3m2"), ("ternary", "int8"), ("int3", "e2m2")])
+@pytest.mark.parametrize(
+    ("weight", "act"), [("int4", "uint8"), ("e2m1", "e3m2"), ("ternary", "int8"), ("int3", "e2m2")]
+)
 def test_forward_is_the_matrix_product(weight: str, act: str) -> None:
     """Scaled integer sums equal the float64 product of the decoded, scaled operands."""
     rng = np.random.default_rng(1)

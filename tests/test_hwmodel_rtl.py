@@ -135,7 +135,9 @@ def test_requantizer_rounds_half_to_even_and_clips(scale: int, out_signed: int) 
     sums, biases = ([rng.randint(-900, 900) for _ in range(96)] for _ in range(2))
     scales = [rng.randrange(2**k) for _ in range(96)]
     mask = (1 << acc) - 1
-    got = simulate(module, {"sum": [s & mask for s in sums], "bias": [b & mask for b in biases], "scale": scales}, 8)["out"]
+    got = simulate(module, {"sum": [s & mask for s in sums], "bias": [b & mask for b in biases], "scale": scales}, 8)[
+        "out"
+    ]
     factor = {0: lambda s: 1, 1: lambda s: s, 2: lambda s: 45, 3: lambda s: 1 << s}[scale]
     low, high = (-8, 7) if out_signed else (0, 15)
     want = [

@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (f"{__name__}:FACTORY", "is a str; expected a callable"),
         (f"{__name__}:needs_argument", "cannot be called without arguments"),
         (f"{__name__}:not_a_module", "gives a int; expected a torch.nn.Module"),
-        (f"{__name__}:bare", "set its attribute example_input"),
+        (f"{__name__}:bare", "attribute example_input"),
     ],
 )
 def test_factories_that_cannot_be_used(factory: str | None, words: str, tmp_path: Path) -> None:

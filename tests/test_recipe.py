@@ -215,7 +215,7 @@ def test_what_cannot_be_quantized_is_an_input_error() -> None:
     model = cartpole()
     with pytest.raises(InputError, match="multiple of 3"):
         quantize(model, uniform("int4", "int4", "group3"), calib(model))
-    image = conv(padding="same")
+    image = conv(padding=1, padding_mode="circular")
     with pytest.raises(InputError, match=r"net\.conv2"):
         quantize(image, uniform("int4", "int4"), calib(image))
     with pytest.raises(InputError):

@@ -111,7 +111,7 @@ def test_each_layer_hands_the_next_its_input_format() -> None:
     specs = layer_specs(model)
     assert [s.out for s in specs] == [*(s.act for s in specs[1:]), None]
     assert [s.activation for s in specs] == ["tanh", "tanh", "none"]
-    assert [s.activation for s in layer_specs(conv())] == ["relu", "none", "tanh", "none"]
+    assert [s.activation for s in layer_specs(conv())] == ["relu", "relu", "tanh", "none"]
 
 
 def test_power_of_two_scales_are_noticed() -> None:

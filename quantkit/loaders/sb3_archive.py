@@ -6,7 +6,6 @@ goes through `torch.load(weights_only=True)`. The optimizer and the other member
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
+from quantkit.files import sha256_of
 
 _MIB = 2**20
 _TOTAL_BYTES = 2048 * _MIB
@@ -50,12 +50,6 @@ class Archive:
     tensors: dict[str, Tensor]
     version: str | None
     sha256: str
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_archive(path: Path) -> Archive:

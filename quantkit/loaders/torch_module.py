@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InputError
-from quantkit.loaders.sb3_archive import one_line, sha256_of
+from quantkit.files import read_inputs, sha256_of
+from quantkit.loaders.sb3_archive import one_line
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy
 
@@ -28,12 +29,14 @@ def sniff(path: Path) -> bool:
     return path.is_file() and path.suffix in _SUFFIXES
 
 
-def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None) -> Model:
+def load(
+    path: Path, *, factory: str | None, env: EnvSpec | str | None = None, inputs: Path | None = None
+) -> Model:
     """The module that `factory` ("package.module:callable", also in the working directory) builds, filled from `path`.
 
     A `Policy` keeps kind "policy", any other module is of kind "module". The example input is the
-    module's attribute `example_input` (a float tensor with a batch dimension), or, for a Policy,
-    zeros and ones. Raises InputError naming missing, unexpected and misshapen tensors.
+    module's attribute `example_input` (a float tensor with a batch dimension), or the first rows of
+    the array in `inputs`, or, for a Policy, zeros and ones. Raises InputError naming missing, unexpected and misshapen tensors.
     """
     if factory is None:
         raise InputError(
@@ -51,7 +54,7 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None) -
     spec = EnvSpec(env) if isinstance(env, str) else env
     kind = "policy" if isinstance(module, Policy) else "module"
     meta = {"kind": kind, "algo": "module", "source": path.name, "sha256": sha256_of(path), "factory": factory}
-    return Model(module, _example(module, factory), spec, meta)
+    return Model(module, _example(module, factory, inputs), spec, meta)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -136,13 +139,17 @@ def _check_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor
             )
 
 
-def _example(module: nn.Module, factory: str) -> Tensor:
+def _example(module: nn.Module, factory: str, inputs: Path | None) -> Tensor:
     example = getattr(module, "example_input", None)
+    if inputs is not None:
+        array = read_inputs(inputs)[:2]
+        example = torch.from_numpy(array if example is None else array.astype(example.numpy().dtype))
+        example = example.float() if example.dtype == torch.float64 else example
     if example is None and isinstance(module, Policy):
         return torch.stack([torch.zeros(module.obs_shape), torch.ones(module.obs_shape)])
     if not isinstance(example, Tensor) or example.ndim < 1:
         raise InputError(
-            f"factory {factory!r} gives a module without an example input;"
-            " set its attribute example_input to a tensor with a batch dimension, e.g. torch.zeros(1, 8)"
+            f"factory {factory!r} gives a module without an example input; give --inputs FILE.npy, or set the"
+            " module's attribute example_input to a tensor with a batch dimension, e.g. torch.zeros(1, 8)"
         )
     return example.detach().clone()

@@ -42,6 +42,7 @@ def apply(
     count = 0
     for name, layer in layers.items():
         values, fmt = seen[name].values(), layer.plan.act
+        assert fmt is not None
         if not torch.isfinite(values).all():
             raise InputError(f"layer {name!r}: its input is not finite on the calibration set")
         if isinstance(fmt, Int) and unsigned and fmt.signed and seen[name].low >= 0:

@@ -135,14 +135,14 @@ def learn(
     """
     V = V.clone()
     m, v = torch.zeros_like(V), torch.zeros_like(V)
-    sd = s * d
+    sd = s * d * ((lo >= limits[0]) & (lo + d <= limits[1]))  # where both choices are clipped, none matters
     first = round(warmup * steps)
     for t in range(steps):
         sig = torch.sigmoid(V)
         stretched = sig * (ZETA - GAMMA) + GAMMA
         up = stretched.clamp(0, 1)
         soft = torch.addcmul(lo, d, up)
-        inside = (stretched == up) & (soft >= limits[0]) & (soft <= limits[1])
+        inside = stretched == up
         D = soft.clamp_(*limits).mul_(s).sub_(w)
         g = loss.gradient(D).mul_(2 / unit).mul_(sd)
         if t >= first and reg > 0:
@@ -191,7 +191,7 @@ def apply(
         if scale == "importance" and moments is not None:
             importance = torch.diagonal(moments.xx, dim1=1, dim2=2)
             importance = (importance + 1e-3 * importance.mean()).repeat_interleave(out // groups, dim=0)
-        options = {"percentile": percentile, "importance": importance, "pow2": pow2}
+        options: dict[str, Any] = {"percentile": percentile, "importance": importance, "pow2": pow2}
         fitted = fit_scale(layer.weight, fmt, granularity, scale, **options)
         if moments is None:  # the layer never runs
             layer.set_weight(quantize(layer.weight, fitted, fmt, granularity))
@@ -241,14 +241,14 @@ def _pairs(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _moments(site: Site) -> Moments | None:
-    xx = ex = None
+    total: Moments | None = None
     for x, e in _pairs(site):
-        if xx is None:
-            xx, ex = torch.bmm(x.mT, x), torch.bmm(e.mT, x)
+        if total is None:
+            total = Moments(torch.bmm(x.mT, x), torch.bmm(e.mT, x))
         else:
-            xx.baddbmm_(x.mT, x)
-            ex.baddbmm_(e.mT, x)
-    return None if xx is None else Moments(xx, ex)
+            total.xx.baddbmm_(x.mT, x)
+            total.ex.baddbmm_(e.mT, x)
+    return total
 
 
 def _samples(site: Site, batch: int, limit: int, generator: torch.Generator) -> Samples:

@@ -25,20 +25,20 @@ def apply(
     if grams:
         collect(model, calib, grams)
     for name, layer in layers.items():
-        importance = None
-        if name in grams:
-            gram = grams[name].total
+        importance, fmt = None, layer.plan.weight
+        assert fmt is not None
+        if name in grams and (gram := grams[name].total) is not None:
             importance = torch.diagonal(gram, dim1=-2, dim2=-1) / grams[name].count  # (groups, columns)
             importance = importance.repeat_interleave(layer.weight.shape[0] // layer.groups, dim=0)
             importance = importance + 1e-3 * importance.mean()
         fitted = fit_scale(
             layer.weight,
-            layer.plan.weight,
+            fmt,
             layer.plan.granularity,
             scale,
             percentile=percentile,
             importance=importance,
             pow2=pow2,
         )
-        layer.set_weight(quantize(layer.weight, fitted, layer.plan.weight, layer.plan.granularity))
+        layer.set_weight(quantize(layer.weight, fitted, fmt, layer.plan.granularity))
     return {}

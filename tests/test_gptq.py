@@ -1,0 +1,219 @@
+"""GPTQ against the paper's algorithm, written out literally in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from strategies import WEIGHT_FORMATS
+from tiny_models import MODELS, SINGLES, correlated, single
+from torch import nn
+
+from hwmodel.formats import nearest, parse
+from hwmodel.spec import PerGroup, PerRow, PerTensor
+from quantkit.methods import gptq
+from quantkit.methods.gptq import factorize
+from quantkit.model import Calib
+from quantkit.observers import Gram
+from quantkit.qlayers import LayerPlan, QLayer
+from quantkit.qtensor import dequantize, fit_scale, quantize, values_of
+from quantkit.recipe import quantize as run
+from quantkit.recipe import uniform
+
+
+def paper(W, H, fmt, scale_of, size, damp=0.01):
+    """Algorithm 1 of arXiv 2210.17323 for one matrix; numpy float64. Returns grid values and scales."""
+    W, H = W.astype(np.float64).copy(), H.astype(np.float64).copy()
+    columns = W.shape[1]
+    mean = np.mean(np.diag(H))
+    H[np.diag_indices(columns)] += np.where(np.diag(H) == 0, mean, 0) + damp * mean
+    U = np.linalg.cholesky(np.linalg.inv(H)).T
+    Q, scales = np.zeros_like(W), []
+    for j in range(columns):
+        if j % size == 0:
+            scales.append(scale_of(W[:, j : j + size], j))
+        s = scales[-1]
+        Q[:, j] = [nearest(float(v), fmt) for v in W[:, j] / s]
+        error = (W[:, j] - Q[:, j] * s) / U[j, j]
+        W[:, j:] -= np.outer(error, U[j, j:])
+    return Q, np.stack(scales, axis=1)
+
+
+def wrapped(build, weights="int4", granularity=None):
+    model, calib = build()
+    for key, layer in list(model.layers().items()):
+        model.replace(key, QLayer(layer, LayerPlan(parse(weights), None, granularity or PerRow())))
+    return model, calib
+
+
+def gram_of(layer, calib):
+    gram = Gram()
+    for batch in calib.batches():
+        gram(layer, batch)
+    return gram.total / gram.count
+
+
+def kept_by_guard(layer, values, H):
+    """Rows of the paper's result that are not worse than round-to-nearest (the others are replaced)."""
+    W = layer.weight.flatten(1).double().numpy()
+    scale = fit_scale(layer.weight, layer.plan.weight, layer.plan.granularity, "absmax")
+    plain = dequantize(quantize(layer.weight, scale, layer.plan.weight, layer.plan.granularity)).flatten(1)
+    error = [np.einsum("rc,cd,rd->r", d, H, d) for d in (values - W, plain.double().numpy() - W)]
+    return error[0] <= error[1] * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerRow(), PerGroup(6)], ids=str)
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+def test_equals_the_paper(weights, granularity):
+    """Codes and scales are those of the paper's algorithm, for every format and granularity."""
+    model, calib = wrapped(lambda: single(nn.Linear(18, 9)), weights, granularity)
+    layer, fmt = model.module[0], parse(weights)
+    H = gram_of(layer, calib)[0].numpy()
+    fixed = fit_scale(layer.weight, fmt, granularity, "absmax")
+
+    def scale_of(W, j):
+        if not isinstance(granularity, PerGroup):
+            return fixed[:, 0].numpy().astype(np.float64) * np.ones(9)
+        return fit_scale(torch.from_numpy(W).float(), fmt, PerRow(), "absmax")[:, 0].numpy().astype(np.float64)
+
+    Q, scales = paper(layer.weight.numpy(), H, fmt, scale_of, 6 if isinstance(granularity, PerGroup) else 18)
+    gptq.apply(model, calib, scale="absmax", block=4)
+    real = Q * (np.repeat(scales, 18 // scales.shape[1], axis=1))
+    rows = kept_by_guard(layer, real, H)
+    assert rows.sum() >= (2 if weights == "binary" else 5)
+    assert np.array_equal(values_of(layer.q).numpy()[rows], Q[rows])
+    if isinstance(granularity, PerGroup):
+        assert np.allclose(layer.q.scale.numpy()[rows], scales[rows], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grouped", "depthwise"])
+def test_every_convolution_group_has_its_own_hessian(name):
+    """A grouped convolution equals the paper's algorithm on each of its groups alone."""
+    model, calib = wrapped(SINGLES[name], "int3")
+    layer = model.module[0]
+    H = gram_of(layer, calib).numpy()
+    scale = fit_scale(layer.weight, parse("int3"), PerRow(), "absmax").numpy().astype(np.float64)
+    W = layer.weight.flatten(1).numpy().reshape(layer.groups, -1, H.shape[1])
+    gptq.apply(model, calib, scale="absmax")
+    ours = values_of(layer.q).numpy().reshape(W.shape)
+    S, matched = scale.reshape(layer.groups, -1), 0
+    for g in range(layer.groups):
+        Q, _ = paper(W[g], H[g], parse("int3"), lambda w, j, g=g: S[g], H.shape[1])
+        near = np.clip(np.rint(W[g] / S[g][:, None]), -4, 3)
+        same = (ours[g] == Q).all(axis=1)
+        assert (same | (ours[g] == near).all(axis=1)).all()
+        matched += same.sum()
+    assert matched >= 0.7 * layer.weight.shape[0]
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerRow(), PerGroup(1)], ids=str)
+@pytest.mark.parametrize("name", SINGLES)
+@pytest.mark.parametrize("weights", ["int4", "e2m1"])
+def test_identity_hessian_is_nearest(weights, name, granularity):
+    """H proportional to the identity gives exactly round-to-nearest."""
+    model, _ = wrapped(SINGLES[name], weights, granularity)
+    layer = model.module[0]
+    columns = layer.weight.flatten(1).shape[1]
+    H = 2.7 * torch.eye(columns).expand(layer.groups, -1, -1).contiguous()
+    expected = quantize(layer.weight, fit_scale(layer.weight, parse(weights), granularity), parse(weights), granularity)
+    rule = {"rule": "mse", "percentile": 99.9, "pow2": False}
+    gptq._layer(layer, H, rule, 0.01, False, 16)
+    assert torch.equal(layer.q.codes, expected.codes)
+    assert torch.equal(layer.q.scale, expected.scale)
+
+
+@pytest.mark.parametrize("build", [SINGLES["grouped"], lambda: single(nn.Linear(37, 11))], ids=["grouped", "linear"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_block_size_changes_nothing(build, act_order):
+    """Blocks of 1, 5, 16 and more columns than there are give the same codes."""
+    results = []
+    for block in (1, 5, 16, 500):
+        model, calib = wrapped(build, "int4")
+        gptq.apply(model, calib, block=block, act_order=act_order)
+        results.append(model.module[0].q.codes)
+    assert all(torch.equal(results[0], codes) for codes in results)
+
+
+def test_factor():
+    """N is unit lower triangular and N diag N^T is the damped matrix."""
+    x = correlated(50, 8, seed=9)
+    H = (x.T @ x)[None].double()
+    N, damp = factorize(H, 0.02)
+    assert damp == 0.02
+    damped = H[0] + 0.02 * H[0].diagonal().mean() * torch.eye(8)
+    D = torch.linalg.solve(N[0], torch.linalg.solve(N[0], damped).T)
+    assert torch.allclose(N[0].diagonal(), torch.ones(8).double()) and not N[0].triu(1).any()
+    assert torch.allclose(D, torch.diag(D.diagonal()), atol=1e-8 * float(D.max()))
+
+
+def test_damping_raises_itself():
+    """A matrix that is not positive definite is damped until it is, and the report says how much."""
+    H = torch.tensor([[[1.0, 1.02], [1.02, 1.0]]])
+    assert factorize(H, 0.0)[1] == 0.1
+    assert factorize(torch.tensor([[[1.0, 5.0], [5.0, 1.0]]]), 0.0) is None
+    assert factorize(torch.full((1, 2, 2), float("nan"))) is None
+    assert factorize(torch.zeros(1, 3, 3))[0].tolist() == [torch.eye(3).tolist()]
+
+
+def test_falls_back_to_nearest():
+    """A layer that calibration never reaches is rounded to nearest and counted."""
+
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    from quantkit.model import Model
+
+    model = Model(Unused(), torch.zeros(1, 4))
+    done = run(model, uniform("int4", "float", steps=(("gptq", {}),)), Calib(correlated(20, 4, seed=1)))
+    assert done.meta["steps"][-1]["diagnostics"]["nearest_layers"] == 1
+    layer = done.qlayers()["unused"]
+    scale = fit_scale(layer.weight, parse("int4"), PerRow())
+    assert torch.equal(layer.q.codes, quantize(layer.weight, scale, parse("int4"), PerRow()).codes)
+
+
+def test_dead_inputs_round_to_nearest():
+    """The column of an input that is always zero is rounded to nearest, and counted."""
+    model, calib = wrapped(lambda: single(nn.Linear(10, 6)))
+    calib.inputs[:, 4] = 0
+    layer = model.module[0]
+    scale = fit_scale(layer.weight, parse("int4"), PerRow())
+    near = quantize(layer.weight, scale, parse("int4"), PerRow())
+    assert gptq.apply(model, calib)["dead_inputs"] == 1
+    assert torch.equal(layer.q.codes[:, 4], near.codes[:, 4])
+    assert not torch.equal(layer.q.codes, near.codes)
+
+
+@pytest.mark.parametrize(
+    "option", [{"act_order": True}, {"damp": 3.0}, {"scale": "absmax"}, {"pow2": True}, {"sequential": False}], ids=str
+)
+def test_options_change_the_result(option):
+    """Every option but the block size changes some weight."""
+    results = []
+    for options in ({}, option):
+        model, calib = wrapped(MODELS["policy"], "int3")
+        gptq.apply(model, calib, **options)
+        results.append(torch.cat([dequantize(layer.q).flatten() for layer in model.qlayers().values()]))
+    assert not torch.equal(*results)
+
+
+def test_act_order_starts_with_the_largest_input():
+    """With act_order the column of the largest input is rounded first, that is, to nearest."""
+    model, calib = wrapped(lambda: single(nn.Linear(12, 8)), "int3")
+    calib.inputs[:, 7] *= 1e3
+    gptq.apply(model, calib, act_order=True)
+    layer = model.module[0]
+    near = quantize(layer.weight, layer.q.scale, parse("int3"), PerRow())
+    assert torch.equal(layer.q.codes[:, 7], near.codes[:, 7])
+
+
+def test_inputs_are_the_quantized_ones():
+    """With calibrated activations the Hessian is that of the quantized inputs."""
+    model, calib = single(nn.Linear(9, 5))
+    fine = run(model, uniform("int4", "int8", steps=(("gptq", {}),)), calib)
+    coarse = run(model, uniform("int4", "int2", steps=(("gptq", {}),)), calib)
+    assert not torch.equal(fine.qlayers()["0"].q.codes, coarse.qlayers()["0"].q.codes)

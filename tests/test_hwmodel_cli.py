@@ -1,0 +1,104 @@
+"""The command line prints one document, or one line of error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hwmodel.cli import app
+from hwmodel.formats import parse
+from hwmodel.spec import LayerSpec
+
+SPECS = [
+    LayerSpec("a", "linear", 16, 8, weight=parse("int4"), act=parse("e2m1"), out=parse("int4"), activation="tanh"),
+    LayerSpec("b", "linear", 4, 16, weight=parse("int4"), act=parse("int4")),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory as quantkit writes it, as far as hwmodel reads it."""
+    (tmp_path / "specs.json").write_text(json.dumps({"format_version": 1, "layers": [s.to_json() for s in SPECS]}))
+    return tmp_path
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_cost() -> None:
+    """`hwmodel cost` prints LUTs, flip-flops and DSPs as JSON or as a table."""
+    code, out, _ = run("cost", "--weights", "int4", "--acts", "e4m3", "--lanes", "8", "--acc-bits", "40", "--json")
+    record = json.loads(out)
+    assert code == 0 and record["luts"] > 100 and record["dsps"] == 0 and record["acc_bits"] == 40
+    code, out, _ = run("cost", "--weights", "int8", "--acts", "int8", "--mapping", "dsp")
+    assert code == 0 and "int8 x int8" in out
+
+
+def test_estimate_reads_a_directory_or_a_file(folder: Path) -> None:
+    """A directory and the file in it give the same single JSON document."""
+    code, out, _ = run("estimate", folder, "--device", "xc7a35tcsg324-1", "--json")
+    assert code == 0 and [layer["name"] for layer in json.loads(out)["layers"]] == ["a", "b"]
+    assert run("estimate", folder / "specs.json", "--device", "xc7a35t", "--json")[1] == out
+    assert "total" in run("estimate", folder, "--device", "xc7a35t", "--luts", "5000")[1]
+
+
+def test_devices() -> None:
+    """`hwmodel devices` lists parts with their sources."""
+    assert {"name", "luts", "source"} <= set(json.loads(run("devices", "--json")[1])[0])
+    assert "xc7z020" in run("devices")[1]
+
+
+BAD = [
+    (["cost", "--weights", "int9", "--acts", "int4"], "unknown format"),
+    (["cost", "--weights", "int4", "--acts", "int4", "--lanes", "0"], "at least 1"),
+    (["cost", "--weights", "int4", "--acts", "int4", "--mapping", "x"], "accepted: lut"),
+    (["estimate", "DIR", "--device", "xc7a3"], "did you mean"),
+    (["estimate", "DIR", "--device", "xc7a35t", "--latency-us", "0.01"], "nearest"),
+    (["estimate", "DIR", "--device", "xc7a35t", "--latency-us", "1", "--luts", "9"], "not both"),
+    (["estimate", "DIR/none", "--device", "xc7a35t"], "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line(arguments: list[str], message: str, folder: Path) -> None:
+    """Bad input ends with exit code 2, one line on stderr, nothing on stdout."""
+    code, out, err = run(*(a.replace("DIR", str(folder)) for a in arguments))
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+MALFORMED = [
+    "",
+    "[]",
+    "{}",
+    '{"format_version": 2, "layers": []}',
+    '{"format_version": 1, "layers": []}',
+    '{"format_version": 1, "layers": [{"name": "a"}]}',
+    '{"format_version": 1, "layers": [3]}',
+]
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_malformed_specs_are_refused(text: str, tmp_path: Path) -> None:
+    """A file that holds no layer specifications is refused by name."""
+    (tmp_path / "specs.json").write_text(text)
+    code, out, err = run("estimate", tmp_path, "--device", "xc7a35t")
+    assert code == 2 and out == "" and "specs.json" in err and err.count("\n") == 1
+
+
+def test_help_is_light() -> None:
+    """Help answers to -h, shows an example, and loads neither numpy nor torch."""
+    assert "Example:" in run("estimate", "-h")[1]
+    check = (
+        "import sys; from typer.testing import CliRunner; import hwmodel.cli as c\n"
+        "CliRunner().invoke(c.app, ['--help'])\n"
+        "print({'numpy', 'torch', 'onnx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,67 @@
+"""Memory shapes and device facts."""
+
+from __future__ import annotations
+
+import pytest
+
+from hwmodel.devices import DeviceError, devices, find_device
+from hwmodel.memory import bram18, ram, rom
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "blocks"),
+    [(1, 16384, 1), (1, 16385, 2), (2, 8192, 1), (2, 8193, 2), (4, 4096, 1), (3, 4097, 2), (9, 2048, 1), (5, 2049, 2),
+     (18, 1024, 1), (10, 1025, 2), (36, 512, 1), (37, 512, 2), (36, 513, 2), (72, 1024, 4), (256, 64, 8), (0, 5, 0)],
+)  # fmt: skip
+def test_bram_shapes(width: int, depth: int, blocks: int) -> None:
+    """Every shape of an 18 Kb block, and one bit or word more than it holds."""
+    assert bram18(width, depth) == blocks
+
+
+def test_memories_by_depth() -> None:
+    """One word is wiring or registers, up to 128 words LUTs, more a block RAM; an order for a kind is obeyed."""
+    assert [rom(8, d).kind for d in (1, 2, 128, 129)] == ["logic", "lutram", "lutram", "bram"]
+    assert [ram(8, d).kind for d in (1, 2, 128, 129)] == ["registers", "lutram", "lutram", "bram"]
+    assert rom(8, 64).cost.luts == 8 and rom(8, 65).cost.luts == 16 and rom(8, 4096, "lutram").cost.luts > 512
+    assert ram(6, 32).cost.luts == 4 and ram(6, 33).cost.luts == 8
+    assert rom(36, 16, "bram").cost.bram18 == 1 and rom(0, 16).kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("xc7a35t", "xc7a35t"), ("XC7A35TCSG324-1", "xc7a35t"), ("xc7z020clg400-1", "xc7z020"),
+     (" xck26-sfvc784-2lv-c ", "xck26"),
+     ("xczu3eg-sbva484-1-e", "xczu3eg"), ("xcvc1902-vsva2197-2MP-e-S", "xcvc1902")],
+)  # fmt: skip
+def test_parts_are_found_by_full_name(name: str, part: str) -> None:
+    """A full part number with package and speed grade finds its device."""
+    assert find_device(name).name == part
+
+
+def test_unknown_parts_suggest_near_ones() -> None:
+    """An unknown part is refused with the nearest names."""
+    with pytest.raises(DeviceError, match="xc7a35t"):
+        find_device("xc7a30t")
+    with pytest.raises(DeviceError, match="hwmodel devices"):
+        find_device("")
+
+
+def test_devices_are_complete() -> None:
+    """Every device has positive resources, two flip-flops per LUT, an even number of 18 Kb halves and a source."""
+    needed = {
+        "xc7a35t",
+        "xc7a100t",
+        "xc7z020",
+        "xczu3eg",
+        "xczu7ev",
+        "xck26",
+        "xcvc1902",
+        "xc7a50t",
+        "xc7a200t",
+        "xc7z010",
+        "xc7z007s",
+        "xczu9eg",
+    }
+    assert needed <= set(devices())
+    for part in devices().values():
+        assert part.ffs == 2 * part.luts and part.bram18 % 2 == 0 and part.dsps > 0 and part.source.startswith("AMD DS")
