@@ -7,9 +7,10 @@ a QuantLinear or QuantConv2d with absolute-maximum scales per channel (narrow in
 the scale of the single column that it rounds; the error of that column is then zero, and a linear
 layer ends up rounded to nearest: `brevitas_default_error`.) The error is the mean
 squared error of the layer's output on the calibration set, relative to the output's mean square,
-with round-to-nearest at the same scales as the yardstick. The best time of `repeats` is kept.
+with round-to-nearest at the same scales as the yardstick. Times are CPU time, the best of `repeats`
+rounds in which everybody runs once, so that other work on the machine counts little.
 
-Run: python benchmarks/gptq_vs_brevitas.py [--repeats 3] [--samples 2048] [--threads 1]
+Run: python benchmarks/gptq_vs_brevitas.py [--repeats 5] [--samples 2048] [--threads 1]
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Args:
     """The command line. samples: rows of calibration data; for convolutions, positions in images of 16 x 16."""
 
     samples: int = 2048
-    repeats: int = 3
+    repeats: int = 5
     threads: int = 1
     seed: int = 0
     out: str = "reports/gptq_vs_brevitas.csv"
@@ -71,10 +72,10 @@ def ours(layer: nn.Module, x: Tensor, fmt: str, method: object) -> tuple[float, 
     """Seconds and the quantized weight."""
     model = Model(nn.Sequential(QLayer(layer, LayerPlan(weight=parse(fmt)))), x[:1])
     calib = Calib(x)
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad():
         method.apply(model, calib, scale="absmax")  # type: ignore[attr-defined]
-    return time.perf_counter() - start, model.module[0].effective_weight()
+    return time.process_time() - start, model.module[0].effective_weight()
 
 
 def brevitas_layer(layer: nn.Module, fmt: str, frozen: bool) -> nn.Module:
@@ -114,13 +115,13 @@ def brevitas(layer: nn.Module, x: Tensor, fmt: str, frozen: bool) -> tuple[float
     model = nn.Sequential(brevitas_layer(layer, fmt, frozen)).eval()
     with torch.no_grad():
         model(x[:1])  # initializes a frozen scale
-        start = time.perf_counter()
+        start = time.process_time()
         with gptq_mode(model, use_quant_activations=False) as mode:
             for _ in range(mode.num_layers):
                 for batch in x.split(512):
                     mode.model(batch)
                 mode.update()
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         return seconds, model[0].quant_weight().value.detach()
 
 
@@ -152,11 +153,11 @@ def main(args: Args) -> None:
             }
             row: dict[str, object] = {"layer": name, "format": fmt}
             seconds: dict[str, float] = {}
-            for key, run in runs.items():
-                results = [run() for _ in range(args.repeats)]
-                seconds[key] = min(result[0] for result in results)
+            results = [{key: run() for key, run in runs.items()} for _ in range(args.repeats)]
+            for key in runs:
+                seconds[key] = min(result[key][0] for result in results)
                 row[f"{key}_ms"] = f"{1e3 * seconds[key]:.2f}"
-                row[f"{key}_error"] = f"{relative_error(layer, results[0][1], x):.6f}"
+                row[f"{key}_error"] = f"{relative_error(layer, results[0][key][1], x):.6f}"
             row["speedup"] = f"{seconds['brevitas'] / seconds['ours']:.1f}"
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -51,7 +51,7 @@ def paper_bound(weight: Format, act: Format, n: int) -> int:
     """The width that "Shedding the Bits" (FPL 2024) uses for a pair of one kind; a little loose."""
     log = (n - 1).bit_length()
     if isinstance(weight, Float) and isinstance(act, Float):
-        return 2**weight.exp + weight.man + 2**act.exp + act.man + log - 1
+        return int(2**weight.exp + weight.man + 2**act.exp + act.man + log - 1)
     if isinstance(weight, Float) or isinstance(act, Float):
         raise ValueError(f"the paper gives no width for {weight} x {act}; type_bound does")
     return bits(weight) + bits(act) + log + 1

@@ -86,6 +86,10 @@ def _arithmetic(spec: LayerSpec, acc_bits: int, mapping: Mapping) -> Converter:
     if curved:
         cost += Cost(luts=coefficients()["convert"]["table"][str(out)], ffs=out)
         stages, method = stages + 1, f"{kind} + table"
+        if spec.out_factors:  # a table serves all rows, so factors behind it are multiplied on its output
+            cost += requantizer("runtime", clipped, out, factor, mapping)
+            memory.append((factor, 1))
+            stages, method = stages + 4, f"{method} + factor"
     elif isinstance(spec.out, Float):
         cost += to_float(spec.out)
         stages, method = stages + 4, f"{kind} + float"
@@ -95,12 +99,13 @@ def _arithmetic(spec: LayerSpec, acc_bits: int, mapping: Mapping) -> Converter:
 def scale_kind(spec: LayerSpec) -> str:
     """Which of the fitted requantizers a layer's scales need: "plain", "constant", "shift" or "runtime".
 
-    Group scales are applied inside the dot product (`group_cost`) and leave only a shift.
+    Group scales are applied inside the dot product (`group_cost`) and leave only a shift. Factors
+    behind a straight activation merge with the scale of their row.
     """
     match spec.granularity:
-        case PerGroup():
+        case PerGroup() if not spec.out_factors or spec.activation in CURVED:
             return "plain"
-        case PerTensor():
+        case PerTensor() if not spec.out_factors or spec.activation in CURVED:
             return "plain" if spec.scale_pow2 else "constant"
         case _:
             return "shift" if spec.scale_pow2 else "runtime"

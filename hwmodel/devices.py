@@ -9,6 +9,8 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
+from hwmodel.cost import HwError
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -24,7 +26,7 @@ class Device:
     source: str
 
 
-class DeviceError(ValueError):
+class DeviceError(HwError):
     """A name that is no known part."""
 
 

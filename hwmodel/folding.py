@@ -98,11 +98,10 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, mapping: Mapping = "lut") ->
 
     grouping, sum_bits = group_cost(spec, width, mapping)
     elements = (mac_cost(weight, act, width, simd, mapping) + grouping) * pe
-    stored = pe * simd * bits(weight) if spec.weight_bits is None else math.ceil(spec.weight_bits / words)
-    weights = rom(stored, words)
+    weights = rom(pe * simd * bits(weight), words)
     inputs = ram(simd * bits(act), column_folds * (1 if spec.positions == 1 else 2))
     cost = elements + weights.cost + inputs.cost + control(column_folds, row_folds, spec.positions)
-    if (group_bits := group_scale_bits(spec)) and spec.weight_bits is None:
+    if group_bits := group_scale_bits(spec):
         groups = spec.in_features // spec.granularity.size  # type: ignore[union-attr]
         cost += rom(pe * group_bits, row_folds * groups).cost
 

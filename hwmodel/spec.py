@@ -77,8 +77,9 @@ class LayerSpec:
     acc_bits: two's complement bits that hold every partial sum exactly; None = derive from the types.
     zeros: fraction of weights that are exactly zero, 0..1.
     scale_pow2: every requantization factor is a power of two (a shift is enough).
-    weight_bits: bits stored for weights, codes and scales together; None = derive.
     groups: convolution groups (depthwise: equal to out_features).
+    out_factors: each output is multiplied by a factor of its own behind the activation (SmoothQuant
+        factors of the next layer that could not be absorbed).
     """
 
     name: str
@@ -94,8 +95,8 @@ class LayerSpec:
     acc_bits: int | None = None
     zeros: float = 0.0
     scale_pow2: bool = False
-    weight_bits: int | None = None
     groups: int = 1
+    out_factors: bool = False
 
     @property
     def macs(self) -> int:

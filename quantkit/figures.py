@@ -91,7 +91,8 @@ def draw_pareto(
     best = knee(drawable, on_front, reference["mean"], margin, x) if is_return else None
     if best is not None:
         _label(axes, drawable[best], x, y)
-    axes.legend(loc="lower right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=9)
+    if drawable or is_return:
+        axes.legend(loc="lower right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=9)
 
 
 def _interval(row: Row) -> float:
@@ -147,10 +148,12 @@ def _label(axes: Axes, row: Row, x: str, y: str) -> None:
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write STEM.png and STEM.svg (replacing old ones) and close the figure; the paths written."""
     written = []
-    for suffix in (".png", ".svg"):
-        path = stem.with_suffix(suffix)
-        with new_file(path, force=True) as temporary:
-            figure.savefig(temporary, metadata={"Date": None} if suffix == ".svg" else None)
-        written.append(path)
-    plt.close(figure)
+    try:
+        for suffix in (".png", ".svg"):
+            path = stem.with_name(stem.name + suffix)
+            with new_file(path, force=True) as temporary, plt.rc_context(_STYLE):
+                figure.savefig(temporary, metadata={"Date": None} if suffix == ".svg" else None)
+            written.append(path)
+    finally:
+        plt.close(figure)
     return written

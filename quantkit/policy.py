@@ -154,10 +154,13 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 ACTIVATION_NAMES: dict[type[nn.Module], str] = {cls: name for name, cls in _ACTIVATIONS.items()}
 
 
-def activation(name: str) -> nn.Module:
+_OPTIONS = ("alpha", "negative_slope", "approximate")
+
+
+def activation(name: str, **options: Any) -> nn.Module:
     """A fresh activation module by its lower-case name; InputError lists the known ones."""
     try:
-        return _ACTIVATIONS[name]()
+        return _ACTIVATIONS[name](**options)
     except KeyError:
         raise InputError(f"unknown activation {name!r}; known: {', '.join(_ACTIVATIONS)}") from None
 
@@ -174,7 +177,8 @@ def describe(policy: Policy) -> dict[str, Any]:
             case nn.Hardtanh():
                 entry = {"op": "hardtanh", "low": module.min_val, "high": module.max_val}
             case _ if type(module) in ACTIVATION_NAMES:
-                entry = {"op": ACTIVATION_NAMES[type(module)]}
+                options = {key: getattr(module, key) for key in _OPTIONS if hasattr(module, key)}
+                entry = {"op": ACTIVATION_NAMES[type(module)], "options": options}
             case _:
                 raise InputError(f"layer {name!r} ({type(module).__name__}) cannot be described")
         layers.append({"name": name, **entry})
@@ -187,9 +191,10 @@ def _describe_layer(layer: nn.Linear | nn.Conv2d | QLayer) -> dict[str, Any]:
     bias = layer.bias is not None
     if not kernel:
         return {"op": "linear", "in": inputs, "out": out, "bias": bias}
-    groups, stride, padding = (getattr(layer, name) for name in ("groups", "stride", "padding"))
-    entry = {"op": "conv2d", "in": inputs * groups, "out": out, "kernel": kernel}
-    return entry | {"stride": list(stride), "padding": list(padding), "groups": groups, "bias": bias}
+    groups = int(layer.groups)  # type: ignore[arg-type]
+    entry: dict[str, Any] = {"op": "conv2d", "in": inputs * groups, "out": out, "kernel": kernel}
+    entry |= {name: list(getattr(layer, name)) for name in ("stride", "padding", "dilation")}
+    return entry | {"groups": groups, "bias": bias}
 
 
 def build(description: dict[str, Any]) -> Policy:
@@ -206,6 +211,7 @@ def build(description: dict[str, Any]) -> Policy:
                     tuple(entry["kernel"]),
                     tuple(entry["stride"]),
                     tuple(entry["padding"]),
+                    tuple(entry["dilation"]),
                     groups=entry["groups"],
                     bias=entry["bias"],
                 )
@@ -214,7 +220,7 @@ def build(description: dict[str, Any]) -> Policy:
             case "hardtanh":
                 module = nn.Hardtanh(entry["low"], entry["high"])
             case op:
-                module = activation(op)
+                module = activation(op, **entry["options"])
         modules[entry["name"]] = module
     head = {key: tuple(v) if isinstance(v, list) else v for key, v in description["head"].items()}
     stage = InputStage(**{name: np.zeros(shape, np.float32) for name, shape in description["stage"].items()})

@@ -98,8 +98,11 @@ def dequantize(q: QTensor) -> Tensor:
 
 
 def units_of(q: QTensor) -> np.ndarray:
-    """Weights as integers in units of the format's smallest step, int64 (rows, columns)."""
-    return np.rint(values_of(q).double().numpy() / formats.unit(q.fmt)).astype(np.int64)
+    """Weights as integers in units of the format's smallest step (rows, columns): int64, or Python's own where wider."""
+    units = values_of(q).double().numpy() / formats.unit(q.fmt)
+    if formats.int_max(q.fmt) < 2**62:
+        return np.rint(units).astype(np.int64)
+    return np.vectorize(int, otypes=[object])(units)
 
 
 def grouped(matrix: Tensor, granularity: Granularity) -> Tensor:

@@ -22,9 +22,14 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
         raise InputError(f"{folder} is not a study directory (no study.json); run quantkit sweep first")
     try:
         document = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise InputError(f"{path} is damaged") from None
-    rows = [row for row in read_rows(folder / "rows.jsonl") if "error" not in row]
+        for part in ("settings", "reference", "margin"):
+            document[part]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is a damaged study; start a new study directory") from None
+    every = {row["id"]: row for row in read_rows(folder / "rows.jsonl")}  # two sweeps at once may repeat a design
+    rows = [row for row in every.values() if "error" not in row]
+    if every and not rows:
+        raise InputError(f"no design of {folder} can be built: {next(iter(every.values()))['error']}")
     if not rows:
         raise InputError(f"{folder} has no finished design yet; run the sweep again to go on")
     return document, rows

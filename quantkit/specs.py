@@ -64,7 +64,7 @@ def _spec(name: str, layer: nn.Module, nxt: nn.Module | None, positions: int, fo
         acc_bits=acc_bits,
         zeros=float((units == 0).mean()),
         scale_pow2=pow2,
-        weight_bits=layer.q.bits,
+        out_factors=isinstance(nxt, QLayer) and nxt.in_scale is not None,
     )
 
 

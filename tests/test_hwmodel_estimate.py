@@ -157,7 +157,7 @@ def test_every_pair_of_kinds_is_estimated(weight: str, act: str) -> None:
     """Any pair of formats, with given accumulators, stored bits and power-of-two scales too, is estimated."""
     for granularity in (PerTensor(), PerRow(), PerGroup(8)):
         layers = [
-            replace(s, granularity=granularity, scale_pow2=granularity == PerRow(), acc_bits=40, weight_bits=3000)
+            replace(s, granularity=granularity, scale_pow2=granularity == PerRow(), acc_bits=40)
             for s in policy(weight, act)
         ]
         assert estimate(layers, SMALL, luts=10**7).luts > 0
