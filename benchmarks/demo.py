@@ -78,7 +78,16 @@ def gains(result: dict[str, Any]) -> list[list[str]]:
     """Rows of the final table for one agent: float, int8, and the design taken."""
     knee, int8, reference, check = (result[k] for k in ("knee", "int8", "reference", "check"))
     parameters = knee["weight_kib"] * 8192 / knee["bits_per_weight"]
-    table = [[result["name"], "float32", f"{reference['mean']:.1f} ± {reference['stderr']:.1f}", f"{parameters / 256:.1f}", "-", "-"]]
+    table = [
+        [
+            result["name"],
+            "float32",
+            f"{reference['mean']:.1f} ± {reference['stderr']:.1f}",
+            f"{parameters / 256:.1f}",
+            "-",
+            "-",
+        ]
+    ]
     for label, row in (("int8 x int8", int8), (f"{knee['weights']} x {knee['acts']}", knee)):
         score, cost = row["score"], row["cost"]
         cells = [f"{score['mean']:.1f} ± {score['stderr']:.1f}", f"{row['weight_kib']:.1f}"]
@@ -106,7 +115,14 @@ def main(out: Path, reports: bool) -> None:
     out = Path(os.path.relpath(out))
     results = [tour(name, out) for name in AGENTS]
     print()
-    columns = {"agent": "left", "design": "left", "return": "right", "weights KiB": "right", "LUTs": "right", "µs": "right"}
+    columns = {
+        "agent": "left",
+        "design": "left",
+        "return": "right",
+        "weights KiB": "right",
+        "LUTs": "right",
+        "µs": "right",
+    }
     print_table("What was gained", columns, [row for result in results for row in gains(result)])
     for result in results:
         ratio = result["int8"]["cost"]["luts"] / result["knee"]["cost"]["luts"]

@@ -16,7 +16,9 @@ from quantkit.console import print_table
 REPORTS = Path(__file__).parent.parent / "reports"
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], *, packages: Sequence[str] = ("torch",), title: str = "") -> Path:
+def publish(
+    name: str, rows: Sequence[Mapping[str, Any]], *, packages: Sequence[str] = ("torch",), title: str = ""
+) -> Path:
     """Print the rows and write reports/NAME.csv; numbers as given, four significant digits on the terminal."""
     REPORTS.mkdir(exist_ok=True)
     path = REPORTS / f"{name}.csv"

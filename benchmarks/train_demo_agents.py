@@ -49,9 +49,7 @@ def train_lunar_lander(seed: int, steps: int) -> PPO:
 def train_pendulum(seed: int, steps: int) -> SAC:
     """SAC 3-64-64-1 on Pendulum-v1."""
     env = gym.make("Pendulum-v1")
-    model = SAC(
-        "MlpPolicy", env, learning_rate=1e-3, policy_kwargs={"net_arch": [64, 64]}, seed=seed, device="cpu"
-    )
+    model = SAC("MlpPolicy", env, learning_rate=1e-3, policy_kwargs={"net_arch": [64, 64]}, seed=seed, device="cpu")
     return model.learn(steps or 15_000)
 
 

@@ -84,7 +84,7 @@ def _arithmetic(spec: LayerSpec, acc_bits: int, mapping: Mapping) -> Converter:
         memory.append((POW2_BITS, 1))
     stages, method = 4, kind
     if curved:
-        cost += Cost(luts=coefficients()["convert"]["table"][str(out)], ffs=out)
+        cost += table(out)
         stages, method = stages + 1, f"{kind} + table"
         if spec.out_factors:  # a table serves all rows, so factors behind it are multiplied on its output
             cost += requantizer("runtime", clipped, out, factor, mapping)
@@ -94,6 +94,12 @@ def _arithmetic(spec: LayerSpec, acc_bits: int, mapping: Mapping) -> Converter:
         cost += to_float(spec.out)
         stages, method = stages + 4, f"{kind} + float"
     return Converter(method, cost, stages, tuple(memory))
+
+
+def table(out_bits: int) -> Cost:
+    """A curved activation as a table of at most 256 words; beyond 8 bits a word costs by its bits."""
+    fitted = coefficients()["convert"]["table"]
+    return Cost(luts=fitted[str(min(out_bits, 8))] * max(1.0, out_bits / 8), ffs=out_bits)
 
 
 def scale_kind(spec: LayerSpec) -> str:

@@ -129,7 +129,9 @@ def load_artifact(path: Path, *, factory: str | None = None) -> Model:
     except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{document_path}: damaged; quantize the checkpoint again") from None
     if version > FORMAT_VERSION:
-        raise InputError(f"{document_path}: format version {version} is newer than this program reads ({FORMAT_VERSION})")
+        raise InputError(
+            f"{document_path}: format version {version} is newer than this program reads ({FORMAT_VERSION})"
+        )
     try:
         tensors = {name: torch.from_numpy(array) for name, array in load_file(tensors_path).items()}
     except FileNotFoundError:
@@ -152,7 +154,9 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
     structure = document["structure"]
     if "factory" in structure:
         if structure["factory"] != factory:
-            raise InputError(f"{path} holds a network of your own code; to import it, give --factory {structure['factory']}")
+            raise InputError(
+                f"{path} holds a network of your own code; to import it, give --factory {structure['factory']}"
+            )
         from quantkit.loaders.torch_module import call_factory
 
         module: nn.Module = call_factory(structure["factory"])

@@ -34,16 +34,21 @@ _LOOK, _MAKE, _CHOOSE = "Look", "Make", "Choose"
 Checkpoint = Annotated[
     Path, typer.Argument(help="SB3 zip, rl-zoo folder, quantized directory, or safetensors with --factory.")
 ]
-Env = Annotated[str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=_IN)]
+Env = Annotated[
+    str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=_IN)
+]
 Factory = Annotated[
-    str | None, typer.Option(help="module:callable that builds the network of a .safetensors file.", rich_help_panel=_IN)
+    str | None,
+    typer.Option(help="module:callable that builds the network of a .safetensors file.", rich_help_panel=_IN),
 ]
 Inputs = Annotated[
     Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=_IN)
 ]
 Normalize = Annotated[
     Literal["stage", "fold"],
-    typer.Option(help="Observation normalization: a float input stage, or folded into the first layer.", rich_help_panel=_IN),
+    typer.Option(
+        help="Observation normalization: a float input stage, or folded into the first layer.", rich_help_panel=_IN
+    ),
 ]
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes to run.", rich_help_panel=_NUM)]
 Seed = Annotated[int, typer.Option(min=0, help="Episode i is seeded with SEED + i.", rich_help_panel=_NUM)]
@@ -52,7 +57,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 Steps = Annotated[
     list[str] | None,
     typer.Option(
-        "--step", metavar="NAME[:k=v,..]", help="A method: rtn, gptq, adaround, equalize, smoothquant, ...", rich_help_panel=_NUM
+        "--step",
+        metavar="NAME[:k=v,..]",
+        help="A method: rtn, gptq, adaround, equalize, smoothquant, ...",
+        rich_help_panel=_NUM,
     ),
 ]
 Exceptions = Annotated[
@@ -62,7 +70,9 @@ Exceptions = Annotated[
         rich_help_panel=_NUM,
     ),
 ]  # fmt: skip
-States = Annotated[int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=_NUM)]
+States = Annotated[
+    int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=_NUM)
+]
 
 
 @app.command(rich_help_panel=_LOOK, epilog="Example: quantkit inspect ppo/LunarLander-v2_1")
@@ -82,13 +92,33 @@ def inspect(
     if json:
         print_json(document)
         return
-    head = [f"{key}: {document[key]}" for key in ("kind", "algo", "env", "observations", "actions", "normalizer") if document[key]]
+    head = [
+        f"{key}: {document[key]}"
+        for key in ("kind", "algo", "env", "observations", "actions", "normalizer")
+        if document[key]
+    ]
     say("\n".join([f"{checkpoint}", *(f"  {line}" for line in head), f"  parameters: {document['parameters']:,}"]))
     rows = [
-        [e["name"], e["op"], str(e["in_features"]), str(e["out_features"]), f"{e['parameters']:,}", e["weight"], e["act"]]
+        [
+            e["name"],
+            e["op"],
+            str(e["in_features"]),
+            str(e["out_features"]),
+            f"{e['parameters']:,}",
+            e["weight"],
+            e["act"],
+        ]
         for e in document["layers"]
     ]
-    columns = {"layer": "left", "op": "left", "in": "right", "out": "right", "parameters": "right", "weights": "left", "input": "left"}
+    columns = {
+        "layer": "left",
+        "op": "left",
+        "in": "right",
+        "out": "right",
+        "parameters": "right",
+        "weights": "left",
+        "input": "left",
+    }
     print_table("", columns, rows)
 
 
@@ -113,7 +143,9 @@ def evaluate(
     if json:
         print_json(score.to_json())
         return
-    say(f"{checkpoint} on {spec.id}: return {score.mean:.2f} ± {score.stderr:.2f} (standard error of {score.n} episodes)")
+    say(
+        f"{checkpoint} on {spec.id}: return {score.mean:.2f} ± {score.stderr:.2f} (standard error of {score.n} episodes)"
+    )
     say(f"  std {score.std:.2f}, interquartile mean {score.iqm:.2f} [{score.iqm_low:.2f}, {score.iqm_high:.2f}]")
     say(f"  seeds {seed}..{seed + episodes - 1}, {sum(score.lengths):,} steps in {score.seconds:.1f} s")
 
@@ -126,9 +158,18 @@ def evaluate(
 def quantize(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
-    weights: Annotated[str, typer.Option("--weights", metavar="FORMAT", help="Weight format: int4, e2m1, ternary, ...", rich_help_panel=_NUM)],
-    acts: Annotated[str, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs, or float.", rich_help_panel=_NUM)],
-    granularity: Annotated[str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)] = "row",
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights", metavar="FORMAT", help="Weight format: int4, e2m1, ternary, ...", rich_help_panel=_NUM
+        ),
+    ],
+    acts: Annotated[
+        str, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs, or float.", rich_help_panel=_NUM)
+    ],
+    granularity: Annotated[
+        str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)
+    ] = "row",
     step: Steps = None,
     layer: Exceptions = None,
     calibration: States = 2048,
@@ -163,7 +204,13 @@ def quantize(
         print_json(document)
         return
     rows = [
-        [e["name"], "x".join(map(str, e["shape"])), e["weight"], e["act"], "-" if e["sqnr_db"] is None else f"{e['sqnr_db']:.1f}"]
+        [
+            e["name"],
+            "x".join(map(str, e["shape"])),
+            e["weight"],
+            e["act"],
+            "-" if e["sqnr_db"] is None else f"{e['sqnr_db']:.1f}",
+        ]
         for e in document["layers"]
     ]
     columns = {"layer": "left", "shape": "right", "weights": "left", "input": "left", "SQNR dB": "right"}
@@ -177,10 +224,15 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.", rich_help_panel=_OUT)],
     to: Annotated[
         Literal["qdq", "qdq-real"],
-        typer.Option(help="qdq: exact in onnxruntime, scales after the sum; qdq-real: scales inside DequantizeLinear, for other converters."),
+        typer.Option(
+            help="qdq: exact in onnxruntime, scales after the sum; qdq-real: scales inside DequantizeLinear, for other converters."
+        ),
     ] = "qdq",
     postprocess: Annotated[
-        bool, typer.Option("--postprocess/--raw", help="Put argmax, squashing, clipping and rescaling of actions into the file.")
+        bool,
+        typer.Option(
+            "--postprocess/--raw", help="Put argmax, squashing, clipping and rescaling of actions into the file."
+        ),
     ] = False,
     factory: Factory = None,
     force: Force = False,
@@ -230,20 +282,37 @@ def verify(
 @guarded
 def sweep(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
+    ],
     weights: Annotated[str, typer.Option("--weights", metavar="F,F,..", help="Weight formats.", rich_help_panel=_NUM)],
-    acts: Annotated[str, typer.Option("--acts", metavar="F,F,..", help="Formats of layer inputs.", rich_help_panel=_NUM)],
-    granularity: Annotated[str, typer.Option(metavar="G,G,..", help="Weight scales: tensor, row, group<size>.", rich_help_panel=_NUM)] = "row",
+    acts: Annotated[
+        str, typer.Option("--acts", metavar="F,F,..", help="Formats of layer inputs.", rich_help_panel=_NUM)
+    ],
+    granularity: Annotated[
+        str, typer.Option(metavar="G,G,..", help="Weight scales: tensor, row, group<size>.", rich_help_panel=_NUM)
+    ] = "row",
     step: Annotated[
         list[str] | None,
-        typer.Option("--step", metavar="STEP[+STEP..]", help="A pipeline of methods to try; repeat for alternatives.", rich_help_panel=_NUM),
+        typer.Option(
+            "--step",
+            metavar="STEP[+STEP..]",
+            help="A pipeline of methods to try; repeat for alternatives.",
+            rich_help_panel=_NUM,
+        ),
     ] = None,
     layer: Exceptions = None,
     episodes: Episodes = 20,
     seed: Seed = 1000,
-    device: Annotated[str, typer.Option(help="FPGA part (see hwmodel devices), or none.", rich_help_panel=_HW)] = "xc7a35t",
-    latency_us: Annotated[float | None, typer.Option(min=0.0, help="Fold the hardware to this latency.", rich_help_panel=_HW)] = None,
-    luts: Annotated[int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)] = None,
+    device: Annotated[
+        str, typer.Option(help="FPGA part (see hwmodel devices), or none.", rich_help_panel=_HW)
+    ] = "xc7a35t",
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Fold the hardware to this latency.", rich_help_panel=_HW)
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
+    ] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.", rich_help_panel=_OUT)] = 0,
     env: Env = None,
     normalize: Normalize = "stage",
@@ -270,7 +339,13 @@ def sweep(
     with progress_bar("float and random policy", "episodes") as update:
         study = open_study(output, model, settings, update)
     with progress_bar("designs", "designs") as update:
-        run(study, recipes, output, jobs=jobs or os.cpu_count() or 1, progress=lambda done, total, _: update(done, total))
+        run(
+            study,
+            recipes,
+            output,
+            jobs=jobs or os.cpu_count() or 1,
+            progress=lambda done, total, _: update(done, total),
+        )
     report = write_report(output)
     _show_report(report, json)
 
@@ -279,7 +354,9 @@ def sweep(
 @guarded
 def pareto(
     study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
-    x: Annotated[str, typer.Option(help="Cost: luts, ffs, dsps, bram18, latency_us, weight_kib, bits_per_weight.")] = "luts",
+    x: Annotated[
+        str, typer.Option(help="Cost: luts, ffs, dsps, bram18, latency_us, weight_kib, bits_per_weight.")
+    ] = "luts",
     y: Annotated[str, typer.Option(help="Quality: mean, iqm, agreement, ...")] = "mean",
     json: Json = False,
 ) -> None:
@@ -297,7 +374,9 @@ def _show_report(report: dict[str, Any], json: bool, x: str = "luts", y: str = "
         print_json(report)
         return
     reference = report["reference"]
-    say(f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; margin {report['margin']:.2f}; {report['designs']} designs")
+    say(
+        f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; margin {report['margin']:.2f}; {report['designs']} designs"
+    )
     if not report["front"]:
         say("no hardware cost in this study (float activations or no device): no front against " + x)
         return
@@ -310,9 +389,14 @@ def _show_report(report: dict[str, Any], json: bool, x: str = "luts", y: str = "
         ]
         for row in report["front"]
     ]  # fmt: skip
-    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left") | {"return": "right", "against float": "left"}
+    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left") | {
+        "return": "right",
+        "against float": "left",
+    }
     columns |= {COLUMNS[c][1]: "right" for c in dict.fromkeys((x, "luts", "weight_kib", "latency_us"))}
-    highlight = next((i for i, row in enumerate(report["front"]) if report["knee"] and row["id"] == report["knee"]["id"]), None)
+    highlight = next(
+        (i for i, row in enumerate(report["front"]) if report["knee"] and row["id"] == report["knee"]["id"]), None
+    )
     print_table(f"Pareto front of {COLUMNS[y][1]} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)
     if report["knee"]:
         say(f"take: weights {report['knee']['weights']}, inputs {report['knee']['acts']}, {report['knee']['steps']}")

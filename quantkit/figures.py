@@ -40,7 +40,13 @@ _STYLE: dict[str, Any] = {
 
 
 def pareto_figure(
-    rows: Sequence[Row], reference: Mapping[str, Any], margin: float, *, x: str = "luts", y: str = "mean", title: str = ""
+    rows: Sequence[Row],
+    reference: Mapping[str, Any],
+    margin: float,
+    *,
+    x: str = "luts",
+    y: str = "mean",
+    title: str = "",
 ) -> Figure:
     """Every design as a point with its 95 % confidence interval, families told apart, the front as a staircase.
 
@@ -77,7 +83,14 @@ def draw_pareto(
             if y == "mean":
                 bars = [_interval(drawable[i]) for i in some]
                 axes.errorbar(
-                    xs, ys, yerr=bars, fmt="none", ecolor=color, alpha=0.16 if not chosen else 0.7, elinewidth=1.1, zorder=2
+                    xs,
+                    ys,
+                    yerr=bars,
+                    fmt="none",
+                    ecolor=color,
+                    alpha=0.16 if not chosen else 0.7,
+                    elinewidth=1.1,
+                    zorder=2,
                 )
             axes.scatter(
                 xs, ys, s=size, c=color, marker=marker, alpha=alpha, zorder=4 if chosen else 3,
@@ -108,7 +121,12 @@ def _reference(axes: Axes, reference: Mapping[str, Any], margin: float, y: str) 
     axes.axhspan(center - half, center + half, color="#999999", alpha=0.16, linewidth=0, zorder=1)
     axes.axhline(center, color="#555555", linewidth=1.2, zorder=1, label=f"float policy ({center:.4g})")
     axes.axhline(
-        center - margin, color="#555555", linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label=f"margin (−{margin:.3g})"
+        center - margin,
+        color="#555555",
+        linewidth=1.0,
+        linestyle=(0, (4, 3)),
+        zorder=1,
+        label=f"margin (−{margin:.3g})",
     )
 
 

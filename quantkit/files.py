@@ -10,10 +10,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -79,11 +81,19 @@ def sha256_of(path: Path) -> str:
 
 def read_inputs(path: Path) -> np.ndarray:
     """The array of a .npy file, or the first of a .npz; InputError unless it holds finite numbers, at least one row."""
+    import numpy as np
+
     try:
         loaded = np.load(path, allow_pickle=False)
-        array: np.ndarray = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+        if isinstance(loaded, np.ndarray):
+            array: np.ndarray = loaded
+        else:
+            with loaded:
+                array = loaded[loaded.files[0]]
     except (ValueError, IndexError, EOFError, zipfile.BadZipFile):
         raise InputError(f"{path}: not a .npy or .npz file of plain numbers") from None
     if array.ndim < 2 or len(array) == 0 or array.dtype.kind not in "fiub":
-        raise InputError(f"{path}: holds {array.dtype} of shape {array.shape}; accepted: numbers of shape (samples, ...)")
+        raise InputError(
+            f"{path}: holds {array.dtype} of shape {array.shape}; accepted: numbers of shape (samples, ...)"
+        )
     return array

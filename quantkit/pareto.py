@@ -64,7 +64,9 @@ def front(rows: Sequence[Mapping[str, Any]], x: str = "luts", y: str = "mean") -
     return sorted((known[i] for i in chosen), key=lambda i: value(rows[i], x) or 0.0)
 
 
-def knee(rows: Sequence[Mapping[str, Any]], on_front: Sequence[int], reference: float, margin: float, x: str = "luts") -> int | None:
+def knee(
+    rows: Sequence[Mapping[str, Any]], on_front: Sequence[int], reference: float, margin: float, x: str = "luts"
+) -> int | None:
     """The design to take: the cheapest of the front whose return is proved non-inferior to float.
 
     Where none is proved, the cheapest whose mean return is within `margin` of `reference`, and

@@ -68,7 +68,9 @@ class QLayer(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)
         if isinstance(layer, nn.Conv2d):
             if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-                raise ValueError(f"padding {layer.padding!r} of mode {layer.padding_mode!r} cannot be quantized; accepted: zeros")
+                raise ValueError(
+                    f"padding {layer.padding!r} of mode {layer.padding_mode!r} cannot be quantized; accepted: zeros"
+                )
             self.stride, self.padding = layer.stride, layer.padding
             self.dilation, self.groups = layer.dilation, layer.groups
         else:

@@ -56,11 +56,25 @@ def _code_table(fmt: Format) -> tuple[Tensor, Tensor]:
     return torch.tensor(values, dtype=torch.float32), torch.tensor(codes, dtype=torch.int64)
 
 
+@cache
+def _code_by_unit(fmt: Format) -> Tensor:
+    """The code of u units at index u + int_max."""
+    grid, codes = _code_table(fmt)
+    top = formats.int_max(fmt)
+    table = torch.zeros(2 * top + 1, dtype=torch.uint8)
+    table[(grid / formats.unit(fmt)).long() + top] = codes.to(torch.uint8)
+    return table
+
+
 def encode(values: Tensor, fmt: Format) -> Tensor:
     """Bit patterns of grid values; the inverse of `decode`. Values must lie on the grid."""
+    if isinstance(fmt, Int):
+        return (values.to(torch.int32) & (2**fmt.bits - 1)).to(torch.uint8 if fmt.bits <= 8 else torch.int32)
+    top = formats.int_max(fmt)
+    if top <= 2**14:
+        return _code_by_unit(fmt)[(values / formats.unit(fmt)).to(torch.int32) + top]
     grid, codes = _code_table(fmt)
-    found = codes[torch.searchsorted(grid, values.contiguous()).clamp_(max=len(grid) - 1)]
-    return found.to(torch.uint8 if formats.bits(fmt) <= 8 else torch.int32)
+    return codes[torch.searchsorted(grid, values.contiguous()).clamp_(max=len(grid) - 1)].to(torch.uint8)
 
 
 def decode(codes: Tensor, fmt: Format) -> Tensor:
@@ -100,7 +114,7 @@ def dequantize(q: QTensor) -> Tensor:
 def units_of(q: QTensor) -> np.ndarray:
     """Weights as integers in units of the format's smallest step (rows, columns): int64, or Python's own where wider."""
     units = values_of(q).double().numpy() / formats.unit(q.fmt)
-    if formats.int_max(q.fmt) < 2**62:
+    if formats.int_max(q.fmt) < 2**63:
         return np.rint(units).astype(np.int64)
     return np.vectorize(int, otypes=[object])(units)
 

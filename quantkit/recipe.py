@@ -155,6 +155,10 @@ def full_steps(recipe: Recipe) -> tuple[Step, ...]:
         if name not in methods:
             raise InputError(f"unknown step {name!r}; steps: {', '.join(methods)}")
     changes = [methods[name].CHANGES for name, _ in recipe.steps]
+    for kind in ("weights", "bias"):
+        twice = [name for (name, _), c in zip(recipe.steps, changes, strict=True) if kind in c][1:]
+        if twice:
+            raise InputError(f"step {twice[0]!r} would set {kind} that an earlier step has set; give one of them")
     steps = list(recipe.steps)
     if not any("weights" in c for c in changes):
         last_float = max((i for i, c in enumerate(changes) if c & {"float", "acts"}), default=-1)
@@ -238,5 +242,3 @@ def _check(model: Model, recipe: Recipe, calib: Calib) -> None:
 def uniform(weights: str, acts: str, granularity: str = "row", steps: tuple[Step, ...] = (), seed: int = 0) -> Recipe:
     """The recipe with one plan for all layers."""
     return Recipe((("*", make_plan(weights, acts, granularity)),), steps, seed)
-
-

@@ -102,7 +102,9 @@ def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Pa
     array = read_inputs(inputs)
     shape = tuple(model.example.shape[1:])
     if array.shape[1:] != shape:
-        raise InputError(f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})")
+        raise InputError(
+            f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})"
+        )
     return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
 
 

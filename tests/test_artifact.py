@@ -153,7 +153,11 @@ def test_the_directory_is_plain_data(tmp_path: Path) -> None:
     for weight in ("int4", "binary", "ternary"):
         done = quantize(model, uniform(weight, "int8"), calib(model))
         save_artifact(done, tmp_path / weight)
-        assert sorted(p.name for p in (tmp_path / weight).iterdir()) == ["model.safetensors", "quantkit.json", "specs.json"]
+        assert sorted(p.name for p in (tmp_path / weight).iterdir()) == [
+            "model.safetensors",
+            "quantkit.json",
+            "specs.json",
+        ]
         for name in ("quantkit.json", "specs.json"):
             json.loads((tmp_path / weight / name).read_text(), parse_constant=lambda c: pytest.fail(f"{c} in {name}"))
         specs = json.loads((tmp_path / weight / "specs.json").read_text())["layers"]
@@ -274,7 +278,9 @@ def test_tensors_that_do_not_fit_are_refused(saved: Path, damage: str) -> None:
     assert saved.name in one_line(saved)
 
 
-def test_a_directory_never_chooses_what_is_imported(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_never_chooses_what_is_imported(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A recorded factory is only imported if the caller names the same one."""
     (tmp_path / "evil_factory.py").write_text("import pathlib\npathlib.Path('touched').touch()\ndef make(): ...\n")
     monkeypatch.chdir(tmp_path)

@@ -104,7 +104,9 @@ def test_results_and_fronts_need_no_torch() -> None:
 
 def test_the_core_knows_nothing_above_it() -> None:
     """Rounding, tensors, layers, models and observers import no method, loader, task or command."""
-    above = {f"quantkit.{n}" for n in ("methods", "loaders", "tasks", "recipe", "shelves", "export", "verify", "loading")}
+    above = {
+        f"quantkit.{n}" for n in ("methods", "loaders", "tasks", "recipe", "shelves", "export", "verify", "loading")
+    }
     above |= TOP | {"quantkit.artifact", "quantkit.specs"}
     names = [name for name in sources() if name.removeprefix("quantkit.") in CORE]
     assert len(names) >= 6
@@ -115,7 +117,9 @@ def test_a_method_stands_alone() -> None:
     """Methods import the core, never another method, recipes, loaders, tasks, exports or commands."""
     names = [name for name in modules("quantkit.methods") if name != "quantkit.methods"]
     assert len(names) >= 5
-    forbidden = {f"quantkit.{n}" for n in ("methods", "recipe", "shelves", "loaders", "loading", "tasks", "export", "verify")}
+    forbidden = {
+        f"quantkit.{n}" for n in ("methods", "recipe", "shelves", "loaders", "loading", "tasks", "export", "verify")
+    }
     assert broken(dict.fromkeys(names, forbidden | TOP | {"quantkit.artifact"})) == []
 
 
@@ -198,7 +202,9 @@ def test_importing_a_package_loads_nothing(package: str) -> None:
     assert loaded_after(f"import {package}") == set()
 
 
-@pytest.mark.parametrize("argv", [["quantkit", "--help"], ["quantkit", "sweep", "--help"], ["quantkit"], ["hwmodel", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["quantkit", "--help"], ["quantkit", "sweep", "--help"], ["quantkit"], ["hwmodel", "--help"]]
+)
 def test_help_loads_nothing(argv: list[str]) -> None:
     """Help appears without loading torch, numpy or another large library."""
     if argv[0] == "hwmodel":

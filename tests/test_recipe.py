@@ -16,7 +16,6 @@ from hwmodel import formats
 from quantkit import shelves
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.qlayers import QLayer
 from quantkit.recipe import (
     Recipe,
     format_name,
@@ -30,8 +29,12 @@ from quantkit.recipe import (
 )
 
 NAMES = ["float", *formats.all_names()]
-PLANS = st.builds(make_plan, st.sampled_from(NAMES), st.sampled_from(NAMES), st.sampled_from(["tensor", "row", "group8"]))
-STEPS = st.sampled_from(["rtn", "gptq:damp=0.05", "equalize", "act_scales:pow2=true", "rtn:scale=absmax"]).map(parse_step)
+PLANS = st.builds(
+    make_plan, st.sampled_from(NAMES), st.sampled_from(NAMES), st.sampled_from(["tensor", "row", "group8"])
+)
+STEPS = st.sampled_from(["rtn", "gptq:damp=0.05", "equalize", "act_scales:pow2=true", "rtn:scale=absmax"]).map(
+    parse_step
+)
 RECIPES = st.builds(
     lambda plan, steps, seed: Recipe(tuple(plan), tuple(steps), seed),
     st.lists(st.tuples(st.sampled_from(["*", "first", "last", "net.fc?", "net.head"]), PLANS), min_size=1, max_size=4),
@@ -84,7 +87,15 @@ def test_an_unknown_option_is_answered_with_the_known(name: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["gptq:damp=much", "gptq:act_order=maybe", "gptq:scale=best", "gptq:damp", "gptq:block=1.5", "gptq:damp=nan", "gptq:damp=inf"],
+    [
+        "gptq:damp=much",
+        "gptq:act_order=maybe",
+        "gptq:scale=best",
+        "gptq:damp",
+        "gptq:block=1.5",
+        "gptq:damp=nan",
+        "gptq:damp=inf",
+    ],
 )
 def test_an_option_of_the_wrong_kind_is_named(text: str) -> None:
     """The message is one line that names the step; numbers must be finite."""
@@ -170,7 +181,13 @@ def test_the_same_recipe_gives_the_same_bits(method: str) -> None:
 def test_every_planned_format_is_what_the_layers_hold() -> None:
     """The formats in use are those of the plan; a signed integer input that is never negative may be unsigned."""
     model = mlp((6, 16, 8, 3))
-    for weight, act in [("int4", "int4"), ("e2m1", "e4m3fn"), ("ternary", "uint8"), ("float", "int8"), ("int8n", "float")]:
+    for weight, act in [
+        ("int4", "int4"),
+        ("e2m1", "e4m3fn"),
+        ("ternary", "uint8"),
+        ("float", "int8"),
+        ("int8n", "float"),
+    ]:
         for layer in quantize(model, uniform(weight, act), calib(model)).qlayers().values():
             assert format_name(layer.q.fmt if layer.q else None) == weight
             assert format_name(layer.act.fmt if layer.act else None) in (act, f"u{act}")

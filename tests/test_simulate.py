@@ -54,7 +54,9 @@ def same_bits_law(model: Model, compile_: Any = compile_policy) -> None:
     np.testing.assert_array_equal(obs, before)
 
 
-def quantized(model: Model, weight: str, act: str, granularity: str = "row", *steps: tuple[str, dict[str, Any]]) -> Model:
+def quantized(
+    model: Model, weight: str, act: str, granularity: str = "row", *steps: tuple[str, dict[str, Any]]
+) -> Model:
     """The model quantized with one plan."""
     return quantize(model, uniform(weight, act, granularity, steps), calib(model))
 
@@ -163,7 +165,9 @@ def test_sabotage_a_float32_sum_is_caught() -> None:
                 weight, gain = kernel.weight.float().numpy().T.copy(), np.asarray(kernel.gain, np.float32)
                 bias = module.bias.numpy()
                 steps.append(
-                    lambda x, m=module, w=weight, g=gain, b=bias: m.input_values(torch.from_numpy(x)).numpy() @ w * g + b
+                    lambda x, m=module, w=weight, g=gain, b=bias: (
+                        m.input_values(torch.from_numpy(x)).numpy() @ w * g + b
+                    )
                 )
             else:
                 steps.append(lambda x, m=module: m(torch.from_numpy(x)).numpy())

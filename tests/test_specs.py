@@ -21,7 +21,14 @@ from quantkit.recipe import Recipe, make_plan, quantize, uniform
 from quantkit.rounding import is_pow2
 from quantkit.specs import bits_per_weight, layer_specs, sqnr_db
 
-PAIRS = [("int4", "int4"), ("int3", "uint5"), ("e2m1", "e3m2"), ("int8n", "e2m1"), ("ternary", "int8"), ("binary", "binary")]
+PAIRS = [
+    ("int4", "int4"),
+    ("int3", "uint5"),
+    ("e2m1", "e3m2"),
+    ("int8n", "e2m1"),
+    ("ternary", "int8"),
+    ("binary", "binary"),
+]
 
 
 def quantized(model: Model, weight: str, act: str, granularity: str = "row", **steps: Any) -> Model:

@@ -72,7 +72,9 @@ def test_a_row_agrees_with_its_parts(study: Study) -> None:
 
     model = quantize(study.model, recipe, Calib(torch.from_numpy(study.states)))
     assert row["bits_per_weight"] == bits_per_weight(model)
-    assert row["weight_kib"] == pytest.approx(row["bits_per_weight"] * sum(s.out_features * s.in_features for s in layer_specs(model)) / 8192)
+    assert row["weight_kib"] == pytest.approx(
+        row["bits_per_weight"] * sum(s.out_features * s.in_features for s in layer_specs(model)) / 8192
+    )
     assert row["cost"]["luts"] == estimate(layer_specs(model), DEVICE).luts
     assert Recipe.from_json(row["recipe"]) == recipe and row["id"] == design_id(recipe)
     assert row["score"]["n"] == 4 and row["seeds"] == [1000, 1003]

@@ -95,7 +95,9 @@ def test_an_interrupted_sweep_goes_on(straight: Any, tmp_path: Path, monkeypatch
     resume_law(straight, tmp_path / "s", monkeypatch)
 
 
-def test_a_larger_space_keeps_the_rows_of_a_smaller(straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_space_keeps_the_rows_of_a_smaller(
+    straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the new designs of a larger space are evaluated; asking twice for one evaluates it once."""
     study, folder = copy_of_study(straight, tmp_path / "s")
     run(study, RECIPES[:2], folder)

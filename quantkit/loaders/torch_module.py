@@ -29,9 +29,7 @@ def sniff(path: Path) -> bool:
     return path.is_file() and path.suffix in _SUFFIXES
 
 
-def load(
-    path: Path, *, factory: str | None, env: EnvSpec | str | None = None, inputs: Path | None = None
-) -> Model:
+def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None, inputs: Path | None = None) -> Model:
     """The module that `factory` ("package.module:callable", also in the working directory) builds, filled from `path`.
 
     A `Policy` keeps kind "policy", any other module is of kind "module". The example input is the

@@ -5,7 +5,7 @@ A method is a module with
     CHANGES: frozenset[str]     of "float", "acts", "weights", "bias"
     apply(model, calib, *, options...) -> dict[str, float]     diagnostics
 
-"float" rescales and preserves the function, "acts" sets input quantizers, "weights" sets
+"float" rescales weights and biases and preserves the function, "acts" sets input quantizers, "weights" sets
 quantized weights, "bias" changes biases. Options are keyword-only with defaults; they are the
 schema of `--step name:key=value`.
 """
