@@ -128,8 +128,9 @@ def main(out: Path, reports: bool) -> None:
         ratio = result["int8"]["cost"]["luts"] / result["knee"]["cost"]["luts"]
         rate = result["designs"] / result["seconds"] * 60
         print(
-            f"{result['name']}: {ratio:.1f}x fewer LUTs than int8 at the same target latency, verified: {result['check']['ok']}; "
-            f"{result['designs']} designs in {result['seconds']:.0f} s ({rate:.0f} a minute); figure: {result['study']}/pareto.png"
+            f"{result['name']}: {ratio:.1f}x fewer LUTs than int8 at the same target latency, "
+            f"verified: {result['check']['ok']}; {result['designs']} designs in {result['seconds']:.0f} s "
+            f"({rate:.0f} a minute); figure: {result['study']}/pareto.png"
         )
     print(f"everything took {time.perf_counter() - began:.0f} s and lies in {out}/")
     if reports:

@@ -41,7 +41,6 @@ def summary(model: Model) -> dict[str, Any]:
     """What `quantize` reports: bits_per_weight and, for each layer, formats and weight SQNR in dB."""
     layers = []
     for name, layer in model.layers().items():
-        quantized = isinstance(layer, QLayer)
         sqnr = sqnr_db(layer) if isinstance(layer, QLayer) else None
         layers.append(
             {
@@ -50,7 +49,7 @@ def summary(model: Model) -> dict[str, Any]:
                 "shape": list(layer.weight.shape),
                 "weight": format_name(layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
                 "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
-                "granularity": str(layer.plan.granularity) if quantized else None,
+                "granularity": str(layer.plan.granularity) if isinstance(layer, QLayer) else None,
                 "sqnr_db": None if sqnr is None or not math.isfinite(sqnr) else round(sqnr, 3),
             }
         )
@@ -167,8 +166,10 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
     model = Model(module.eval(), example, env, document["meta"])
     floats = model.layers()
     for record in document["quantized"]:
-        plan = LayerPlan(*(parse_format(t) for t in record["plan"]), parse_granularity(record["granularity"]))
-        layer = QLayer(floats[record["name"]], plan)
+        weight, act = (parse_format(text) for text in record["plan"])
+        plain = floats[record["name"]]
+        assert not isinstance(plain, QLayer)
+        layer = QLayer(plain, LayerPlan(weight, act, parse_granularity(record["granularity"])))
         if record["in_scale"]:
             layer.in_scale = tensors[f"{record['name']}.in_scale"]
         model.replace(record["name"], layer)

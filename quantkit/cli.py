@@ -144,7 +144,8 @@ def evaluate(
         print_json(score.to_json())
         return
     say(
-        f"{checkpoint} on {spec.id}: return {score.mean:.2f} ± {score.stderr:.2f} (standard error of {score.n} episodes)"
+        f"{checkpoint} on {spec.id}: return {score.mean:.2f} ± {score.stderr:.2f} "
+        f"(standard error of {score.n} episodes)"
     )
     say(f"  std {score.std:.2f}, interquartile mean {score.iqm:.2f} [{score.iqm_low:.2f}, {score.iqm_high:.2f}]")
     say(f"  seeds {seed}..{seed + episodes - 1}, {sum(score.lengths):,} steps in {score.seconds:.1f} s")
@@ -152,7 +153,8 @@ def evaluate(
 
 @app.command(
     rich_help_panel=_MAKE,
-    epilog="Example: quantkit quantize agent.zip -o agent.q --weights int4 --acts e3m2 --step equalize --step gptq:act_order=true",
+    epilog="Example: quantkit quantize agent.zip -o agent.q --weights int4 --acts e3m2 "
+    "--step smoothquant --step gptq:act_order=true",
 )
 @guarded
 def quantize(
@@ -225,7 +227,8 @@ def export(
     to: Annotated[
         Literal["qdq", "qdq-real"],
         typer.Option(
-            help="qdq: exact in onnxruntime, scales after the sum; qdq-real: scales inside DequantizeLinear, for other converters."
+            help="qdq: exact in onnxruntime, scales after the sum; "
+            "qdq-real: scales inside DequantizeLinear, for other converters."
         ),
     ] = "qdq",
     postprocess: Annotated[
@@ -375,31 +378,24 @@ def _show_report(report: dict[str, Any], json: bool, x: str = "luts", y: str = "
         return
     reference = report["reference"]
     say(
-        f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; margin {report['margin']:.2f}; {report['designs']} designs"
+        f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; "
+        f"margin {report['margin']:.2f}; {report['designs']} designs"
     )
-    if not report["front"]:
-        say("no hardware cost in this study (float activations or no device): no front against " + x)
-        return
-    rows = [
-        [
-            row["weights"], row["acts"], row["granularity"], row["steps"],
-            f"{row['score']['mean']:.2f} ± {row['score']['stderr'] or 0.0:.2f}", row["verdict"]["verdict"],
-            *(f"{value(row, c):,.4g}" if value(row, c) is not None and c not in ("luts", "ffs") else f"{value(row, c) or 0:,.0f}"
-              for c in dict.fromkeys((x, "luts", "weight_kib", "latency_us"))),
-        ]
-        for row in report["front"]
-    ]  # fmt: skip
-    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left") | {
-        "return": "right",
-        "against float": "left",
-    }
-    columns |= {COLUMNS[c][1]: "right" for c in dict.fromkeys((x, "luts", "weight_kib", "latency_us"))}
-    highlight = next(
-        (i for i, row in enumerate(report["front"]) if report["knee"] and row["id"] == report["knee"]["id"]), None
-    )
+    shown = list(dict.fromkeys((x, "luts", "weight_kib", "latency_us")))
+    rows = []
+    for row in report["front"]:
+        score = row["score"]
+        numbers = [(value(row, c), c) for c in shown]
+        cells = ["-" if v is None else f"{v:,.0f}" if c in ("luts", "ffs") else f"{v:,.4g}" for v, c in numbers]
+        names = [row["weights"], row["acts"], row["granularity"], row["steps"]]
+        rows.append([*names, f"{score['mean']:.2f} ± {score['stderr'] or 0.0:.2f}", row["verdict"]["verdict"], *cells])
+    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left")
+    columns |= {"return": "right", "against float": "left"} | {COLUMNS[c][1]: "right" for c in shown}
+    knee = report["knee"]
+    highlight = next((i for i, row in enumerate(report["front"]) if knee and row["id"] == knee["id"]), None)
     print_table(f"Pareto front of {COLUMNS[y][1]} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)
-    if report["knee"]:
-        say(f"take: weights {report['knee']['weights']}, inputs {report['knee']['acts']}, {report['knee']['steps']}")
+    if knee:
+        say(f"take: weights {knee['weights']}, inputs {knee['acts']}, {knee['steps']}")
     say("\n".join(f"wrote {path}" for path in report["files"]))
 
 

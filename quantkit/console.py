@@ -22,7 +22,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (InputError, *_hardware_errors()) as error:
+        except _input_errors() as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
             fail("interrupted; finished work is kept", 130)
@@ -41,9 +41,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _hardware_errors() -> list[type[Exception]]:
-    module = sys.modules.get("hwmodel.cost")  # not imported for the sake of an error it cannot have raised
-    return [] if module is None else [module.HwError]
+def _input_errors() -> tuple[type[Exception], ...]:
+    hardware = sys.modules.get("hwmodel.cost")  # not imported for the sake of an error it cannot have raised
+    return (InputError,) if hardware is None else (InputError, hardware.HwError)
 
 
 def fail(message: str, code: int) -> None:

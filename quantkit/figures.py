@@ -25,7 +25,7 @@ FAMILIES = {
     "minifloat": ("#d6604d", "D", "minifloat"),
     "mixed": ("#5aae61", "s", "integer × minifloat"),
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -76,6 +76,7 @@ def draw_pareto(
             continue
         for chosen, alpha, size in ((False, 0.38, 22), (True, 1.0, 52)):
             some = [i for i in members if (i in on_front) == chosen]
+            some = members if len(some) == len(members) else some
             if not some:
                 continue
             xs = [value(drawable[i], x) or 0.0 for i in some]
@@ -94,7 +95,7 @@ def draw_pareto(
                 )
             axes.scatter(
                 xs, ys, s=size, c=color, marker=marker, alpha=alpha, zorder=4 if chosen else 3,
-                edgecolors="white", linewidths=0.7, label=label if chosen or all(i not in on_front for i in members) else None,
+                edgecolors="white", linewidths=0.7, label=label if some is members or chosen else None,
             )  # fmt: skip
     if on_front:
         xs = [value(drawable[i], x) or 0.0 for i in on_front]

@@ -54,7 +54,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
     layers = []
     for name, layer in model.layers().items():
         spatial = isinstance(layer, nn.Conv2d) or (isinstance(layer, QLayer) and layer.op == "conv2d")
-        quantized = isinstance(layer, QLayer)
+        weight, act = (layer.q, layer.act) if isinstance(layer, QLayer) else (None, None)
         layers.append(
             {
                 "name": name,
@@ -63,8 +63,8 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
                 "out_features": layer.weight.shape[0],
                 "kernel": list(layer.weight.shape[2:]) if spatial else None,
                 "parameters": layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()),
-                "weight": format_name(layer.q.fmt if quantized and layer.q else None),
-                "act": format_name(layer.act.fmt if quantized and layer.act else None),
+                "weight": format_name(None if weight is None else weight.fmt),
+                "act": format_name(None if act is None else act.fmt),
             }
         )
     spec, meta = model.env, model.meta

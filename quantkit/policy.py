@@ -9,6 +9,7 @@ nothing of the checkpoint it came from.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -91,7 +92,7 @@ class Head:
                 return out.argmax(axis=1).astype(np.int64) + self.start
             case "multidiscrete":
                 edges = np.cumsum((0, *self.nvec))
-                parts = [out[:, a:b].argmax(axis=1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+                parts = [out[:, a:b].argmax(axis=1) for a, b in itertools.pairwise(edges)]
                 return np.stack(parts, axis=1).astype(np.int64)
             case "multibinary":
                 return (out > 0).astype(np.int64)
@@ -222,6 +223,6 @@ def build(description: dict[str, Any]) -> Policy:
             case op:
                 module = activation(op, **entry["options"])
         modules[entry["name"]] = module
-    head = {key: tuple(v) if isinstance(v, list) else v for key, v in description["head"].items()}
+    head: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["head"].items()}
     stage = InputStage(**{name: np.zeros(shape, np.float32) for name, shape in description["stage"].items()})
     return Policy(stage, nn.Sequential(modules), Head(**head), tuple(description["obs_shape"])).eval()

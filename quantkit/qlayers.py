@@ -9,7 +9,7 @@ is, for all formats but e5 and e6 of 8 and 7 bits). Weights are decoded once, no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class LayerPlan:
 
     weight: Format | None = None
     act: Format | None = None
-    granularity: Granularity = PerRow()
+    granularity: Granularity = field(default_factory=PerRow)
 
 
 @dataclass(frozen=True)

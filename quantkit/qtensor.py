@@ -112,7 +112,7 @@ def dequantize(q: QTensor) -> Tensor:
 
 
 def units_of(q: QTensor) -> np.ndarray:
-    """Weights as integers in units of the format's smallest step (rows, columns): int64, or Python's own where wider."""
+    """Weights as integers in units of the format's smallest step (rows, columns): int64, or Python ints where wider."""
     units = values_of(q).double().numpy() / formats.unit(q.fmt)
     if formats.int_max(q.fmt) < 2**63:
         return np.rint(units).astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def _activations(model: Model) -> dict[str, str]:
         return {}
     chain = [(f"net.{name}", module) for name, module in model.module.net.named_children()]
     result = {}
-    for (name, _), (_, follower) in zip(chain, chain[1:], strict=False):
+    for (name, _), (_, follower) in itertools.pairwise(chain):
         if isinstance(follower, nn.Hardtanh):
             result[name] = "hardtanh"
         elif type(follower) in ACTIVATION_NAMES:

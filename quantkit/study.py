@@ -195,9 +195,8 @@ def hardware_cost(model: Model, settings: Settings) -> dict[str, Any] | None:
     """
     if settings.device is None:
         return None
-    target = {"latency_us": settings.latency_us, "luts": settings.luts}
     try:
-        result = estimate(layer_specs(model), settings.device, **target)
+        result = estimate(layer_specs(model), settings.device, latency_us=settings.latency_us, luts=settings.luts)
     except HwError as error:
         return {"error": str(error)}
     record = result.to_json()

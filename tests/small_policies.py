@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import Any
 
@@ -31,7 +32,7 @@ def mlp(
     """A chain of linear layers net.fc1, net.act1, net.fc2, ..., net.head."""
     torch.manual_seed(seed)
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, (a, b) in enumerate(zip(sizes[:-2], sizes[1:-1], strict=True), 1):
+    for index, (a, b) in enumerate(itertools.pairwise(sizes), 1):
         modules[f"fc{index}"] = _noisy(nn.Linear(a, b))
         modules[f"act{index}"] = act()
     modules["head"] = _noisy(nn.Linear(sizes[-2], sizes[-1]))

@@ -145,7 +145,7 @@ def test_nobody_below_imports_the_top() -> None:
 def test_estimates_are_made_at_the_top() -> None:
     """Of hwmodel the rest of quantkit uses formats, spec, accumulator and reference, not the estimate."""
     names = [n for n in sources() if n.startswith("quantkit") and n not in TOP]
-    assert broken(dict.fromkeys(names, {"hwmodel.estimate", "hwmodel.folding", "hwmodel.devices"})) == []
+    assert broken({key: {"hwmodel.estimate", "hwmodel.folding", "hwmodel.devices"} for key in names}) == []
 
 
 def test_third_party_libraries_stay_in_their_files() -> None:

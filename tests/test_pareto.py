@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_along_the_front_both_columns_rise(rows: list[dict[str, Any]]) -> None:
     chosen = front(rows)
     pairs = [(value(rows[i], "luts"), value(rows[i], "mean")) for i in chosen]
     assert all(x is not None and y is not None for x, y in pairs)
-    assert all(a[0] < b[0] and a[1] < b[1] for a, b in zip(pairs, pairs[1:], strict=False))  # type: ignore[operator]
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(pairs))  # type: ignore[operator]
     usable = [row for row in rows if value(row, "luts") is not None and value(row, "mean") is not None]
     assert bool(chosen) == bool(usable)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import threading
 from pathlib import Path
@@ -112,7 +114,7 @@ def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(row["id"] for row in read_rows(path)) == sorted(sum(names, []))
+    assert sorted(row["id"] for row in read_rows(path)) == sorted(functools.reduce(operator.iadd, names, []))
 
 
 def test_versions_are_plain_texts() -> None:

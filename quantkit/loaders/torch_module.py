@@ -34,7 +34,8 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None, i
 
     A `Policy` keeps kind "policy", any other module is of kind "module". The example input is the
     module's attribute `example_input` (a float tensor with a batch dimension), or the first rows of
-    the array in `inputs`, or, for a Policy, zeros and ones. Raises InputError naming missing, unexpected and misshapen tensors.
+    the array in `inputs`, or, for a Policy, zeros and ones. Raises InputError naming missing, unexpected and
+    misshapen tensors.
     """
     if factory is None:
         raise InputError(
