@@ -76,7 +76,9 @@ def knee(
     for index in ordered:
         if rows[index].get("verdict", {}).get("verdict") == "non-inferior":
             return index
-    for index in ordered:
-        if (value(rows[index], "mean") or -math.inf) >= reference - margin:
+    means = {index: value(rows[index], "mean") for index in ordered}
+    known = {index: mean for index, mean in means.items() if mean is not None}  # 0.0 is a return like any other
+    for index, mean in known.items():
+        if mean >= reference - margin:
             return index
-    return max(ordered, key=lambda i: value(rows[i], "mean") or -math.inf, default=None)
+    return max(known, key=lambda i: known[i], default=None)

@@ -137,7 +137,7 @@ def _quantizer(fmt: Format, scale: float) -> Step:
     round_in_place, divide = rounder(fmt), np.divide
 
     def step(x: np.ndarray) -> np.ndarray:
-        return round_in_place(divide(x, divisor))
+        return round_in_place(divide(x, divisor, x))
 
     return step
 

@@ -32,7 +32,7 @@ def mlp(
     """A chain of linear layers net.fc1, net.act1, net.fc2, ..., net.head."""
     torch.manual_seed(seed)
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, (a, b) in enumerate(itertools.pairwise(sizes), 1):
+    for index, (a, b) in enumerate(itertools.pairwise(sizes[:-1]), 1):
         modules[f"fc{index}"] = _noisy(nn.Linear(a, b))
         modules[f"act{index}"] = act()
     modules["head"] = _noisy(nn.Linear(sizes[-2], sizes[-1]))

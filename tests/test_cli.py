@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,17 @@ def test_verify_keeps_its_contract(work: Path) -> None:
 
 
 def test_verify_tells_another_policy_apart(work: Path, tmp_path: Path) -> None:
-    """Against the file of other weights the answer is ok: false and exit code 1, still one document."""
+    """The file of another recipe is refused; changed weights are found: ok is false, exit code 1, one document."""
     call("quantize", AGENT, "-o", tmp_path / "q2", "--weights", "int2", "--acts", "int4", *QUICK)
-    result = call("verify", tmp_path / "q2", work / "q.onnx", "-n", "1", "--json")
+    assert "another recipe" in error("verify", tmp_path / "q2", work / "q.onnx", "-n", "1", "--json")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(work / "q.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims == [64]:
+            values = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values + 1, tensor.name))
+    onnx.save(model, tmp_path / "changed.onnx")
+    result = call("verify", work / "q", tmp_path / "changed.onnx", "-n", "1", "--json")
     assert result.exit_code == 1 and json.loads(result.stdout)["ok"] is False and result.stderr == ""
 
 
@@ -196,14 +205,6 @@ def test_force_replaces_a_quantized_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
-def test_force_does_not_delete_what_is_not_ours(tmp_path: Path) -> None:
-    """A directory that quantkit did not write is not replaced, not even with --force."""
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis/chapter1.tex").write_text("x")
-    call("quantize", AGENT, "-o", tmp_path / "thesis", *FOUR, *QUICK, "--force")
-    assert (tmp_path / "thesis/chapter1.tex").exists()
-
-
 # --- what is refused ----------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -216,8 +217,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("e9m9", "did you mean"),
     ),
     "unknown format in a sweep": (
-        ("sweep", "AGENT", "-o", "OUT", "--weights", "int4,fp3", "--acts", "int4"),
-        ("fp3", "did you mean"),
+        ("sweep", "AGENT", "-o", "OUT", "--weights", "int4,innt3", "--acts", "int4"),
+        ("innt3", "did you mean"),
     ),
     "unknown granularity": (
         ("quantize", "AGENT", "-o", "OUT", *FOUR, "--granularity", "rows"),
@@ -240,7 +241,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "corrupt zip": (("inspect", "CORRUPT"), ("corrupt.zip",)),
     "cut zip": (("evaluate", "CUT"), ("cut.zip",)),
     "text as zip": (("quantize", "TEXT", "-o", "OUT", *FOUR), ("text.zip",)),
-    "a folder that is no checkpoint": (("inspect", "."), ("accepted",)),
+    "a folder that is no checkpoint": (("inspect", "EMPTY"), ("empty",)),
     "not an onnx file": (("verify", "Q", "TEXT"), ("text.zip",)),
     "unknown device": (("sweep", "AGENT", "-o", "OUT", *FOUR, "--device", "xc7a36t"), ("xc7a36t", "xc7a35t")),
     "latency and luts": (
@@ -322,9 +323,13 @@ def bad_files(folder: Path) -> dict[str, Path]:
     content = bytearray(AGENT.read_bytes())
     paths = {name: folder / f"{name.lower()}.zip" for name in ("CORRUPT", "CUT", "TEXT", "OTHER")}
     paths["CUT"].write_bytes(content[:2000])
-    middle = len(content) // 2
-    content[middle - 3000 : middle + 3000] = bytes(6000)
+    with zipfile.ZipFile(AGENT) as archive:
+        info = archive.getinfo("policy.pth")
+    start = info.header_offset + info.compress_size // 2
+    content[start : start + 2000] = bytes(255 - b for b in content[start : start + 2000])
     paths["CORRUPT"].write_bytes(content)
+    paths["EMPTY"] = folder / "empty"
+    paths["EMPTY"].mkdir(exist_ok=True)
     paths["TEXT"].write_text("not a zip\n")
     write_zip(paths["OTHER"], members())
     paths["TENSORS"] = folder / "tensors.pt"

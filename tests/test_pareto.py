@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import InputError
@@ -92,6 +92,9 @@ def test_along_the_front_both_columns_rise(rows: list[dict[str, Any]]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(ROWS, st.floats(-5, 5), st.floats(0, 4))
+@example(
+    [{"score": {"mean": m}, "cost": {"luts": m + 1}, "verdict": {"verdict": "inferior"}} for m in (0.0, 1.0)], 0.0, 0.0
+)
 def test_the_knee_is_the_cheapest_that_is_good_enough(
     rows: list[dict[str, Any]], reference: float, margin: float
 ) -> None:
