@@ -35,6 +35,7 @@ from quantkit.recipe import format_name, parse_format
 from quantkit.specs import bits_per_weight, layer_specs, sqnr_db
 
 FORMAT_VERSION = 1
+MARKER = "quantkit.json"
 
 
 def summary(model: Model) -> dict[str, Any]:
@@ -62,7 +63,10 @@ def summary(model: Model) -> dict[str, Any]:
 
 
 def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
-    """Write the quantized model as a new directory; InputError if it exists and not `force`."""
+    """Write the quantized model as a new directory; InputError if it exists and not `force`.
+
+    `force` replaces a directory of this kind or an empty one, nothing else.
+    """
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     qlayers = model.qlayers()
@@ -93,7 +97,7 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         "summary": summary(model),
     }
     specs = {"format_version": 1, "layers": [spec.to_json() for spec in layer_specs(model)]}
-    with new_directory(path, force=force) as folder:
+    with new_directory(path, force=force, marker=MARKER) as folder:
         save_file(packed, folder / "model.safetensors", metadata={"format": "quantkit"})
         (folder / "specs.json").write_text(json.dumps(specs, indent=1) + "\n")
         (folder / "quantkit.json").write_text(json.dumps(document, indent=1) + "\n")

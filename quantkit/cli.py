@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quantkit.console import guarded, print_json, print_table, progress_bar, say
+from quantkit.console import guarded, note, print_json, print_table, progress_bar, say
 from quantkit.errors import InputError
 
 # Rollouts multiply small matrices: numpy's BLAS threads cost more than they bring (torch keeps its own).
@@ -92,34 +93,32 @@ def inspect(
     if json:
         print_json(document)
         return
-    head = [
-        f"{key}: {document[key]}"
-        for key in ("kind", "algo", "env", "observations", "actions", "normalizer")
-        if document[key]
-    ]
-    say("\n".join([f"{checkpoint}", *(f"  {line}" for line in head), f"  parameters: {document['parameters']:,}"]))
-    rows = [
-        [
-            e["name"],
-            e["op"],
-            str(e["in_features"]),
-            str(e["out_features"]),
-            f"{e['parameters']:,}",
-            e["weight"],
-            e["act"],
-        ]
-        for e in document["layers"]
-    ]
-    columns = {
-        "layer": "left",
-        "op": "left",
-        "in": "right",
-        "out": "right",
-        "parameters": "right",
-        "weights": "left",
-        "input": "left",
-    }
-    print_table("", columns, rows)
+    say(f"{checkpoint}")
+    for key in ("kind", "algo", "env", "observations", "actions", "normalizer", "parameters"):
+        if (text := _phrase(document[key])) != "none":
+            say(f"  {key}: {text}")
+    fields = {"name": "layer", "op": "op", "in_features": "in", "out_features": "out", "parameters": "parameters"}
+    fields |= {"weight": "weights", "act": "input"}
+    rows = [[_phrase(entry[key]) for key in fields] for entry in document["layers"]]
+    justify = {"in": "right", "out": "right", "parameters": "right"}
+    print_table("", {heading: justify.get(heading, "left") for heading in fields.values()}, rows)
+
+
+def _phrase(fact: Any) -> str:
+    """A fact of `inspect` in words: a space as Discrete(4), a normalizer by its mode."""
+    match fact:
+        case None:
+            return "none"
+        case {"mode": mode, **rest}:
+            return f"{mode}, clip {rest['clip']:g}" if rest.get("clip") else str(mode)
+        case {"type": "Box", "shape": shape, **rest}:
+            bounds = f" in {rest['low']}..{rest['high']}" if "low" in rest else ""
+            return f"Box{tuple(shape)}{bounds}"
+        case {"type": kind, "nvec": nvec}:
+            return f"{kind}({', '.join(map(str, nvec))})"
+        case int():
+            return f"{fact:,}"
+    return str(fact)
 
 
 @app.command(rich_help_panel=_LOOK, epilog="Example: quantkit evaluate agent.zip --episodes 20 --seed 1000 --json")
@@ -146,8 +145,11 @@ def evaluate(
     say(
         f"{checkpoint} on {spec.id}: return {score.mean:.2f} ± {score.stderr:.2f} "
         f"(standard error of {score.n} episodes)"
+        if score.n > 1
+        else f"{checkpoint} on {spec.id}: return {score.mean:.2f} (one episode: no error known)"
     )
-    say(f"  std {score.std:.2f}, interquartile mean {score.iqm:.2f} [{score.iqm_low:.2f}, {score.iqm_high:.2f}]")
+    if score.n > 1:
+        say(f"  std {score.std:.2f}, interquartile mean {score.iqm:.2f} [{score.iqm_low:.2f}, {score.iqm_high:.2f}]")
     say(f"  seeds {seed}..{seed + episodes - 1}, {sum(score.lengths):,} steps in {score.seconds:.1f} s")
 
 
@@ -187,7 +189,7 @@ def quantize(
     from quantkit.files import check_new
     from quantkit.recipe import Recipe, make_plan, parse_step
 
-    check_new(output, force=force)
+    check_new(output, force=force, marker="quantkit.json")
     plan = (("*", make_plan(weights, acts, granularity)), *_exceptions(layer, granularity))
     recipe = Recipe(plan, tuple(parse_step(text) for text in step or []), seed)
     model = _load(checkpoint, env, factory, normalize, inputs)
@@ -323,11 +325,14 @@ def sweep(
 ) -> None:
     """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front."""
     from hwmodel.devices import find_device
-    from quantkit.recipe import parse_step
+    from quantkit.recipe import check, parse_step
     from quantkit.sweep import Space
 
     if latency_us is not None and luts is not None:
         raise InputError("give --latency-us or --luts, not both")
+    for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
+        if not _list(text):
+            raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
     pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or []) or ((),)
     space = Space(_list(weights), _list(acts), _list(granularity), pipelines, _exceptions(layer, _list(granularity)[0]))
     recipes = space.recipes()
@@ -338,11 +343,13 @@ def sweep(
     from quantkit.study import Settings
     from quantkit.sweep import open_study, run
 
+    for recipe in recipes:
+        check(model, recipe)
     settings = Settings(episodes, seed, part, latency_us, luts)
     with progress_bar("float and random policy", "episodes") as update:
         study = open_study(output, model, settings, update)
     with progress_bar("designs", "designs") as update:
-        run(
+        rows = run(
             study,
             recipes,
             output,
@@ -350,6 +357,10 @@ def sweep(
             progress=lambda done, total, _: update(done, total),
         )
     report = write_report(output)
+    for row in rows:
+        if "error" in row:
+            names = ", ".join((row["weights"], row["acts"], row["granularity"], row["steps"]))
+            note(f"left out: {names}: {row['error']}")
     _show_report(report, json)
 
 
@@ -367,15 +378,16 @@ def pareto(
     from quantkit.report import write_report
 
     stem = "pareto" if (x, y) == ("luts", "mean") else f"pareto_{y}_{x}"
-    _show_report(write_report(study, x=x, y=y, stem=stem), json, x, y)
+    _show_report(write_report(study, x=x, y=y, stem=stem), json)
 
 
-def _show_report(report: dict[str, Any], json: bool, x: str = "luts", y: str = "mean") -> None:
+def _show_report(report: dict[str, Any], json: bool) -> None:
     from quantkit.pareto import COLUMNS, value
 
     if json:
         print_json(report)
         return
+    x, y = report["x"], report["y"]
     reference = report["reference"]
     say(
         f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; "
@@ -429,5 +441,16 @@ def _exceptions(texts: list[str] | None, granularity: str) -> tuple[tuple[str, L
 
 
 def main() -> None:
-    """Console entry point."""
-    app()
+    """Console entry point. What the argument parser refuses is one line, as every other mistake."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is None:
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "quantkit"
+        if message := " ".join(usage().split()):  # empty after help that was asked for by saying nothing
+            print(f"error: {message} (see {command} --help)", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code or 0)

@@ -86,6 +86,11 @@ def print_table(title: str, columns: dict[str, str], rows: list[list[str]], *, h
     console.print(table)
 
 
+def note(text: str) -> None:
+    """A remark for people, one line on stderr."""
+    print(f"note: {' '.join(text.split())}", file=sys.stderr)
+
+
 def say(text: str) -> None:
     """A line for people, on stdout."""
     print(text)

@@ -67,7 +67,7 @@ def export_onnx(
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; choose another name or allow overwriting")
+        raise InputError(f"{path}: exists already; give another output or --force to replace it")
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder does not exist")
     data = build_onnx(model, to=to, postprocess=postprocess).SerializeToString()

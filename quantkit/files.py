@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, *, force: bool = False, marker: str | None = None) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise.
 
-    Raises InputError if `path` exists, unless `force`: then it is replaced after the block.
+    Raises InputError as `check_new`; an old directory is replaced after the block.
     """
-    check_new(path, force=force)
+    check_new(path, force=force, marker=marker)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
@@ -62,10 +62,15 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_new(path: Path, *, force: bool = False) -> None:
-    """Raise InputError if `path` exists (unless `force`) or cannot be created: before work is done for it."""
+def check_new(path: Path, *, force: bool = False, marker: str | None = None) -> None:
+    """Raise InputError if `path` exists (unless `force`) or cannot be created: before work is done for it.
+
+    marker: a file that a directory must hold for `force` to replace it, unless it is empty.
+    """
     if path.exists() and not force:
         raise InputError(f"{path} exists already; give another output or --force to replace it")
+    if marker and path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} holds other things; --force replaces only a directory with {marker}")
     parent = path.resolve().parent
     if not parent.is_dir():
         raise InputError(f"cannot write {path}: the directory {parent} does not exist")

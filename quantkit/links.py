@@ -189,6 +189,15 @@ def scale_stage(policy: Policy, factor: Tensor) -> None:
     stage.high = stage.high * factor
 
 
+def shift_stage(policy: Policy, shift: Tensor) -> None:
+    """Add shift[i] to output i of the input stage, clip bounds included."""
+    stage: InputStage = policy.stage
+    shift = shift.reshape(policy.obs_shape)
+    stage.mean = stage.mean - shift * stage.std
+    stage.low = stage.low + shift
+    stage.high = stage.high + shift
+
+
 def set_weight(layer: Layer, weight: Tensor) -> None:
     """Give the layer another float weight."""
     layer.weight.data = weight

@@ -38,7 +38,12 @@ def load_checkpoint(
     if (path / "quantkit.json").is_file():
         from quantkit.artifact import load_artifact
 
-        return load_artifact(path, factory=factory)
+        if normalize != "stage":
+            raise InputError(f"{path} is quantized already; normalize the original checkpoint")
+        model = load_artifact(path, factory=factory)
+        if env is not None:
+            model.env = EnvSpec(env) if isinstance(env, str) else env
+        return model
     if factory is not None or torch_module.sniff(path):
         return torch_module.load(path, factory=factory, env=env, inputs=inputs)
     if sb3.sniff(path):

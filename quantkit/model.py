@@ -7,6 +7,7 @@ function, and plain-JSON facts (`meta`) about where it came from.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +73,14 @@ class Model:
 class Calib:
     """Inputs to calibrate on: a tensor (samples, *input_shape), walked in batches of `batch`.
 
-    generator: the source of randomness of every step that needs one.
+    generator: the source of randomness of every step that needs one. visit: `visit(model, n, seed)`
+    gives n inputs that this model meets when it acts itself, of a policy with an environment only.
     """
 
     inputs: Tensor
     batch: int = 512
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    visit: Callable[[Model, int, int], Tensor] | None = None
 
     def batches(self) -> tuple[Tensor, ...]:
         """The inputs in batches."""

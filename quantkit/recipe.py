@@ -186,7 +186,8 @@ def quantize(
     Raises InputError for a layer that cannot be quantized as planned, a non-finite weight, or a
     plan that matches no layer. `progress(step name, done, total)` is called before each step.
     """
-    _check(model, recipe, calib)
+    check(model, recipe)
+    _check_calibration(calib)
     result = model.copy()
     layers = result.layers()
     for index, (name, layer) in enumerate(layers.items()):
@@ -219,7 +220,9 @@ def quantize(
     return result
 
 
-def _check(model: Model, recipe: Recipe, calib: Calib) -> None:
+def check(model: Model, recipe: Recipe) -> None:
+    """Raise InputError if the recipe cannot be applied to the model; costs nothing."""
+    full_steps(recipe)
     layers = model.layers()
     if not layers:
         raise InputError("the network has no Linear or Conv2d layer to quantize")
@@ -228,12 +231,26 @@ def _check(model: Model, recipe: Recipe, calib: Calib) -> None:
     for pattern, _ in recipe.plan:
         if pattern not in ("first", "last") and not any(fnmatch.fnmatchcase(n, pattern) for n in layers):
             raise InputError(f"no layer matches {pattern!r}; layers: {', '.join(layers)}")
-    for name, layer in layers.items():
+    for index, (name, layer) in enumerate(layers.items()):
+        _check_range(name, recipe.plan_for(name, index, len(layers)), layer.weight[0].numel())
         parameters = [("weight", layer.weight), ("bias", layer.bias)]
         for kind, tensor in parameters:
             if tensor is not None and not torch.isfinite(tensor).all():
                 where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
                 raise InputError(f"layer {name!r}: {kind} is not finite at index {where}")
+
+
+def _check_range(name: str, plan: LayerPlan, columns: int) -> None:
+    if plan.weight is None or plan.act is None:
+        return
+    if columns * formats.max_value(plan.weight) * formats.max_value(plan.act) > torch.finfo(torch.float32).max:
+        raise InputError(
+            f"layer {name!r}: sums of {plan.weight} x {plan.act} products can exceed float32; "
+            "take fewer exponent bits on one side"
+        )
+
+
+def _check_calibration(calib: Calib) -> None:
     if not torch.isfinite(calib.inputs.float()).all():
         where = tuple((~torch.isfinite(calib.inputs.float())).nonzero()[0].tolist())
         raise InputError(f"calibration input is not finite at index {where}")

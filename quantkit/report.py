@@ -60,8 +60,12 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
     from quantkit.figures import pareto_figure, save_figure
 
     document, rows = read_study(folder)
-    if all(value(row, x) is None for row in rows):
-        raise InputError(f"no design of {folder} has a number for {x!r}; sweep with quantized activations and --device")
+    if x == "luts" and all(value(row, x) is None for row in rows):
+        x = "weight_kib"  # no device, or float inputs: there is no hardware to cost
+    for column in (x, y):
+        if all(value(row, column) is None for row in rows):
+            present = [name for name in COLUMNS if any(value(row, name) is not None for row in rows)]
+            raise InputError(f"no design of {folder} has a number for {column!r}; there are: {', '.join(present)}")
     on_front = front(rows, x, y)
     reference, margin = document["reference"], document["margin"]
     chosen = knee(rows, on_front, reference["mean"], margin, x)
@@ -75,6 +79,8 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
     return {
         "reference": {k: reference[k] for k in ("mean", "stderr", "n")},
         "margin": margin,
+        "x": x,
+        "y": y,
         "designs": len(rows),
         "front": [rows[i] for i in on_front],
         "knee": None if chosen is None else rows[chosen],

@@ -38,7 +38,7 @@ def compile_policy(policy: Policy) -> Step:
             case QLayer():
                 steps.extend(_qlayer(module))
             case nn.Linear():
-                bias = None if module.bias is None else module.bias.detach().numpy()
+                bias = None if module.bias is None else module.bias.detach().numpy().copy()
                 steps.append(_linear(module.weight.detach().numpy(), bias))
             case nn.ReLU():
                 steps.append(_relu)
@@ -72,8 +72,8 @@ def _torch_step(module: nn.Module) -> Step:
 
 
 def _input_stage(stage: InputStage) -> Step:
-    mean, std = stage.mean.numpy(), stage.std.numpy()
-    low, high = stage.low.numpy(), stage.high.numpy()
+    mean, std = stage.mean.numpy().copy(), stage.std.numpy().copy()
+    low, high = stage.low.numpy().copy(), stage.high.numpy().copy()
     scales, clips = stage.scales, stage.clips
 
     def step(x: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ def _input_stage(stage: InputStage) -> Step:
 
 def _linear(weight: np.ndarray, bias: np.ndarray | None) -> Step:
     """A float layer. One product per row: BLAS rounds differently for different batch sizes."""
-    transposed = np.ascontiguousarray(weight.T)
+    transposed = weight.T.copy(order="C")
 
     def step(x: np.ndarray) -> np.ndarray:
         y = np.matmul(x[:, None, :], transposed)[:, 0, :]
@@ -114,7 +114,7 @@ def _qlayer(layer: QLayer) -> list[Step]:
         return [*steps, _linear(weight, bias)]
     if layer.act is not None:
         steps.append(_quantizer(layer.act.fmt, layer.act.scale))
-    transposed = np.ascontiguousarray(weight.T)
+    transposed = weight.T.copy(order="C")
     gain = np.asarray(frozen.gain, np.float32)
     wide = frozen.weight.dtype == torch.float64
     by_row = layer.act is None

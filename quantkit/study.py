@@ -93,12 +93,19 @@ def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Prog
     return episodes_task.collect_states(act, spec, n, episodes=8, progress=progress)
 
 
+def visited_states(model: Model, n: int, seed: int) -> torch.Tensor:
+    """`Calib.visit`: n observations of the model's own rollouts, of episodes that differ with `seed` from 1."""
+    policy, spec = policy_of(model)
+    first = episodes_task.CALIBRATION_SEED + 1_000_000 * seed
+    return torch.from_numpy(episodes_task.collect_states(episodes_task.act_of(policy), spec, n, seed=first, episodes=8))
+
+
 def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Path | None = None) -> Calib:
     """A calibration set: the arrays of a .npy or .npz file, else `n` states from rollouts of the policy."""
     if inputs is None:
         if not isinstance(model.module, Policy):
             raise InputError("this network is not a policy; give calibration inputs with --inputs FILE.npy")
-        return Calib(torch.from_numpy(calibration_states(model, n, progress)))
+        return Calib(torch.from_numpy(calibration_states(model, n, progress)), visit=visited_states)
     array = read_inputs(inputs)
     shape = tuple(model.example.shape[1:])
     if array.shape[1:] != shape:
@@ -167,7 +174,7 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
         "versions": versions(),
     }
     try:
-        quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states)))
+        quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visited_states))
     except InputError as error:
         return row | {"error": str(error), "seconds": time.perf_counter() - began}
     policy, spec = policy_of(quantized)

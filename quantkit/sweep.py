@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -55,7 +56,7 @@ class Space:
 
 def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
     """The facts that must be the same for two rows to be comparable, as JSON values."""
-    return {
+    facts = {
         "study_version": STUDY_VERSION,
         "checkpoint": model.meta.get("source"),
         "checkpoint_sha256": model.meta.get("sha256"),
@@ -68,6 +69,8 @@ def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
         "latency_us": settings.latency_us,
         "luts": settings.luts,
     }
+    as_read_back: dict[str, Any] = json.loads(json.dumps(facts))  # tuples become lists
+    return as_read_back
 
 
 def open_study(folder: Path, model: Model, settings: Settings, progress: Progress | None = None) -> Study:
@@ -78,7 +81,8 @@ def open_study(folder: Path, model: Model, settings: Settings, progress: Progres
     path = folder / "study.json"
     facts = describe_study(model, settings)
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = {"calibration.npy"}  # all that a beginning cut short can have left
+        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - begun):
             raise InputError(f"{folder} exists and is not a study; give another output directory")
         check_new(folder, force=True)
         study = prepare(model, settings, progress)
@@ -86,16 +90,16 @@ def open_study(folder: Path, model: Model, settings: Settings, progress: Progres
         return study
     try:
         stored = json.loads(path.read_text())
-        old = stored["settings"]
+        old = dict(stored["settings"])
         scores = [Score(**{k: _tuple(v) for k, v in stored[name].items()}) for name in ("reference", "random")]
         states = np.load(folder / "calibration.npy", allow_pickle=False)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, FileNotFoundError):
+    except (KeyError, TypeError, ValueError, AttributeError, EOFError, FileNotFoundError):
         raise InputError(f"{folder} is a damaged study; start a new study directory") from None
     for key, fresh in facts.items():
         if old.get(key) != fresh:
-            what = "another checkpoint" if "checkpoint" in key else f"another {key}"
+            what = "another checkpoint" if "checkpoint" in key else "other settings"
             raise InputError(
-                f"{folder} belongs to {what} ({key}: {old.get(key)!r} there, {fresh!r} here); "
+                f"{folder} is a study of {what} ({key}: {old.get(key)!r} there, {fresh!r} here); "
                 "give another output directory"
             )
     return Study(model, settings, states, *scores)
@@ -135,16 +139,17 @@ def run(
     """
     path = folder / "rows.jsonl"
     known = {row["id"]: row for row in read_rows(path)}
-    missing = [recipe for recipe in recipes if design_id(recipe) not in known]
-    done = len(recipes) - len(missing)
+    wanted = {design_id(recipe): recipe for recipe in recipes}
+    missing = [recipe for name, recipe in wanted.items() if name not in known]
+    done = len(wanted) - len(missing)
     if progress:
-        progress(done, len(recipes), None)
+        progress(done, len(wanted), None)
     for row in _rows(study, missing, min(jobs, len(missing))):
         append_row(path, row)
         known[row["id"]] = row
         done += 1
         if progress:
-            progress(done, len(recipes), row)
+            progress(done, len(wanted), row)
     return [known[design_id(recipe)] for recipe in recipes]
 
 
@@ -205,6 +210,15 @@ def _start_worker(study: Study) -> None:
     global _study
     torch.set_num_threads(1)
     _study = study
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's workers would wait forever for a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(recipe: Recipe) -> Row:

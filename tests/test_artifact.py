@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +142,7 @@ def test_the_size_on_disk_is_the_bits_per_weight(weight: str, tmp_path: Path) ->
     assert exact <= counted < exact + len(done.qlayers())
     assert not any(f"{name}.weight" in stored for name in done.qlayers())
     biases = sum(4 * layer.bias.numel() for layer in done.qlayers().values())
-    assert os.path.getsize(tmp_path / "q/model.safetensors") <= counted + biases + 16 + 2048
+    assert (tmp_path / "q/model.safetensors").stat().st_size <= counted + biases + 16 + 2048
 
 
 def test_the_directory_is_plain_data(tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_the_directory_is_plain_data(tmp_path: Path) -> None:
             "specs.json",
         ]
         for name in ("quantkit.json", "specs.json"):
-            json.loads((tmp_path / weight / name).read_text(), parse_constant=lambda c: pytest.fail(f"{c} in {name}"))
+            json.loads((tmp_path / weight / name).read_text(), parse_constant=pytest.fail)
         specs = json.loads((tmp_path / weight / "specs.json").read_text())["layers"]
         assert tuple(LayerSpec.from_json(s) for s in specs) == layer_specs(done)
 

@@ -32,7 +32,8 @@ def row(mean: float, luts: float | None, *, index: int = 0, stderr: float | None
         "cost": {"error": "float"} if luts is None else
             {"luts": luts, "ffs": luts / 2, "dsps": 0, "bram18": 0.5, "latency_us": 8.0},
         "score": {"mean": mean, "stderr": stderr, "iqm": mean, "iqm_low": mean - 1, "iqm_high": mean + 1, "n": n},
-        "verdict": {"verdict": "non-inferior" if mean > -20 else "inferior"}, "fidelity": {"agreement": 0.9, "kl": 0.01},
+        "verdict": {"verdict": "non-inferior" if mean > -20 else "inferior"},
+        "fidelity": {"agreement": 0.9, "kl": 0.01},
     }  # fmt: skip
 
 

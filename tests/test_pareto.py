@@ -98,7 +98,7 @@ def test_along_the_front_both_columns_rise(rows: list[dict[str, Any]]) -> None:
 def test_the_knee_is_the_cheapest_that_is_good_enough(
     rows: list[dict[str, Any]], reference: float, margin: float
 ) -> None:
-    """First the cheapest proved non-inferior, else the cheapest within the margin, else the best; always on the front."""
+    """The cheapest proved non-inferior, else the cheapest within the margin, else the best of the front."""
     chosen = front(rows)
     taken = knee(rows, chosen, reference, margin)
     if not chosen:

@@ -243,7 +243,7 @@ def test_environment_arguments_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_study_is_refused(tmp_path: Path) -> None:
-    """A file, a directory with other files, and a missing parent are refused before any episode; an empty one is taken."""
+    """A file, a directory with other files, and a missing parent are refused; an empty directory is taken."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
