@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from quantkit.files import new_file
 from quantkit.pareto import COLUMNS, front, knee, value
@@ -48,10 +50,12 @@ def pareto_figure(
     y: str = "mean",
     title: str = "",
 ) -> Figure:
-    """Every design as a point with its 95 % confidence interval, families told apart, the front as a staircase.
+    """Every design as a point with a confidence bar, families told apart, the front as a staircase.
 
-    The float policy is a line with its interval as a band, the non-inferiority margin a dashed line,
-    and the design to take (see `pareto.knee`) is labeled with its formats.
+    A bar is the 95 % interval of the paired difference to the float policy (the same episodes), drawn
+    around the design's mean: it shows what quantization did, not how episodes vary. The float
+    policy is a line, the non-inferiority margin a dashed line, and the design to take (see
+    `pareto.knee`) is labeled with its formats.
     """
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
@@ -69,98 +73,95 @@ def draw_pareto(
     on_front = front(drawable, x, y)
     is_return = y in ("mean", "iqm")
     if is_return:
-        _reference(axes, reference, margin, y)
+        _reference(axes, reference[y], margin)
     for family, (color, marker, label) in FAMILIES.items():
         members = [i for i, row in enumerate(drawable) if row.get("family") == family]
-        if not members:
-            continue
-        for chosen, alpha, size in ((False, 0.38, 22), (True, 1.0, 52)):
+        for chosen, alpha, size in ((True, 1.0, 52), (False, 0.38, 22)):
             some = [i for i in members if (i in on_front) == chosen]
-            some = members if len(some) == len(members) else some
             if not some:
                 continue
             xs = [value(drawable[i], x) or 0.0 for i in some]
             ys = [value(drawable[i], y) or 0.0 for i in some]
             if y == "mean":
-                bars = [_interval(drawable[i]) for i in some]
-                axes.errorbar(
-                    xs,
-                    ys,
-                    yerr=bars,
-                    fmt="none",
-                    ecolor=color,
-                    alpha=0.16 if not chosen else 0.7,
-                    elinewidth=1.1,
-                    zorder=2,
-                )
+                bars = [_interval(drawable[i], reference) for i in some]
+                strength = 0.75 if chosen else 0.16
+                axes.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=color, alpha=strength, elinewidth=1.2, zorder=2)
             axes.scatter(
                 xs, ys, s=size, c=color, marker=marker, alpha=alpha, zorder=4 if chosen else 3,
-                edgecolors="white", linewidths=0.7, label=label if some is members or chosen else None,
+                edgecolors="white", linewidths=0.7, label=label,
             )  # fmt: skip
+            label = "_nolegend_"
     if on_front:
         xs = [value(drawable[i], x) or 0.0 for i in on_front]
         ys = [value(drawable[i], y) or 0.0 for i in on_front]
         axes.step(xs, ys, where="post", color="#333333", linewidth=1.3, zorder=3, label="Pareto front")
-    _axes(axes, drawable, x, y, reference if is_return else None)
+    _axes(axes, drawable, x, y)
+    if is_return and drawable:
+        _limits(axes, [value(row, y) or 0.0 for row in drawable], [value(drawable[i], y) or 0.0 for i in on_front],
+                reference[y], margin)  # fmt: skip
     best = knee(drawable, on_front, reference["mean"], margin, x) if is_return else None
     if best is not None:
         _label(axes, drawable[best], x, y)
     if drawable or is_return:
-        axes.legend(loc="lower right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=9)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=6, frameon=False, fontsize=8.5, columnspacing=1.0,
+            handletextpad=0.4, handlelength=1.6,
+        )  # fmt: skip
 
 
-def _interval(row: Row) -> float:
-    score = row["score"]
-    if not score.get("stderr") or score["n"] < 2:
+def _interval(row: Row, reference: Row) -> float:
+    """Half the 95 % t interval of the paired difference to the reference, 0 where it is unknown."""
+    ours, theirs = row["score"].get("returns") or [], reference.get("returns") or []
+    if len(ours) != len(theirs) or len(ours) < 2:
         return 0.0
-    return float(score["stderr"] * t_quantile(0.975, score["n"] - 1))
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return float(t_quantile(0.975, len(ours) - 1) * statistics.stdev(differences) / math.sqrt(len(ours)))
 
 
-def _reference(axes: Axes, reference: Mapping[str, Any], margin: float, y: str) -> None:
-    center = reference[y]
-    half = (reference.get("stderr") or 0.0) * t_quantile(0.975, reference["n"] - 1) if reference["n"] > 1 else 0.0
-    axes.axhspan(center - half, center + half, color="#999999", alpha=0.16, linewidth=0, zorder=1)
+def _reference(axes: Axes, center: float, margin: float) -> None:
+    axes.axhspan(center - margin, center, color="#999999", alpha=0.13, linewidth=0, zorder=1)
     axes.axhline(center, color="#555555", linewidth=1.2, zorder=1, label=f"float policy ({center:.4g})")
-    axes.axhline(
-        center - margin,
-        color="#555555",
-        linewidth=1.0,
-        linestyle=(0, (4, 3)),
-        zorder=1,
-        label=f"margin (−{margin:.3g})",
-    )
+    dashed: Any = {"linestyle": (0, (4, 3)), "label": f"margin (−{margin:.3g})"}
+    axes.axhline(center - margin, color="#555555", linewidth=1.0, zorder=1, **dashed)
 
 
-def _axes(axes: Axes, rows: Sequence[Row], x: str, y: str, reference: Mapping[str, Any] | None) -> None:
+def _axes(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.set_xlabel(COLUMNS[x][1])
     axes.set_ylabel(COLUMNS[y][1])
     xs = [value(row, x) or 0.0 for row in rows]
-    if xs and min(xs) > 0 and max(xs) / min(xs) > 4:
+    if xs and min(xs) > 0 and max(xs) / min(xs) > 2.5:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 10 else f"{v:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    ys = sorted(value(row, y) or 0.0 for row in rows)
-    if reference is not None and ys:
-        top = max(ys[-1], reference["mean"])
-        floor = ys[len(ys) // 4] if ys[len(ys) // 4] < top else ys[0]
-        span = max(top - floor, reference.get("stderr") or 0.0, 1e-9)
-        low = max(ys[0] - 0.3 * span, floor - 1.5 * span)
-        axes.set_ylim(low, top + 0.55 * (top - low))
-        hidden = sum(v < low for v in ys)
-        if hidden:
-            text = f"{hidden} design{'s' if hidden > 1 else ''} below"
-            axes.text(0.01, 0.015, text, transform=axes.transAxes, fontsize=8.5, color="#777777")
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _limits(axes: Axes, ys: Sequence[float], on_front: Sequence[float], center: float, margin: float) -> None:
+    """From the lowest point of the front, but at most six margins down, to the best, with room for the label."""
+    margin = max(margin, 1e-9)
+    top = max([*ys, center])
+    low = max(min([*on_front, center - 1.5 * margin]), center - 6 * margin) - 0.3 * margin
+    axes.set_ylim(low, top + 0.42 * (top - low))
+    hidden = sum(v < low for v in ys)
+    if hidden:
+        text = f"{hidden} design{'s' if hidden > 1 else ''} below"
+        axes.text(0.99, 0.015, text, transform=axes.transAxes, fontsize=8.5, color="#777777", ha="right")
 
 
 def _label(axes: Axes, row: Row, x: str, y: str) -> None:
     px, py = value(row, x) or 0.0, value(row, y) or 0.0
-    text = f"W {row['weights']} · A {row['acts']}\n{row['steps']}, per {row['granularity']}\n{px:,.0f} {COLUMNS[x][1]}"
+    names = f"W {row['weights']} · A {row['acts']}\n{row['steps']}, per {row['granularity']}"
+    text = f"{names}\n{px:,.0f} {COLUMNS[x][1]}"
     axes.scatter([px], [py], s=190, facecolors="none", edgecolors="black", linewidths=1.5, zorder=6)
+    across = axes.transAxes.inverted().transform(axes.transData.transform((px, py)))[0]
+    side = "left" if across < 0.25 else "right" if across > 0.75 else "center"
+    corner = {"left": 0.0, "center": 0.5, "right": 1.0}[side]
     axes.annotate(
-        text, (px, py), xytext=(0, 30), textcoords="offset points", ha="center", va="bottom", fontsize=9, zorder=7,
+        text, (px, py), xytext=(px, 0.975), textcoords=("data", "axes fraction"), ha=side, va="top",
+        fontsize=9, zorder=7,
         bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": "#888888", "lw": 0.8},
-        arrowprops={"arrowstyle": "-", "color": "#444444", "lw": 1.0, "shrinkB": 8},
+        arrowprops={"arrowstyle": "-", "color": "#444444", "lw": 1.0, "shrinkB": 8, "relpos": (corner, 0.0)},
     )  # fmt: skip
 
 
