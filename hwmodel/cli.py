@@ -166,6 +166,42 @@ def estimate(
     )
 
 
+@app.command(rich_help_panel="Hardware")
+def simulate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory written by quantkit rtl.")],
+    vectors: Annotated[
+        Path | None,
+        typer.Option(help="Input codes: .npy of integers, or hexadecimal text, one vector a line; default: random."),
+    ] = None,
+    tool: Annotated[str | None, typer.Option(help="verilator or iverilog; default: the first installed.")] = None,
+    json_: Json = False,
+) -> None:
+    """Run input codes through the emitted Verilog and compare with the integer reference; exit 1 if they differ.
+
+    Example: hwmodel simulate agent.rtl --vectors codes.npy
+    """
+    with plain_errors():
+        from dataclasses import asdict
+
+        from hwmodel.network import read_network, sample_codes
+        from hwmodel.simulate import check, read_vectors
+
+        network = read_network(directory)
+        codes = sample_codes(network, 64, seed=1) if vectors is None else read_vectors(vectors)
+        found = check(directory, codes, tool)
+    if json_:
+        print(json.dumps(asdict(found)))
+    elif found.mismatch is None:
+        print(
+            f"{found.vectors} vectors agree with the integer reference in {found.tool}; "
+            f"{found.cycles_min}..{found.cycles_max} cycles"
+        )
+    else:
+        print(f"differs: {found.mismatch}")
+    if found.mismatch is not None:
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel="Facts")
 def devices(json_: Json = False) -> None:
     """Known parts with their resources and the documents these come from.

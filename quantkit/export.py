@@ -4,7 +4,9 @@ Input `obs` (batch, *obs_shape), the normalizer inside, output `actions` (batch,
 network's raw outputs, or the environment's actions with `postprocess`. A module that is not a
 policy has input `input` and output `output`.
 
-Two targets, both QDQ (see `quantkit.onnx_formats`), which differ in where scales are multiplied:
+Five targets. `qonnx` and `finn` are for FPGA tools and described in `quantkit.export_qonnx`,
+`qcdq` in `quantkit.export_qcdq`. The other two are QDQ (see `quantkit.onnx_formats`) and differ
+in where scales are multiplied:
 
 qdq: after the sum of products, as in `quantkit.qlayers` and in hardware. DequantizeLinear has
     scale 1 and the sums are of whole numbers, exact and so the same in any runtime and any order
@@ -45,14 +47,16 @@ from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
 import quantkit
+from quantkit import export_qcdq, export_qonnx
 from quantkit.errors import InputError
 from quantkit.model import Model
-from quantkit.onnx_formats import DOMAIN, OPSET, Graph, quantizer, weight
+from quantkit.onnx_formats import DOMAIN, OPSET, Graph, conv_attributes, quantizer, weight
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 
-Target = Literal["qdq", "qdq-real"]
+Target = Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn"]
 IR_VERSION = 10  # the one released with opset 21
+_OLD_IR_VERSION = 8  # the first with model-local functions; released before opset 21, for older tools
 _LARGEST_NORMALIZER = 4096  # numbers per statistic that the metadata repeat in full
 
 
@@ -62,10 +66,12 @@ def export_onnx(
     """Write `model` to `path`; nothing is written unless the file passes onnx's checker and runs in onnxruntime.
 
     postprocess: the output is the environment's actions (`Head.actions`) and not the network's
-    outputs. Raises InputError for a layer that ONNX export does not know (named), an existing
-    file without `overwrite`, and a folder that cannot be written.
+    outputs. Raises InputError for a format that the target cannot carry and a layer that ONNX
+    export does not know (both named), an existing file without `overwrite`, and a folder that
+    cannot be written.
     """
     path = Path(path)
+    check(model, to, postprocess)
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; give another output or --force to replace it")
     if not path.parent.is_dir():
@@ -97,14 +103,24 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -> ModelProto:
-    """The ONNX model, checked by onnx's full check; `export_onnx` writes it."""
+def check(model: Model, to: Target, postprocess: bool = False) -> None:
+    """Raise InputError for what the target cannot carry: cheap, before any work."""
     if to not in get_args(Target):
         raise InputError(f"unknown export target {to!r}; accepted: {', '.join(get_args(Target))}")
-    policy = model.module if isinstance(model.module, Policy) else None
-    if postprocess and policy is None:
+    if postprocess and not isinstance(model.module, Policy):
         raise InputError("postprocess needs a policy: this module has no head that says what its outputs mean")
-    graph = Graph()
+    if to == "qonnx" or to == "finn":
+        export_qonnx.check(model, to, postprocess)
+    elif to == "qcdq":
+        export_qcdq.check(model)
+
+
+def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -> ModelProto:
+    """The ONNX model, checked by onnx's full check; `export_onnx` writes it."""
+    check(model, to, postprocess)
+    policy = model.module if isinstance(model.module, Policy) else None
+    fpga = to in ("qonnx", "finn")
+    graph = Graph(dot="_" if fpga else ".")  # hls4ml changes the dots of some names and not of others
     source, target = ("obs", "actions") if policy else ("input", "output")
     shape = list(policy.obs_shape if policy else model.example.shape[1:])
     kind = TensorProto.UINT8 if model.example.dtype == torch.uint8 else TensorProto.FLOAT
@@ -113,38 +129,58 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
         example = model.example[:1]
         width = model.module(example).shape[1:]
         if policy:
-            x = _input_stage(graph, x, policy.stage)
+            x = _input_stage(graph, x, export_qonnx.stage_for(policy) if fpga else policy.stage)
             example = policy.stage(example)
     layers = _chain(policy.net if policy else model.module, example, "net." if policy else "")
+    flatten = ""  # of a Flatten still to come: FINN wants the quantizer right behind ReLU
     for name, layer in layers:
-        x = _layer(graph, x, layer, name, real=to == "qdq-real")
+        if to == "finn" and isinstance(layer, nn.Flatten):
+            flatten = name
+        elif isinstance(layer, QLayer) and (to == "qonnx" or to == "finn"):
+            x, flatten = export_qonnx.layer_nodes(graph, x, layer, name, to=to, flatten=flatten), ""
+        else:
+            x = _layer(graph, x, layer, name, to)
+    if flatten:
+        x = graph.op("Flatten", [x], f"{flatten}.out", axis=1)
     out_kind, out_shape = int(TensorProto.FLOAT), list(width)
     if policy and postprocess:
         x, out_kind, out_shape = _head(graph, x, policy.head)
-    graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
+    if fpga and graph.nodes and graph.nodes[-1].output[0] == x:
+        graph.nodes[-1].output[0] = target  # hls4ml loses the output behind an Identity
+    else:
+        graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
+    batch = 1 if fpga else "batch"
     proto = helper.make_graph(
         graph.nodes,
         _name(model),
-        [helper.make_tensor_value_info(source, kind, ["batch", *shape])],
-        [helper.make_tensor_value_info(target, out_kind, ["batch", *out_shape])],
+        [helper.make_tensor_value_info(source, kind, [batch, *shape])],
+        [helper.make_tensor_value_info(target, out_kind, [batch, *out_shape])],
         graph.initializers,
         doc_string=_doc(model, to, postprocess),
     )
-    opsets = [helper.make_opsetid("", OPSET)]
+    opset = _opset(graph, to)
+    opsets = [helper.make_opsetid("", opset)]
     if graph.functions:
-        opsets.append(helper.make_opsetid(DOMAIN, 1))
+        opsets.append(helper.make_opsetid(export_qonnx.QONNX if fpga else DOMAIN, 1))
     result = helper.make_model(
         proto,
         opset_imports=opsets,
         functions=list(graph.functions.values()),
-        ir_version=IR_VERSION,
+        ir_version=IR_VERSION if opset == OPSET else _OLD_IR_VERSION,
         producer_name="quantkit",
         producer_version=quantkit.__version__,
         doc_string=_doc(model, to, postprocess),
     )
-    helper.set_model_props(result, metadata(model, to, postprocess))
+    helper.set_model_props(result, metadata(model, to, postprocess) | {"opset": str(opset)})
     onnx.checker.check_model(result, full_check=True)
-    return result
+    return onnx.shape_inference.infer_shapes(result) if fpga or to == "qcdq" else result
+
+
+def _opset(graph: Graph, to: Target) -> int:
+    """21 for QDQ with 4-bit types; 13 for older tools, or 20 for them where GELU needs it."""
+    if to in ("qdq", "qdq-real"):
+        return OPSET
+    return 20 if any(node.op_type == "Gelu" for node in graph.nodes) else export_qonnx.OPSET
 
 
 def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
@@ -158,7 +194,6 @@ def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
         "head": None if policy is None else asdict(policy.head),
         "normalizer": None if policy is None else _normalizer(policy.stage),
         "postprocess": postprocess,
-        "opset": OPSET,
     }
     texts = {
         "quantkit_version": quantkit.__version__,
@@ -252,11 +287,11 @@ def _head(graph: Graph, x: str, head: Head) -> tuple[str, int, list[int]]:
             return x, TensorProto.FLOAT, [head.outputs]
 
 
-def _layer(graph: Graph, x: str, layer: nn.Module, name: str, *, real: bool) -> str:
+def _layer(graph: Graph, x: str, layer: nn.Module, name: str, to: Target) -> str:
     """Nodes of one layer in evaluation mode; the name of its output."""
     match layer:
         case QLayer():
-            return _quantized(graph, x, layer, name, real=real)
+            return _quantized(graph, x, layer, name, to)
         case nn.Linear():
             inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
             if layer.bias is not None:
@@ -271,7 +306,7 @@ def _layer(graph: Graph, x: str, layer: nn.Module, name: str, *, real: bool) -> 
             inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
             if layer.bias is not None:
                 inputs.append(graph.constant(layer.bias.detach().numpy(), f"{name}.bias"))
-            return graph.op("Conv", inputs, f"{name}.out", **_conv(layer))
+            return graph.op("Conv", inputs, f"{name}.out", **conv_attributes(layer))
         case nn.Flatten() if layer.start_dim == 1 and layer.end_dim == -1:
             return graph.op("Flatten", [x], f"{name}.out", axis=1)
         case nn.Identity() | nn.Dropout():
@@ -300,25 +335,21 @@ def _layer(graph: Graph, x: str, layer: nn.Module, name: str, *, real: bool) -> 
             )
 
 
-def _conv(layer: nn.Conv2d | QLayer) -> dict[str, Any]:
-    return {
-        "strides": list(layer.stride),
-        "pads": [*layer.padding, *layer.padding],
-        "dilations": list(layer.dilation),
-        "group": layer.groups,
-        "kernel_shape": list(layer.weight.shape[2:]),
-    }
-
-
-def _quantized(graph: Graph, x: str, layer: QLayer, name: str, *, real: bool) -> str:
+def _quantized(graph: Graph, x: str, layer: QLayer, name: str, to: Target) -> str:
+    real = to != "qdq"
     tail = (1,) if layer.op == "linear" else (1, 1, 1)  # a per-channel factor against (batch, channels, ...)
     if layer.in_scale is not None:
         factor = layer.in_scale.detach().numpy().reshape(-1, *tail[1:])
         x = graph.op("Mul", [x, graph.constant(factor, f"{name}.in_scale")], f"{name}.scaled")
     if layer.act is not None:
-        x = quantizer(graph, x, layer.act, f"{name}.input", real=real)
+        if to == "qcdq":
+            x = export_qcdq.quantizer(graph, x, layer.act, f"{name}.input")
+        else:
+            x = quantizer(graph, x, layer.act, f"{name}.input", real=real)
     if layer.q is None:
         w = graph.constant(layer.weight.detach().numpy(), f"{name}.weight")
+    elif to == "qcdq":
+        w = export_qcdq.weight(graph, layer.q, f"{name}.weight")
     else:
         w = weight(graph, layer.q, f"{name}.weight", real=real)
     bias = layer.bias.detach().numpy()
@@ -330,7 +361,7 @@ def _quantized(graph: Graph, x: str, layer: QLayer, name: str, *, real: bool) ->
     if layer.op == "linear":
         acc = graph.op("Gemm", [x, w], f"{name}.acc", transB=1)
     else:
-        acc = graph.op("Conv", [x, w], f"{name}.acc", **_conv(layer))
+        acc = graph.op("Conv", [x, w], f"{name}.acc", **conv_attributes(layer))
     if wide:
         acc = graph.op("Cast", [acc], f"{name}.sum", to=TensorProto.FLOAT)
     gain = None if real else kernel.gain

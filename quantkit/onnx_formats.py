@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
 
 from hwmodel import formats
 from hwmodel.formats import Float, Format, Int, Levels
 from hwmodel.spec import PerGroup
-from quantkit.qlayers import ActQuant
+from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, values_of
 
 DOMAIN = "quantkit"
@@ -31,11 +32,15 @@ OPSET = 21  # the first with 4-bit types, 16-bit QuantizeLinear and blocked Dequ
 
 @dataclass
 class Graph:
-    """A growing ONNX graph: nodes, constants, and the model-local functions they call."""
+    """A growing ONNX graph: nodes, constants, and the model-local functions they call.
+
+    dot: what stands for the dots of layer names.
+    """
 
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
     functions: dict[str, FunctionProto] = field(default_factory=dict)
+    dot: str = "."
     _names: set[str] = field(default_factory=set)
 
     def op(self, kind: str, inputs: list[str], name: str, *, domain: str = "", **attributes: Any) -> str:
@@ -57,6 +62,7 @@ class Graph:
         return self.op(function.name, inputs, name, domain=DOMAIN)
 
     def _fresh(self, name: str) -> str:
+        name = name.replace(".", self.dot)
         unique, number = name, 1
         while unique in self._names:
             number += 1
@@ -99,6 +105,17 @@ def quantizer(graph: Graph, x: str, act: ActQuant, name: str, *, real: bool = Fa
         bounds = [graph.constant(np.float32(v) * unit, f"{name}.{end}") for v, end in ((low, "low"), (high, "high"))]
         values = graph.op("Clip", [values, *bounds], f"{name}.clipped")
     return values
+
+
+def conv_attributes(layer: nn.Conv2d | QLayer) -> dict[str, Any]:
+    """Attributes of the Conv node of a convolution with zero padding."""
+    return {
+        "strides": list(layer.stride),
+        "pads": [*layer.padding, *layer.padding],
+        "dilations": list(layer.dilation),
+        "group": layer.groups,
+        "kernel_shape": list(layer.weight.shape[2:]),
+    }
 
 
 def _range(fmt: Int | Levels) -> tuple[int, int]:

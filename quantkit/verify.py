@@ -224,8 +224,11 @@ def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[
 def _runner(session: onnxruntime.InferenceSession, path: Path) -> Act:
     entry, name = session.get_inputs()[0], session.get_outputs()[0].name
     dtype = np.uint8 if entry.type == "tensor(uint8)" else np.float32
+    single = entry.shape[0] == 1  # a file for FPGA tools takes one state at a time
 
     def run(x: np.ndarray) -> np.ndarray:
+        if single and len(x) != 1:
+            return np.concatenate([run(x[i : i + 1]) for i in range(len(x))])
         try:
             return np.asarray(session.run([name], {entry.name: np.ascontiguousarray(x, dtype)})[0])
         except Exception as error:

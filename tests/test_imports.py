@@ -133,7 +133,8 @@ def test_loaders_and_tasks_do_not_know_each_other() -> None:
 
 def test_exports_import_no_method() -> None:
     """Export and verification see a model, not how it was made."""
-    names = [n for n in ("quantkit.export", "quantkit.verify", "quantkit.onnx_formats") if n in sources()]
+    exporters = ("export", "export_qonnx", "export_qcdq", "verify", "onnx_formats")
+    names = [n for e in exporters if (n := f"quantkit.{e}") in sources()]
     assert broken(dict.fromkeys(names, {"quantkit.methods", "quantkit.recipe", "quantkit.shelves"} | TOP)) == []
 
 
@@ -153,7 +154,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
     """gymnasium is for tasks, onnx for exports, pandas and matplotlib for reports, typer for the command line."""
     homes = {
         "gymnasium": ("quantkit.tasks", "quantkit.loaders"),
-        "onnx": ("quantkit.export", "quantkit.verify", "quantkit.onnx_formats"),
+        "onnx": (*(f"quantkit.{n}" for n in ("export", "export_qonnx", "export_qcdq", "verify", "onnx_formats")),),
         "onnxruntime": ("quantkit.export", "quantkit.verify", "quantkit.onnx_formats"),
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures",),

@@ -1,0 +1,221 @@
+"""A whole quantized network in integers: what `emit` turns into hardware, and its exact reference.
+
+Plain numpy and JSON, so that a network can be emitted and simulated without torch. Between two
+layers stand thresholds: `thresholds[r][k]` is the smallest sum of row r whose next code is
+above the k-th level of the output format. They hold scale, bias, activation and rounding of
+whatever float pipeline they were searched in, so the integers say exactly what it says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwmodel.accumulator import signed_bits, unit_range
+from hwmodel.cost import HwError
+from hwmodel.formats import Format, bits, decode, encode, levels
+from hwmodel.reference import to_units
+from hwmodel.spec import LayerSpec, PerGroup
+
+FORMAT_VERSION = 1
+MAX_ACC_BITS = 53
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One matrix product and what follows it.
+
+    spec: formats, accumulator bits, activation. codes: weights as bit patterns (rows, columns).
+    thresholds: Python integers (rows, levels of `spec.out` - 1), ascending in each row; None in the last
+    layer, whose sums leave. A level that no sum reaches has a threshold above the row's largest sum.
+    """
+
+    spec: LayerSpec
+    codes: np.ndarray
+    thresholds: np.ndarray | None
+
+    def __post_init__(self) -> None:
+        name, shape = self.spec.name, (self.spec.out_features, self.spec.in_features)
+        weight, act = self.formats
+        if self.spec.op != "linear" or self.spec.positions != 1:
+            raise HwError(f"layer {name!r}: only linear layers become hardware so far, not {self.spec.op}")
+        if isinstance(self.spec.granularity, PerGroup):
+            raise HwError(f"layer {name!r}: scales per group have no hardware here; accepted: tensor, row")
+        if self.codes.shape != shape:
+            raise HwError(f"layer {name!r}: weight codes of shape {self.codes.shape}, not {shape}")
+        low, high = self.sum_range
+        need = signed_bits(int(min(low)), int(max(high)))
+        if need > self.acc_bits:
+            row = next(r for r in range(shape[0]) if signed_bits(int(low[r]), int(high[r])) == need)
+            raise HwError(
+                f"layer {name!r}: the accumulator has {self.acc_bits} bits, but row {row} reaches "
+                f"{int(low[row])} .. {int(high[row])} and needs {need}"
+            )
+        if self.acc_bits > MAX_ACC_BITS:
+            raise HwError(
+                f"layer {name!r}: sums of {weight} x {act} need {self.acc_bits} bits; beyond {MAX_ACC_BITS} the float "
+                "simulation is not exact and there is nothing to equal"
+            )
+        if (self.thresholds is None) != (self.spec.out is None):
+            raise HwError(f"layer {name!r}: thresholds go with an output format")
+        if self.thresholds is not None:
+            want = (shape[0], len(levels(self.spec.out)) - 1)  # type: ignore[arg-type]
+            if self.thresholds.shape != want:
+                raise HwError(f"layer {name!r}: thresholds of shape {self.thresholds.shape}, not {want}")
+            if (self.thresholds[:, 1:] < self.thresholds[:, :-1]).any():
+                raise HwError(f"layer {name!r}: thresholds of a row must ascend")
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Formats of weight and input; `HwError` if either is float."""
+        if self.spec.weight is None or self.spec.act is None:
+            side = "weights" if self.spec.weight is None else "input"
+            raise HwError(f"layer {self.spec.name!r}: its {side} stayed in float; only integers become hardware")
+        return self.spec.weight, self.spec.act
+
+    @property
+    def acc_bits(self) -> int:
+        """Bits of the accumulator."""
+        assert self.spec.acc_bits is not None
+        return self.spec.acc_bits
+
+    @property
+    def units(self) -> np.ndarray:
+        """Weights as integers in units of their format's step."""
+        return to_units(self.codes, self.formats[0])
+
+    @property
+    def sum_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Smallest and largest sum of each row, whatever the input: Python integers (rows,)."""
+        low, high = unit_range(self.formats[1])
+        units = self.units.astype(object)
+        return np.minimum(units * low, units * high).sum(axis=1), np.maximum(units * low, units * high).sum(axis=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """Layers in order; `host` tells in JSON what is done in float before the first and after the last."""
+
+    layers: tuple[Layer, ...]
+    host: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise HwError("a network has at least one layer")
+        for before, after in zip(self.layers, self.layers[1:], strict=False):
+            if before.spec.out is None or before.spec.out != after.spec.act:
+                raise HwError(f"layer {after.spec.name!r} reads {after.spec.act}, but gets {before.spec.out}")
+            if before.spec.out_features != after.spec.in_features:
+                raise HwError(
+                    f"layer {after.spec.name!r} has {after.spec.in_features} inputs, "
+                    f"but gets {before.spec.out_features}"
+                )
+        if self.layers[-1].spec.out is not None:
+            raise HwError(f"layer {self.layers[-1].spec.name!r} is the last; its sums leave, without an output format")
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """What the cost model reads."""
+        return tuple(layer.spec for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of JSON values; `from_json` is its inverse."""
+        layers = [
+            {
+                "spec": layer.spec.to_json(),
+                "codes": layer.codes.tolist(),
+                "thresholds": None if layer.thresholds is None else layer.thresholds.tolist(),
+            }
+            for layer in self.layers
+        ]
+        return {"format_version": FORMAT_VERSION, "layers": layers, "host": self.host}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Network:
+        """Inverse of `to_json`."""
+        layers = tuple(
+            Layer(
+                LayerSpec.from_json(entry["spec"]),
+                np.array(entry["codes"], dtype=np.int64),
+                None if entry["thresholds"] is None else np.array(entry["thresholds"], dtype=object),
+            )
+            for entry in record["layers"]
+        )
+        return cls(layers, record["host"])
+
+
+def read_network(folder: Path) -> Network:
+    """The network that was emitted into `folder`; `HwError` names what is missing or damaged."""
+    path = folder / "network.json"
+    try:
+        document = json.loads(path.read_text())
+        if document["format_version"] != FORMAT_VERSION:
+            raise HwError(f"{path} has format_version {document['format_version']!r}; this version reads 1")
+        return Network.from_json(document)
+    except OSError:
+        raise HwError(f"{folder} has no network.json; expected a directory written by quantkit rtl") from None
+    except HwError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        raise HwError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def reference(network: Network, codes: np.ndarray) -> np.ndarray:
+    """Sums of the last layer for input codes (n, inputs): int64 (n, outputs), exact."""
+    return trace(network, codes)[-1]
+
+
+def trace(network: Network, codes: np.ndarray) -> list[np.ndarray]:
+    """The input codes of every layer after the first, and last the sums that leave."""
+    current = check_codes(network, codes)
+    found: list[np.ndarray] = []
+    for layer in network.layers:
+        _, act = layer.formats
+        sums = to_units(current, act) @ layer.units.T
+        if layer.thresholds is None:
+            found.append(sums)
+        else:
+            assert layer.spec.out is not None
+            table = np.array([encode(v, layer.spec.out) for v in levels(layer.spec.out)])
+            bounds = layer.thresholds.astype(np.int64)
+            ranks = [np.searchsorted(row, column, side="right") for row, column in zip(bounds, sums.T, strict=True)]
+            current = table[np.stack(ranks, axis=1)]
+            found.append(current)
+    return found
+
+
+def check_codes(network: Network, codes: np.ndarray) -> np.ndarray:
+    """The codes as int64 (n, inputs), or `HwError`: wrong shape, or a pattern that is no number of the format."""
+    spec = network.layers[0].spec
+    act = network.layers[0].formats[1]
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.shape[1] != spec.in_features:
+        raise HwError(f"vectors of shape {codes.shape} do not fit (n, {spec.in_features}) input codes")
+    if codes.dtype.kind not in "iu":
+        raise HwError(f"vectors are codes of {act}, integers 0 .. {2 ** bits(act) - 1}, not {codes.dtype}")
+    bad = ~np.isin(codes, legal_codes(act))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise HwError(f"vector {row}, input {column}: {codes[row, column]} is no code of {act}")
+    return codes.astype(np.int64)
+
+
+def legal_codes(fmt: Format) -> np.ndarray:
+    """Every bit pattern that is a number of the format, ascending."""
+    low, high = levels(fmt)[0], levels(fmt)[-1]
+    return np.array([c for c in range(2 ** bits(fmt)) if low <= decode(c, fmt) <= high])
+
+
+def sample_codes(network: Network, n: int, seed: int = 0) -> np.ndarray:
+    """Input codes to try: all smallest, all largest, all zero where there is one, then random ones."""
+    act = network.layers[0].formats[1]
+    columns = network.layers[0].spec.in_features
+    ends: Sequence[float] = (levels(act)[0], levels(act)[-1], min(levels(act), key=abs))
+    corners = np.array([[encode(v, act)] * columns for v in ends])
+    random = np.random.default_rng(seed).choice(legal_codes(act), size=(max(0, n - len(corners)), columns))
+    return np.concatenate([corners, random])[:n]

