@@ -131,7 +131,14 @@ def test_minifloat_function_equals_round_to_on_every_awkward_float(name: str) ->
         np.testing.assert_array_equal(found, round_to(torch.from_numpy(x) / scale, fmt).numpy())
 
 
-ALONE = ("int1", "ternary", "binary", "e7m0", "e7m0fn")  # no positive value; tested below; products of e7m0 overflow float32
+# No positive value, tested below; products of e7m0 overflow float32.
+ALONE = (
+    "int1",
+    "ternary",
+    "binary",
+    "e7m0",
+    "e7m0fn",
+)
 BOTH = [n for n in NAMES if n not in ALONE and "16" not in n]
 
 

@@ -32,7 +32,15 @@ def test_every_linked_file_is_there() -> None:
 def test_the_commands_run_as_written(tmp_path: Path) -> None:
     """The commands of the README work in order in an empty directory, with fewer episodes to save time."""
     pytest.importorskip("gymnasium")
-    assert {command[1] for command in COMMANDS} >= {"inspect", "evaluate", "quantize", "export", "verify", "sweep", "pareto"}
+    assert {command[1] for command in COMMANDS} >= {
+        "inspect",
+        "evaluate",
+        "quantize",
+        "export",
+        "verify",
+        "sweep",
+        "pareto",
+    }
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     for command in COMMANDS:
         fewer = ["--episodes", "3"] if command[1] in ("evaluate", "sweep", "verify") else []
