@@ -64,6 +64,7 @@ Steps = Annotated[
         rich_help_panel=_NUM,
     ),
 ]
+_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; up to a minute)"
 Exceptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -175,6 +176,9 @@ def quantize(
         str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)
     ] = "row",
     step: Steps = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Methods put together for you: {_PRESETS}.", rich_help_panel=_NUM)
+    ] = None,
     layer: Exceptions = None,
     calibration: States = 2048,
     inputs: Inputs = None,
@@ -187,11 +191,15 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a directory; repeat --step to apply methods in order."""
     from quantkit.files import check_new
+    from quantkit.presets import preset_steps
     from quantkit.recipe import Recipe, make_plan, parse_step
 
+    if preset is not None and step:
+        raise InputError("give --preset or --step, not both")
     check_new(output, force=force, marker="quantkit.json")
     plan = (("*", make_plan(weights, acts, granularity)), *_exceptions(layer, granularity))
-    recipe = Recipe(plan, tuple(parse_step(text) for text in step or []), seed)
+    steps = preset_steps(preset) if preset else tuple(parse_step(text) for text in step or [])
+    recipe = Recipe(plan, steps, seed)
     model = _load(checkpoint, env, factory, normalize, inputs)
 
     from quantkit.artifact import save_artifact, summary
@@ -227,10 +235,11 @@ def export(
     directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.", rich_help_panel=_OUT)],
     to: Annotated[
-        Literal["qdq", "qdq-real"],
+        Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn"],
         typer.Option(
-            help="qdq: exact in onnxruntime, scales after the sum; "
-            "qdq-real: scales inside DequantizeLinear, for other converters."
+            help="qdq: exact in onnxruntime, scales after the sum; qdq-real: scales inside DequantizeLinear, for other "
+            "converters; qcdq: the same with Clip, 8-bit types and opset 13; qonnx: for hls4ml and other QONNX tools; "
+            "finn: QONNX that keeps FINN's rules."
         ),
     ] = "qdq",
     postprocess: Annotated[
@@ -248,6 +257,49 @@ def export(
 
     export_onnx(load_artifact(directory, factory=factory), output, to=to, postprocess=postprocess, overwrite=force)
     say(f"{output}: {output.stat().st_size:,} bytes; prove it with: quantkit verify {directory} {output}")
+
+
+@app.command(rich_help_panel=_MAKE, epilog="Example: quantkit rtl agent.q -o agent.rtl --device xc7a35t --latency-us 2")
+@guarded
+def rtl(
+    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
+    device: Annotated[str, typer.Option(help="FPGA part (see hwmodel devices).", rich_help_panel=_HW)] = "xc7a35t",
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)
+    ] = None,
+    clock_mhz: Annotated[
+        float, typer.Option(min=1.0, help="Clock assumed; it is not predicted.", rich_help_panel=_HW)
+    ] = 100.0,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write the quantized policy as Verilog whose codes and sums equal the simulator's bit for bit."""
+    from hwmodel import emit
+    from hwmodel.devices import find_device
+    from quantkit.artifact import load_artifact
+    from quantkit.files import check_new, new_directory
+    from quantkit.rtl_export import network_of
+
+    part = find_device(device)
+    check_new(output, force=force, marker="network.json")
+    network, _ = network_of(load_artifact(directory))
+    plans = emit.plan(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz)
+    with new_directory(output, force=force, marker="network.json") as folder:
+        emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
+    document = emit.summary(network, plans, part, clock_mhz)
+    if json:
+        print_json({"output": str(output), **document})
+        return
+    keys = ("name", "pe", "simd", "converters", "cycles", "luts", "ffs", "bram18")
+    rows = [[str(entry[key]) for key in keys] for entry in document["layers"]]
+    columns = {"layer": "left"} | dict.fromkeys(("PE", "SIMD", *keys[3:]), "right")
+    title = f"{output}: {document['latency_us']:g} us at {clock_mhz:g} MHz, about {document['luts']:,} LUTs"
+    print_table(title, columns, rows)
+    say(f"prove it with: hwmodel simulate {output}")
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit verify agent.q agent.onnx --episodes 20")
@@ -306,6 +358,12 @@ def sweep(
             rich_help_panel=_NUM,
         ),
     ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help=f"One more pipeline: {_PRESETS}. Repeat for alternatives.", rich_help_panel=_NUM
+        ),
+    ] = None,
     layer: Exceptions = None,
     episodes: Episodes = 20,
     seed: Seed = 1000,
@@ -325,6 +383,7 @@ def sweep(
 ) -> None:
     """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front."""
     from hwmodel.devices import find_device
+    from quantkit.presets import preset_steps
     from quantkit.recipe import check, parse_step
     from quantkit.sweep import Space
 
@@ -333,7 +392,8 @@ def sweep(
     for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
         if not _list(text):
             raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
-    pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or []) or ((),)
+    pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or [])
+    pipelines = (*pipelines, *(preset_steps(name) for name in preset or [])) or ((),)
     space = Space(_list(weights), _list(acts), _list(granularity), pipelines, _exceptions(layer, _list(granularity)[0]))
     recipes = space.recipes()
     part = None if device == "none" else find_device(device)

@@ -16,15 +16,17 @@ from hwmodel.formats import levels
 from quantkit import shelves
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
+from quantkit.policy import Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import dequantize, values_of
 from quantkit.recipe import Recipe, make_plan, quantize, step_options, uniform
 
 METHODS = shelves.methods()
-FAST = {"adaround": {"steps": 60}}
+FAST = {"adaround": {"steps": 60}, "distill": {"steps": 20, "rounds": 2}}
 WEIGHTS = sorted(n for n, m in METHODS.items() if "weights" in m.CHANGES)
 FLOATS = sorted(n for n, m in METHODS.items() if "float" in m.CHANGES)
-BIASES = sorted(n for n, m in METHODS.items() if "bias" in m.CHANGES)
+REFINED = sorted(n for n, m in METHODS.items() if "refined" in m.CHANGES)
+BIASES = sorted(n for n, m in METHODS.items() if "bias" in m.CHANGES and n not in REFINED)
 
 
 def options(name: str, **more) -> dict:
@@ -34,9 +36,9 @@ def options(name: str, **more) -> dict:
 
 
 def recipe(name: str, weights: str = "int4", acts: str = "int8", granularity: str = "row", **more) -> Recipe:
-    """The method's own step, after round-to-nearest if it corrects what that leaves."""
+    """The method's own step, after round-to-nearest if it corrects or refines what that leaves."""
     step = (name, options(name, **more))
-    before = (("act_scales", {}), ("rtn", {})) if name in BIASES else ()
+    before = (("act_scales", {}), ("rtn", {})) if name in BIASES + REFINED else ()
     return uniform(weights, acts, granularity, (*before, step))
 
 
@@ -53,7 +55,7 @@ def before_step(name: str, model: Model, calib: Calib) -> None:
     with torch.no_grad():
         if "weights" in METHODS[name].CHANGES:
             METHODS["act_scales"].apply(model, calib)
-        if name in BIASES:
+        if name in BIASES + REFINED:
             METHODS["act_scales"].apply(model, calib)
             METHODS["rtn"].apply(model, calib)
 
@@ -92,6 +94,10 @@ def check_changes(name: str, method: ModuleType | SimpleNamespace, build) -> Non
     inputs = calib.inputs.clone()
     method.apply(model, calib, **options(name))
     allowed = set(method.CHANGES) | ({"bias"} if "float" in method.CHANGES else set())
+    if "refined" in method.CHANGES:
+        allowed |= {"acts", "weights"}
+        if isinstance(model.module, Policy):  # the input stage, and what undoes it in the first layer's float weight
+            allowed |= {"float"}
     assert set(differences(before, facts(model))) <= allowed
     assert torch.equal(calib.inputs, inputs)
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.module.modules())
@@ -130,7 +136,7 @@ def test_diagnostics_are_numbers(name, build):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group1"])
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", WEIGHTS + REFINED)
 def test_codes_in_range(name, weights, granularity):
     """Every weight is a value of its format, at a finite positive scale, in every granularity."""
     build = MODELS["cnn"] if granularity != "group1" else MODELS["mlp"]
@@ -281,6 +287,20 @@ def test_mean_error_is_not_larger(name, build, weights):
         before = (plain.module(calib.inputs) - reference).mean(dim=0).abs()
         after = (done.module(calib.inputs) - reference).mean(dim=0).abs()
     assert (after <= before + 1e-5 * reference.abs().max()).all()
+
+
+@pytest.mark.parametrize("weights", ["int3", "e2m1", "ternary"])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("name", REFINED)
+def test_refining_never_loses(name, build, weights):
+    """A refining method keeps formats and granularity, and its held-out loss never ends above where it began."""
+    model, calib = build()
+    plain = quantize(model, recipe("rtn", weights, "int4"), calib)
+    done = quantize(model, recipe(name, weights, "int4"), calib)
+    report = next(s for s in done.meta["steps"] if s["name"] == name)["diagnostics"]
+    assert report["loss_after"] <= report["loss_before"]
+    for a, b in zip(plain.qlayers().values(), done.qlayers().values(), strict=True):
+        assert (a.q.fmt, a.q.granularity, a.q.shape, a.act.fmt) == (b.q.fmt, b.q.granularity, b.q.shape, b.act.fmt)
 
 
 @pytest.mark.parametrize("scale", ["absmax", "mse"])

@@ -7,6 +7,6 @@ A method is a module with
 
 "float" rescales weights and biases and preserves the function, "acts" sets input quantizers, "weights" sets
 quantized weights, "bias" changes biases. "refined" starts from a quantized model and changes all of these together:
-weights, scales, input quantizers and, for a policy, the input stage. Options are keyword-only with defaults; they are the
-schema of `--step name:key=value`.
+weights, scales, input quantizers and, for a policy, the input stage. Options are keyword-only with defaults; they are
+the schema of `--step name:key=value`.
 """

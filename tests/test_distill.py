@@ -1,0 +1,215 @@
+"""Distillation against its docstring."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import small_policies
+import torch
+from strategies import WEIGHT_FORMATS
+from tiny_models import MODELS
+
+from hwmodel import formats
+from hwmodel.formats import levels
+from quantkit.errors import InputError
+from quantkit.losses import loss_for
+from quantkit.methods import act_scales, center, distill, input_grid, rtn
+from quantkit.methods.distill import Trainee, inside_cell
+from quantkit.model import Calib
+from quantkit.policy import Head, Policy
+from quantkit.qlayers import QLayer
+from quantkit.recipe import make_plan, quantize, uniform
+from quantkit.rounding import round_to
+from quantkit.study import visited_states
+
+RTN = (("act_scales", {}), ("rtn", {}))
+
+
+def quantized(name, weights="int3", acts="int4"):
+    """Float model, the same quantized to nearest, calibration."""
+    model, calib = MODELS[name]()
+    floats = model.copy()
+    for key, layer in list(model.layers().items()):
+        model.replace(key, QLayer(layer, make_plan(weights, acts)))
+    with torch.no_grad():
+        act_scales.apply(model, calib)
+        rtn.apply(model, calib)
+    return floats, model, calib
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+def test_starts_inside_the_cell(weights):
+    """A latent weight rounds to the code it starts from, and is the float weight where that rounds there anyway."""
+    fmt = formats.parse(weights)
+    grid = torch.tensor(levels(fmt))
+    values = grid[torch.arange(300) % len(grid)]
+    u = torch.linspace(-1.3, 1.1, 300) * grid.abs().max()
+    assert torch.equal(round_to(inside_cell(u, values, fmt), fmt), values)
+    inner = 0.96 * values
+    assert torch.allclose(inside_cell(inner, round_to(inner, fmt), fmt), inner, atol=0.06 * float(grid.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_untrained_trainee_is_the_layer(name):
+    """Before the first step the network of trainees gives the quantized network's outputs, ties of floats aside."""
+    _, model, calib = quantized(name, "int4", "int8")
+    expected = model.module(calib.inputs)
+    pool = distill.Pool.of(calib.inputs, model.module)
+    student, trainees = distill._student(model.copy(), model.qlayers(), pool)
+    got = student(calib.inputs)
+    assert (got - expected).abs().median() <= 1e-5 * expected.abs().max()
+    same = distill._stored(model, trainees)
+    assert (same.module(calib.inputs) - expected).abs().median() <= 1e-5 * expected.abs().max()
+
+
+def test_gradients_are_those_of_learned_step_sizes():
+    """The derivative by log a is a (Q(x/a) - x/a) inside the range and a times the limit outside (Esser et al.)."""
+    _, model, _ = quantized("policy")
+    layer = model.qlayers()["net.2"]
+    trainee = Trainee(layer, None)
+    a, top = layer.act.scale, float(formats.max_value(layer.act.fmt))
+    x = torch.tensor([[0.4 * a] + [0.0] * 12 + [a * (top + 9)]])
+    trainee(x)[0].sum().backward()
+    w = layer.effective_weight().sum(dim=0)
+    expected = a * (w[0] * (round(0.4) - 0.4) + w[13] * top)
+    assert float(trainee.log_a.grad) == pytest.approx(float(expected), rel=1e-4)
+    x = torch.rand(3, 14)
+    trainee.zero_grad()
+    trainee(x).sum().backward()
+    columns = trainee.layer.real_input(x).sum(dim=0)
+    assert torch.allclose(trainee.V.grad, layer.q.scale * columns, atol=1e-4)
+
+
+def test_losses():
+    """Nothing at equal actions; a clipped float action only asks to be clipped; Q-values count like logits."""
+    head = Head("box", low=(-1.0,), high=(1.0,))
+    loss = loss_for(head, torch.zeros(1, 1))
+    y = torch.tensor([[5.0], [0.5], [-2.0]])
+    assert loss(y, torch.tensor([[1.5], [0.5], [-1.0]])).tolist() == [0, 0, 0]
+    assert (loss(y, torch.tensor([[0.9], [0.6], [0.0]])) > 0).all()
+    t = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    y = t + 0.1 * torch.randn(40, 3, generator=torch.Generator().manual_seed(2))
+    plain, scaled = (
+        loss_for(Head("discrete", nvec=(3,)), k * t)(k * y + s, k * t) for k, s in ((1, 0), (100.0, -500.0))
+    )
+    assert torch.allclose(plain, scaled, atol=1e-3) and (plain > 0).any()
+    for head in (Head("multibinary", nvec=(1, 1, 1)), Head("multidiscrete", nvec=(1, 2)), None):
+        loss = loss_for(head, t)
+        assert loss(t, t).abs().max() < 1e-5 and loss(y, t).sum() > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_error_falls(name):
+    """Trained together at 3 bits, layers come closer to the float outputs on the calibration set."""
+    floats, model, calib = quantized(name, "int3", "int4")
+    with torch.no_grad():
+        target = floats.module(calib.inputs)
+        loss = loss_for(floats.module.head if isinstance(floats.module, Policy) else None, target)
+        before = float(loss(model.module(calib.inputs), target).mean())
+        report = distill.apply(model, calib, steps=150, rounds=2, lr=0.01)
+        after = float(loss(model.module(calib.inputs), target).mean())
+    assert report["loss_after"] <= report["loss_before"]
+    assert after < 0.9 * before
+
+
+def test_the_policy_acts():
+    """`visit` is asked for the float policy, the start and every round's; what it gives is trained on."""
+    model = small_policies.cartpole()
+    calib = small_policies.calib(model)
+    asked = []
+
+    def visit(m, n, seed):
+        asked.append((len(m.qlayers()), n, seed))
+        return visited_states(m, n, seed)
+
+    calib.visit = visit
+    recipe = uniform("int2", "int4", steps=(*RTN, ("distill", {"steps": 40, "rounds": 3, "states": 96})))
+    done = quantize(model, recipe, calib)
+    assert asked == [(3, 96, 1)] * 5
+    report = done.meta["steps"][-1]["diagnostics"]
+    assert report["states"] == 64 + 4 * 96
+    assert report["distance_after"] >= 0 and report["loss_after"] <= report["loss_before"]
+    again = quantize(model, recipe, calib)
+    for a, b in zip(done.qlayers().values(), again.qlayers().values(), strict=True):
+        assert torch.equal(a.q.codes, b.q.codes) and torch.equal(a.q.scale, b.q.scale) and a.act == b.act
+        assert torch.equal(a.bias, b.bias)
+    asked.clear()
+    quantize(model, uniform("int2", "int4", steps=(*RTN, ("distill", {"steps": 4, "rounds": 1}))), calib)
+    assert not asked
+
+
+def test_visited_states_differ_from_evaluation():
+    """Seeds of visits are far from those of evaluation and of calibration, and the same call gives the same states."""
+    model = small_policies.cartpole()
+    first, second, other = (visited_states(model, 50, seed).numpy() for seed in (1, 1, 2))
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+def test_threads_do_not_matter():
+    """The same bits on one thread and on two; the number of threads is put back."""
+    codes = []
+    for threads in (1, 2):
+        _, model, calib = quantized("policy")
+        torch.set_num_threads(threads)
+        distill.apply(model, calib, steps=20, rounds=1)
+        assert torch.get_num_threads() == threads
+        codes.append([(q.q.codes, q.q.scale, q.bias) for q in model.qlayers().values()])
+    assert all(torch.equal(x, y) for a, b in zip(*codes, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_a_runaway_ends_where_it_began():
+    """A learning rate beyond reason never makes the model worse than it was on held-out states."""
+    _, model, calib = quantized("tanh_policy", "int8", "int8")
+    expected = model.module(calib.inputs)
+    report = distill.apply(model, calib, steps=10, rounds=1, lr=1e4)
+    assert report["loss_after"] <= report["loss_before"]
+    if report["round"] == 0:
+        assert torch.equal(model.module(calib.inputs), expected)
+
+
+def test_needs_weights():
+    """Before any step that sets weights it says so."""
+    model, calib = MODELS["policy"]()
+    model.replace("net.0", QLayer(model.layers()["net.0"], make_plan("int4", "int4")))
+    with pytest.raises(InputError, match=r"'net\.0' has no quantized weight yet"):
+        distill.apply(model, calib)
+
+
+@pytest.mark.parametrize("acts", ["int3", "e1m1"])
+def test_input_grid(acts):
+    """The loss falls, the float function stays, and without an input quantizer nothing is done."""
+    model, calib = MODELS["tanh_policy"]()
+    floats = model.copy()
+    for key, layer in list(model.layers().items()):
+        model.replace(key, QLayer(layer, make_plan("int4", acts)))
+    with torch.no_grad():
+        assert input_grid.apply(model, calib) == {"loss_before": 0.0, "loss_after": 0.0}
+        act_scales.apply(model, calib)
+        report = input_grid.apply(model, calib, states=128)
+        assert report["loss_after"] < 0.8 * report["loss_before"]
+        first, *others = model.qlayers().values()
+        for layer in others:
+            layer.set_act(None)
+        loss = loss_for(floats.module.head, target := floats.module(calib.inputs[:128]))
+        found = float(loss(model.module(calib.inputs[:128]), target).mean())
+        assert found == pytest.approx(report["loss_after"], rel=0.02)
+        first.set_act(None)
+        assert torch.allclose(model.module(calib.inputs), floats.module(calib.inputs), atol=1e-4)
+
+
+def test_center_takes_the_mean_out():
+    """Behind the stage every feature has mean zero, a constant one stays; unsigned formats start at zero."""
+    for acts in ("int4", "uint4"):
+        model, calib = MODELS["policy"]()
+        inputs = calib.inputs.clone()
+        inputs[:, 3] = 5.0
+        calib = Calib(inputs)
+        before = model.module.stage(inputs)
+        model.replace("net.0", QLayer(model.layers()["net.0"], make_plan("int4", acts)))
+        report = center.apply(model, calib)
+        after = model.module.stage(inputs)
+        assert report == {"shifted": 6.0}
+        assert torch.allclose(after[:, 3], before[:, 3])
+        rest = [0, 1, 2, 4, 5, 6]
+        found = after.mean(dim=0)[rest] if acts == "int4" else after.amin(dim=0)[rest]
+        assert found.abs().max() < 1e-5
