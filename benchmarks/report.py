@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ def publish(
     """Print the rows and write reports/NAME.csv; numbers as given, four significant digits on the terminal."""
     REPORTS.mkdir(exist_ok=True)
     path = REPORTS / f"{name}.csv"
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])])
     versions = " ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     stamp = f"# {command}\n# python {platform.python_version()} {versions}, {platform.machine()}\n"
     path.write_text(stamp + pd.DataFrame(list(rows)).to_csv(index=False))
@@ -31,3 +32,12 @@ def publish(
     print_table(title or name, columns, cells)
     print(f"wrote {path.relative_to(REPORTS.parent)}")
     return path
+
+
+def _portable(argument: str) -> str:
+    """A path of this machine as one from the project's folder, or as FOLDER where it lies elsewhere."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    near = REPORTS.resolve().parent.parent
+    return os.path.relpath(path, near / "project") if path.is_relative_to(near) else "FOLDER"

@@ -39,6 +39,7 @@ class InputStage(nn.Module):
         super().__init__()
         for name, value in (("mean", mean), ("std", std), ("low", low), ("high", high)):
             self.register_buffer(name, torch.as_tensor(np.asarray(value, dtype=np.float32)))
+        self._known: tuple[tuple[tuple[int, int], ...], tuple[bool, bool]] | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -57,11 +58,19 @@ class InputStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.float32)
-        if self.scales:
+        scales, clips = self._flags()
+        if scales:
             x = (x - self.mean) / self.std
-        if self.clips:
+        if clips:
             x = torch.minimum(torch.maximum(x, self.low), self.high)
         return x
+
+    def _flags(self) -> tuple[bool, bool]:
+        """`scales` and `clips`, looked up anew only when a buffer was replaced or changed in place."""
+        state = tuple((id(b), b._version) for b in self._buffers.values() if b is not None)
+        if self._known is None or self._known[0] != state:
+            self._known = (state, (self.scales, self.clips))
+        return self._known[1]
 
 
 @dataclass(frozen=True)
