@@ -29,7 +29,7 @@ from hwmodel.devices import Device
 from hwmodel.estimate import default_cycles
 from hwmodel.folding import BRAM_IN_LUTS, control, divisors
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, Levels, bits, levels, min_value
-from hwmodel.mac import mac_cost, pipeline_stages, tree_levels
+from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import ram, rom
 from hwmodel.network import Layer, Network, reference, sample_codes
 from hwmodel.spec import LayerSpec
@@ -65,13 +65,6 @@ class Plan:
         return self.pe // self.units
 
 
-def mac_stages(weight: Format, act: Format, lanes: int) -> int:
-    """Cycles from operands to the finished sum of `mac.v` or `popcount.v` (a tree over groups of three)."""
-    if weight == act == BINARY:
-        return 1 + tree_levels(math.ceil(lanes / 3)) + 1
-    return pipeline_stages(weight, act, lanes)
-
-
 def plan_layer(spec: LayerSpec, pe: int, simd: int) -> Plan:
     """The layer with `pe` rows and `simd` columns at once, its sums converted by thresholds."""
     weight, act, width = spec.weight, spec.act, spec.acc_bits
@@ -93,7 +86,7 @@ def plan_layer(spec: LayerSpec, pe: int, simd: int) -> Plan:
             one += (rom(2 * width, rows << (step - 1)) if step else rom(width, rows)).cost
         options.append((units, one * units))
     units, converting = min(options, key=lambda option: option[1].luts + BRAM_IN_LUTS * option[1].bram18)
-    fill = 1 + mac_stages(weight, act, simd) + unit.stages + pe // units - 1
+    fill = 1 + pipeline_stages(weight, act, simd) + unit.stages + pe // units - 1
     return Plan(spec, pe, simd, units, cost + converting, row_folds * column_folds + fill)
 
 
@@ -360,7 +353,7 @@ def layer_text(index: int, layer: Layer, plan: Plan) -> tuple[str, list[Rom]]:
         f".ADDRESS_BITS({address}))",
         "    steps (clk, rst, start, busy, last, clear, col, address);",
         f"  {weights.name} memory (clk, address, weights);",
-        f"  delay #(.N({mac_stages(weight, act, plan.simd) - 1}), .BITS(2)) "
+        f"  delay #(.N({pipeline_stages(weight, act, plan.simd) - 1}), .BITS(2)) "
         "to_sum (clk, rst, {last, clear}, {last_sum, empty});",
         "  delay #(.N(1), .BITS(1)) to_end (clk, rst, last_sum, done);",
         "  genvar p;",

@@ -280,5 +280,10 @@ def popcount_cost(acc_bits: int, lanes: int) -> Cost:
 
 
 def pipeline_stages(weight: Format, act: Format, lanes: int) -> int:
-    """Cycles from operands to the finished sum: product (two with a shifter), tree, accumulator."""
+    """Cycles from operands to the finished sum: product (two with a shifter), tree, accumulator.
+
+    Binary x binary counts ones by groups of three lanes before the tree (`rtl/popcount.v`).
+    """
+    if weight == act == BINARY:
+        return 1 + tree_levels(math.ceil(lanes / 3)) + 1
     return (2 if shift_bits(weight, act) else 1) + tree_levels(lanes) + 1
