@@ -23,6 +23,7 @@ import numpy as np
 from hwmodel import emit, yosys
 from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
+from hwmodel.plan import plan_network
 from hwmodel.simulate import Simulation
 from quantkit.loading import load_checkpoint
 from quantkit.recipe import Recipe, make_plan, parse_step, quantize
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace, out: Path) -> None:
     model = quantize(model, recipe, calib_for(model, 2048))
     network, host = network_of(model)
     device = find_device(DEVICE)
-    plans = emit.plan(network, device, latency_us=args.latency_us)
+    plans = plan_network(network, device, latency_us=args.latency_us)
     emit.write(network, plans, out, device)
     facts = emit.summary(network, plans, device, 100.0)
     policy, spec = policy_of(model)

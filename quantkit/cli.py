@@ -280,6 +280,7 @@ def rtl(
     """Write the quantized policy as Verilog whose codes and sums equal the simulator's bit for bit."""
     from hwmodel import emit
     from hwmodel.devices import find_device
+    from hwmodel.plan import plan_network
     from quantkit.artifact import load_artifact
     from quantkit.files import check_new, new_directory
     from quantkit.rtl_export import network_of
@@ -287,7 +288,7 @@ def rtl(
     part = find_device(device)
     check_new(output, force=force, marker="network.json")
     network, _ = network_of(load_artifact(directory))
-    plans = emit.plan(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz)
+    plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz)
     with new_directory(output, force=force, marker="network.json") as folder:
         emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
     document = emit.summary(network, plans, part, clock_mhz)

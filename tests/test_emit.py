@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hwmodel import emit, simulate, yosys
+from hwmodel import emit, emit_layer, simulate, yosys
 from hwmodel.accumulator import exact_bits
 from hwmodel.cli import app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.formats import Format, levels, parse
 from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
+from hwmodel.plan import Plan, plan_layer, plan_network, total
 from hwmodel.reference import to_units
 from hwmodel.simulate import SimulationError
 from hwmodel.spec import LayerSpec
@@ -61,11 +62,11 @@ def random_thresholds(layer: Layer, out: Format, rng: np.random.Generator, sprea
     return np.sort(found, axis=1).astype(object)
 
 
-def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -> tuple[emit.Plan, ...]:
+def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -> tuple[Plan, ...]:
     """Write the network with given (PE, SIMD, converters) per layer."""
     plans = []
     for spec, (pe, simd, units) in zip(network.specs, folds, strict=True):
-        plan = emit.plan_layer(spec, pe, simd)
+        plan = plan_layer(spec, pe, simd)
         plans.append(
             dataclasses.replace(plan, units=units, cycles=plan.cycles - plan.share + pe // units)
         )  # fmt: skip
@@ -74,7 +75,7 @@ def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -
     return tuple(plans)
 
 
-def prove(folder: Path, plans: tuple[emit.Plan, ...], n: int = 40, tool: str = "iverilog") -> None:
+def prove(folder: Path, plans: tuple[Plan, ...], n: int = 40, tool: str = "iverilog") -> None:
     """The simulation equals the reference on every vector and takes the planned cycles."""
     found = simulate.check(folder, sample_codes(read_network(folder), n, seed=5), tool)
     assert found.mismatch is None
@@ -205,7 +206,7 @@ def test_the_script_synthesizes(tmp_path: Path) -> None:
     modules = json.loads((tmp_path / "x" / "stat.json").read_text())["modules"]
     made = yosys._count(modules["\\policy"]["num_cells_by_type"])
     assert made.dsps == 0 and made.bram18 == 0
-    assert 0.5 < emit.total(plans).luts / made.luts < 2
+    assert 0.5 < total(plans).luts / made.luts < 2
 
 
 def test_a_network_survives_json() -> None:
@@ -221,7 +222,7 @@ def test_padding_keeps_the_order_of_codes() -> None:
     """2^B - 1 ascending thresholds per row, whatever the format leaves unused."""
     for name in ("int4n", "uint4n", "e3m1ieee", "e4m3fn", "ternary", "binary", "int1"):
         network = tiny_network(["int5", "int4"], ["int6", name], sizes=(7, 5, 2))
-        table = emit.search_of(network.layers[0]).table
+        table = emit_layer.search_of(network.layers[0]).table
         assert table.shape[1] == 2 ** int(math.log2(table.shape[1] + 1)) - 1
         assert (table[:, 1:] >= table[:, :-1]).all()
 
@@ -229,16 +230,16 @@ def test_padding_keeps_the_order_of_codes() -> None:
 def test_plans_meet_their_targets() -> None:
     """Within a latency the fewest LUTs, within LUTs the lowest latency; impossible targets name the nearest."""
     network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
-    fast = emit.plan(network, DEVICE, latency_us=0.4)
-    slow = emit.plan(network, DEVICE, latency_us=2)
+    fast = plan_network(network, DEVICE, latency_us=0.4)
+    slow = plan_network(network, DEVICE, latency_us=2)
     assert sum(p.cycles for p in fast) <= 40 < sum(p.cycles for p in slow) <= 200
-    assert emit.total(slow).luts < emit.total(fast).luts
-    budget = math.ceil(emit.total(fast).luts)
-    assert sum(p.cycles for p in emit.plan(network, DEVICE, luts=budget)) <= sum(p.cycles for p in fast)
+    assert total(slow).luts < total(fast).luts
+    budget = math.ceil(total(fast).luts)
+    assert sum(p.cycles for p in plan_network(network, DEVICE, luts=budget)) <= sum(p.cycles for p in fast)
     with pytest.raises(HwError, match=r"nearest is .* us .* bound by layer 'fc"):
-        emit.plan(network, DEVICE, latency_us=0.05)
+        plan_network(network, DEVICE, latency_us=0.05)
     with pytest.raises(HwError, match=r"nearest is .* LUTs .* bound by layer 'fc"):
-        emit.plan(network, DEVICE, luts=10)
+        plan_network(network, DEVICE, luts=10)
 
 
 def test_an_accumulator_too_small_is_refused() -> None:
