@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def read_rows(path: Path) -> list[Row]:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a number."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("quantkit", "torch", "numpy", "gymnasium", "mujoco", "box2d", "onnxruntime"):
         try:

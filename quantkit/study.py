@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from quantkit.verify import Agreement
 
 CALIBRATION_STATES = 2048
-
-
 MARGIN_FRACTION = 0.05
 
 
@@ -75,6 +74,11 @@ class Study:
         """5 % of the distance between the float and the random policy."""
         return default_margin(self.reference.returns, self.random.returns, MARGIN_FRACTION)
 
+    @cached_property
+    def float_outputs(self) -> np.ndarray:
+        """The float policy's outputs on the states, (states, outputs): the same for every design."""
+        return compile_policy(policy_of(self.model)[0])(self.states)
+
 
 def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
     """The policy and its environment, or InputError saying what is missing."""
@@ -87,7 +91,7 @@ def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
 
 
 def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Progress | None = None) -> np.ndarray:
-    """Observations from rollouts of the policy, disjoint in seeds from every evaluation."""
+    """Observations from rollouts of the policy, of episodes from CALIBRATION_SEED on, above those of evaluations."""
     policy, spec = policy_of(model)
     act = episodes_task.act_of(policy)
     return episodes_task.collect_states(act, spec, n, episodes=8, progress=progress)
@@ -178,13 +182,12 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
     except InputError as error:
         return row | {"error": str(error), "seconds": time.perf_counter() - began}
     policy, spec = policy_of(quantized)
-    float_policy, _ = policy_of(study.model)
     row["bits_per_weight"] = bits_per_weight(quantized)
     row["weight_kib"] = row["bits_per_weight"] * sum(m.weight.numel() for m in quantized.layers().values()) / 8192
     row["quantize_seconds"] = time.perf_counter() - began
     row["cost"] = hardware_cost(quantized, settings)
     row["fidelity"] = episodes_task.compare_on_states(
-        compile_policy(float_policy)(study.states),
+        study.float_outputs,
         compile_policy(policy)(study.states),
         policy.head,
         q_values=study.model.meta.get("algo") in ("dqn", "qrdqn"),
