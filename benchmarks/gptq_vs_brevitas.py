@@ -3,9 +3,9 @@
 Both get a float layer and a calibration set and have to leave a quantized layer; the time includes
 collecting the Hessian. Brevitas runs with `gptq_mode` at its defaults (100 blocks, no act-order) on
 a QuantLinear or QuantConv2d with absolute-maximum scales per channel (narrow integers, as are ours,
-"int4n"), frozen beforehand. (With its default, scales that follow the weights, Brevitas 0.13.4 takes
-the scale of the single column that it rounds; the error of that column is then zero, and a linear
-layer ends up rounded to nearest: `brevitas_default_error`.) The error is the mean
+"int4n"), frozen beforehand. (With its default, scales that follow the weights, linear layers of
+Brevitas 0.13.4 come out with the error of rounding to nearest: `brevitas_default_error`. The scales of
+the single column being rounded are the likely reason; it was not traced in its source.) The error is the mean
 squared error of the layer's output on the calibration set, relative to the output's mean square,
 with round-to-nearest at the same scales as the yardstick. Times are CPU time, the best of `repeats`
 rounds in which everybody runs once, so that other work on the machine counts little.

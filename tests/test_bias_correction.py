@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import MODELS
+from tiny_models import MODELS, nearest_quantized
 
-from quantkit.methods import act_scales, bias_correction, rtn
+from quantkit.methods import bias_correction
 from quantkit.methods.bias_correction import mean_output
 from quantkit.qlayers import QLayer
 from quantkit.recipe import make_plan
-
-
-def quantized(name, weights="int3", acts="int4"):
-    model, calib = MODELS[name]()
-    floats = model.copy()
-    for key, layer in list(model.layers().items()):
-        model.replace(key, QLayer(layer, make_plan(weights, acts)))
-    with torch.no_grad():
-        act_scales.apply(model, calib)
-        rtn.apply(model, calib)
-    return floats, model, calib
 
 
 def outputs(module, layer, calib):
@@ -37,7 +26,7 @@ def outputs(module, layer, calib):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_mean_is_restored(name):
     """Sequentially corrected, every layer's mean output equals the float network's."""
-    floats, model, calib = quantized(name)
+    floats, model, calib = nearest_quantized(name)
     with torch.no_grad():
         assert bias_correction.apply(model, calib)["largest_shift"] > 0
     for key, layer in floats.layers().items():
@@ -49,7 +38,7 @@ def test_every_mean_is_restored(name):
 @pytest.mark.parametrize("name", ["policy", "cnn"])
 def test_parallel_repairs_the_own_error(name):
     """Not sequential: the shift of a layer is the mean error it makes itself on the float network's input."""
-    floats, model, calib = quantized(name)
+    floats, model, calib = nearest_quantized(name)
     before = {key: layer.bias.clone() for key, layer in model.qlayers().items()}
     with torch.no_grad():
         bias_correction.apply(model, calib, sequential=False)
@@ -68,7 +57,7 @@ def test_the_options_differ():
     """Sequential and parallel correction give different biases behind the first layer."""
     results = []
     for sequential in (True, False):
-        _, model, calib = quantized("policy")
+        _, model, calib = nearest_quantized("policy")
         with torch.no_grad():
             bias_correction.apply(model, calib, sequential=sequential)
         results.append([layer.bias.clone() for layer in model.qlayers().values()])

@@ -7,13 +7,13 @@ import pytest
 import small_policies
 import torch
 from strategies import WEIGHT_FORMATS
-from tiny_models import MODELS
+from tiny_models import MODELS, nearest_quantized
 
 from hwmodel import formats
 from hwmodel.formats import levels
 from quantkit.errors import InputError
 from quantkit.losses import loss_for
-from quantkit.methods import act_scales, center, distill, input_grid, rtn
+from quantkit.methods import act_scales, center, distill, input_grid
 from quantkit.methods.distill import Trainee, inside_cell
 from quantkit.model import Calib
 from quantkit.policy import Head, Policy
@@ -23,18 +23,6 @@ from quantkit.rounding import round_to
 from quantkit.study import visited_states
 
 RTN = (("act_scales", {}), ("rtn", {}))
-
-
-def quantized(name, weights="int3", acts="int4"):
-    """Float model, the same quantized to nearest, calibration."""
-    model, calib = MODELS[name]()
-    floats = model.copy()
-    for key, layer in list(model.layers().items()):
-        model.replace(key, QLayer(layer, make_plan(weights, acts)))
-    with torch.no_grad():
-        act_scales.apply(model, calib)
-        rtn.apply(model, calib)
-    return floats, model, calib
 
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
@@ -52,7 +40,7 @@ def test_starts_inside_the_cell(weights):
 @pytest.mark.parametrize("name", MODELS)
 def test_untrained_trainee_is_the_layer(name):
     """Before the first step the network of trainees gives the quantized network's outputs, ties of floats aside."""
-    _, model, calib = quantized(name, "int4", "int8")
+    _, model, calib = nearest_quantized(name, "int4", "int8")
     expected = model.module(calib.inputs)
     pool = distill.Pool.of(calib.inputs, model.module)
     student, trainees = distill._student(model.copy(), model.qlayers(), pool)
@@ -64,7 +52,7 @@ def test_untrained_trainee_is_the_layer(name):
 
 def test_gradients_are_those_of_learned_step_sizes():
     """The derivative by log a is a (Q(x/a) - x/a) inside the range and a times the limit outside (Esser et al.)."""
-    _, model, _ = quantized("policy")
+    _, model, _ = nearest_quantized("policy")
     layer = model.qlayers()["net.2"]
     trainee = Trainee(layer, None)
     a, top = layer.act.scale, float(formats.max_value(layer.act.fmt))
@@ -101,7 +89,7 @@ def test_losses():
 @pytest.mark.parametrize("name", MODELS)
 def test_the_error_falls(name):
     """Trained together at 3 bits, layers come closer to the float outputs on the calibration set."""
-    floats, model, calib = quantized(name, "int3", "int4")
+    floats, model, calib = nearest_quantized(name, "int3", "int4")
     with torch.no_grad():
         target = floats.module(calib.inputs)
         loss = loss_for(floats.module.head if isinstance(floats.module, Policy) else None, target)
@@ -149,7 +137,7 @@ def test_threads_do_not_matter():
     """The same bits on one thread and on two; the number of threads is put back."""
     codes = []
     for threads in (1, 2):
-        _, model, calib = quantized("policy")
+        _, model, calib = nearest_quantized("policy")
         torch.set_num_threads(threads)
         distill.apply(model, calib, steps=20, rounds=1)
         assert torch.get_num_threads() == threads
@@ -159,7 +147,7 @@ def test_threads_do_not_matter():
 
 def test_a_runaway_ends_where_it_began():
     """A learning rate beyond reason never makes the model worse than it was on held-out states."""
-    _, model, calib = quantized("tanh_policy", "int8", "int8")
+    _, model, calib = nearest_quantized("tanh_policy", "int8", "int8")
     expected = model.module(calib.inputs)
     report = distill.apply(model, calib, steps=10, rounds=1, lr=1e4)
     assert report["loss_after"] <= report["loss_before"]

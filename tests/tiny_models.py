@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantkit.methods import act_scales, rtn
 from quantkit.model import Calib, Model
 from quantkit.policy import Head, InputStage, Policy
+from quantkit.qlayers import QLayer
+from quantkit.recipe import make_plan
 
 
 def generator(seed: int) -> torch.Generator:
@@ -123,3 +126,15 @@ SINGLES = {
     "grouped": lambda: single(nn.Conv2d(6, 9, (2, 3), groups=3, stride=2)),
     "depthwise": lambda: single(nn.Conv2d(5, 10, 3, groups=5, dilation=2)),
 }
+
+
+def nearest_quantized(name, weights="int3", acts="int4"):
+    """Float model, the same quantized to nearest, calibration."""
+    model, calib = MODELS[name]()
+    floats = model.copy()
+    for key, layer in list(model.layers().items()):
+        model.replace(key, QLayer(layer, make_plan(weights, acts)))
+    with torch.no_grad():
+        act_scales.apply(model, calib)
+        rtn.apply(model, calib)
+    return floats, model, calib
