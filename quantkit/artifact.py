@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from hwmodel import formats
 from hwmodel.spec import PerGroup, PerRow, PerTensor, parse_granularity
 from quantkit import __version__
+from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy, build, describe
-from quantkit.qlayers import ActQuant, LayerPlan, QLayer
+from quantkit.qlayers import ActQuant, LayerPlan, QLayer, shape_of
 from quantkit.qtensor import QTensor, pack, unpack
 from quantkit.recipe import format_name, parse_format
 from quantkit.specs import bits_per_weight, layer_specs, sqnr_db
@@ -46,7 +47,7 @@ def summary(model: Model) -> dict[str, Any]:
         layers.append(
             {
                 "name": name,
-                "op": "linear" if layer.weight.dim() == 2 else "conv2d",
+                "op": shape_of(layer).op,
                 "shape": list(layer.weight.shape),
                 "weight": format_name(layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
                 "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
@@ -57,6 +58,11 @@ def summary(model: Model) -> dict[str, Any]:
     return {
         "bits_per_weight": round(bits_per_weight(model), 4),
         "layers": layers,
+        "points": [
+            {"name": name, "act": format_name(p.act.fmt if p.act else None)} for name, p in model.points().items()
+        ],
+        "float_layers": model.meta.get("float_layers", {}),
+        "untraced": model.meta.get("untraced"),
         "recipe": model.meta.get("recipe"),
         "steps": model.meta.get("steps"),
     }
@@ -94,6 +100,11 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         "env": None if model.env is None else asdict(model.env),
         "meta": model.meta,
         "quantized": layers,
+        "points": {
+            name: {"format": str(point.act.fmt), "scale": point.act.scale}
+            for name, point in model.points().items()
+            if point.act is not None
+        },
         "summary": summary(model),
     }
     specs = {"format_version": 1, "layers": [spec.to_json() for spec in layer_specs(model)]}
@@ -168,6 +179,8 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
     example = torch.zeros(2, *document["example"]["shape"], dtype=getattr(torch, document["example"]["dtype"]))
     env = None if document["env"] is None else EnvSpec(**document["env"])
     model = Model(module.eval(), example, env, document["meta"])
+    if "factory" in structure:
+        model = captured(model)
     floats = model.layers()
     for record in document["quantized"]:
         weight, act = (parse_format(text) for text in record["plan"])
@@ -181,6 +194,9 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
             _restore_weight(layer, record, tensors)
         if record["act"] is not None:
             layer.set_act(ActQuant(formats.parse(record["act"]["format"]), _positive(record["act"]["scale"])))
+    points = model.points()
+    for name, record in document.get("points", {}).items():
+        points[name].set_act(ActQuant(formats.parse(record["format"]), _positive(record["scale"])))
     codes = {f"{r['name']}.{leaf}" for r in document["quantized"] for leaf in ("codes", "scale")}
     rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
     missing, unexpected = model.module.load_state_dict(rest, strict=False)

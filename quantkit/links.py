@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 
 from quantkit.model import Model
 from quantkit.policy import InputStage, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import Plain, QLayer, shape_of
 
-Layer = nn.Linear | nn.Conv2d | QLayer
+Layer = Plain | QLayer
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ def is_conv(layer: Layer) -> bool:
 
 def in_channels(layer: Layer) -> int:
     """Input channels of a convolution, input features of a linear layer."""
-    return layer.weight.shape[1] * getattr(layer, "groups", 1)
+    return shape_of(layer).inputs
 
 
 def column_range(layer: Layer, channels: int) -> Tensor:
     """Largest magnitude of the weights that meet each of `channels` producer channels, (channels,)."""
-    groups = getattr(layer, "groups", 1)
+    groups = int(getattr(layer, "groups", 1))
     weight = layer.weight.detach().abs().flatten(2) if is_conv(layer) else layer.weight.detach().abs()[..., None]
     per_input = weight.reshape(groups, -1, *weight.shape[1:]).amax(dim=(1, 3)).flatten()
     return per_input.reshape(channels, -1).amax(dim=1)
@@ -163,7 +163,7 @@ def column_range(layer: Layer, channels: int) -> Tensor:
 
 def scale_columns(layer: Layer, factor: Tensor) -> None:
     """Multiply the weights that meet producer channel i by factor[i], in place of the old ones."""
-    groups = getattr(layer, "groups", 1)
+    groups = int(getattr(layer, "groups", 1))
     per_input = factor.repeat_interleave(in_channels(layer) // len(factor))
     rows = layer.weight.shape[0] // groups
     matrix = per_input.reshape(groups, 1, -1).expand(-1, rows, -1).reshape(layer.weight.shape[0], -1)
@@ -173,7 +173,7 @@ def scale_columns(layer: Layer, factor: Tensor) -> None:
 def scale_rows(layer: Layer, factor: Tensor) -> None:
     """Multiply output channel i (weights and bias) by factor[i]."""
     set_weight(layer, layer.weight.detach() * factor.reshape(-1, *(1 for _ in layer.weight.shape[1:])))
-    if layer.bias is not None:
+    if isinstance(layer.bias, Tensor):
         layer.bias.data = layer.bias.data * factor
 
 

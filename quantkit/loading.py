@@ -6,12 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from quantkit.errors import InputError
 from quantkit.loaders import sb3, torch_module
 from quantkit.model import EnvSpec, Model
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import QLayer, shape_of
 from quantkit.recipe import format_name
 
 
@@ -58,16 +56,16 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
     """What `quantkit inspect` shows: kind, algo, env, spaces, layers and the number of parameters."""
     layers = []
     for name, layer in model.layers().items():
-        spatial = isinstance(layer, nn.Conv2d) or (isinstance(layer, QLayer) and layer.op == "conv2d")
+        shape, bias = shape_of(layer), getattr(layer, "bias", None)
         weight, act = (layer.q, layer.act) if isinstance(layer, QLayer) else (None, None)
         layers.append(
             {
                 "name": name,
-                "op": "conv2d" if spatial else "linear",
-                "in_features": layer.weight.shape[1] * getattr(layer, "groups", 1),
-                "out_features": layer.weight.shape[0],
-                "kernel": list(layer.weight.shape[2:]) if spatial else None,
-                "parameters": layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()),
+                "op": shape.op,
+                "in_features": shape.inputs,
+                "out_features": shape.outputs,
+                "kernel": list(shape.kernel) or None,
+                "parameters": layer.weight.numel() + (0 if bias is None else bias.numel()),
                 "weight": format_name(None if weight is None else weight.fmt),
                 "act": format_name(None if act is None else act.fmt),
             }
@@ -82,6 +80,11 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
         "actions": meta.get("action_space"),
         "normalizer": meta.get("normalizer"),
         "layers": layers,
+        "points": [
+            {"name": name, "act": format_name(p.act.fmt if p.act else None)} for name, p in model.points().items()
+        ],
+        "float_layers": meta.get("float_layers", {}),
+        "untraced": meta.get("untraced"),
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "quantized": any(isinstance(layer, QLayer) for layer in model.layers().values()),
         "sha256": meta.get("sha256"),

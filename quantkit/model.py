@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import Plain, Point, QLayer, op_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Model:
 
     module: a `Policy` or any nn.Module. example: one batch of inputs. env: where a policy acts.
     meta: JSON facts, at least `kind` ("policy" or "module"), `algo`, `source` (file name) and
-    `sha256` of the checkpoint.
+    `sha256` of the checkpoint; `untraced` (why) of a module whose graph is not known, `float_layers`
+    (name: reason) of what has weights and cannot be quantized.
     """
 
     module: nn.Module
@@ -47,17 +48,25 @@ class Model:
     env: EnvSpec | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def layers(self) -> dict[str, nn.Linear | nn.Conv2d | QLayer]:
-        """Quantizable layers by dotted name, in order of definition."""
+    def layers(self) -> dict[str, Plain | QLayer]:
+        """Layers with a weight that can be quantized or is, by dotted name, in order of definition."""
         return {
-            name: module
+            name: module  # type: ignore[misc]
             for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d | QLayer)
+            if isinstance(module, QLayer) or op_of(module) is not None
         }
 
     def qlayers(self) -> dict[str, QLayer]:
         """The layers already wrapped for quantization, in order of definition."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, QLayer)}
+
+    def points(self) -> dict[str, Point]:
+        """Where activations other than a layer's input are quantized: operands of attention, states of cells."""
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, Point)}
+
+    def quantizers(self) -> dict[str, QLayer | Point]:
+        """Everything that may quantize an activation: `qlayers` and `points`."""
+        return {**self.qlayers(), **self.points()}
 
     def copy(self) -> Model:
         """An independent copy."""

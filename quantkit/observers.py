@@ -11,21 +11,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from quantkit.model import Calib, Model
 from quantkit.policy import Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import Point, QLayer
 
-Observer = Callable[[QLayer, Tensor], None]
+Observer = Callable[[Any, Tensor], None]
 
 
 def collect(model: Model, calib: Calib, observers: Mapping[str, Observer]) -> None:
-    """Run the model over the calibration inputs; `observers[name]` sees every input of the layer `name`."""
-    layers = model.qlayers()
-    handles = [layers[name].register_forward_pre_hook(_hook(see)) for name, see in observers.items()]
+    """Run the model over the calibration inputs; `observers[name]` sees every input of the layer or point `name`.
+
+    Embeddings are not observed: their inputs are indices.
+    """
+    places = {name: part for name, part in model.quantizers().items() if not _looks_up(part)}
+    handles = [places[n].register_forward_pre_hook(_hook(see)) for n, see in observers.items() if n in places]
     try:
         with torch.no_grad():
             for batch in calib.batches():
@@ -33,6 +37,10 @@ def collect(model: Model, calib: Calib, observers: Mapping[str, Observer]) -> No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _looks_up(part: nn.Module) -> bool:
+    return isinstance(part, QLayer) and part.op == "embedding"
 
 
 def _hook(see: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -45,21 +53,34 @@ def _hook(see: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
 class Sample:
     """A sample of at most `limit` input values and the range of all, for fitting an activation scale.
 
-    Values are kept by a fixed stride per batch, so that the result does not depend on chance.
+    Values are kept by a fixed stride per batch, so that the result does not depend on chance. top: largest magnitude
+    per channel, (channels,), None before the first batch. broken: (index in the batch, value) of the first input that
+    is not finite, or None.
     """
 
     def __init__(self, limit: int, batches: int) -> None:
         self.per_batch = max(1, limit // max(1, batches))
         self.parts: list[Tensor] = []
         self.low, self.high = float("inf"), float("-inf")
+        self.top: Tensor | None = None
+        self.broken: tuple[tuple[int, ...], float] | None = None
 
-    def __call__(self, layer: QLayer, x: Tensor) -> None:
+    def __call__(self, layer: QLayer | Point, x: Tensor) -> None:
         act, layer.act = layer.act, None
-        flat = layer.input_values(x).flatten()
+        x = layer.input_values(x)
         layer.act = act
-        self.low, self.high = min(self.low, flat.min().item()), max(self.high, flat.max().item())
-        stride = -(-flat.numel() // self.per_batch)
-        self.parts.append(flat[::stride].clone())
+        channels = x.movedim(1, -1) if isinstance(layer, QLayer) and layer.spatial else x
+        low, high = x.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            if self.broken is None:
+                index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
+                self.broken = index, float(x[index])
+            return
+        top = channels.reshape(-1, channels.shape[-1]).abs().amax(dim=0)
+        self.top = top if self.top is None or self.top.shape != top.shape else torch.maximum(self.top, top)
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        flat = x.flatten()
+        self.parts.append(flat[:: -(-flat.numel() // self.per_batch)].clone())
 
     def values(self) -> Tensor:
         """The sample, with the extremes included."""
@@ -91,10 +112,9 @@ class AbsMax:
 
     def __call__(self, layer: QLayer, x: Tensor) -> None:
         if layer.in_scale is not None:
-            x = x * (layer.in_scale if layer.op == "linear" else layer.in_scale[:, None, None])
-        axis = x.shape[-1] if layer.op == "linear" else x.shape[1]
-        moved = x.reshape(-1, axis) if layer.op == "linear" else x.movedim(1, -1).reshape(-1, axis)
-        top = moved.abs().amax(dim=0)
+            x = x * layer.per_channel(layer.in_scale)
+        moved = x.movedim(1, -1) if layer.spatial else x
+        top = moved.reshape(-1, moved.shape[-1]).abs().amax(dim=0)
         self.value = top if self.value is None else torch.maximum(self.value, top)
 
 
@@ -119,7 +139,8 @@ def walk(
 
     sequential: inputs come from the model as it is at that moment, changes made to the layers
     before included; otherwise from the model as it was at the start. Layers that never run come
-    last, without inputs. A `Policy` costs one pass in all; another module one pass per layer.
+    last, without inputs. A `Policy` and a graph cost one pass in all; what could not be traced, and
+    a graph of which a layer runs twice, one pass per layer. Embeddings come without inputs.
     """
     wanted = set(names)
     layers = model.qlayers()
@@ -129,6 +150,8 @@ def walk(
     with torch.no_grad():
         if steps is not None:
             yield from _walk_chain(steps, _chain(twin.module) if twin else None, source, twin, calib, wanted, layers)
+        elif isinstance(source.module, fx.GraphModule) and _once(source.module.graph, wanted):
+            yield from _walk_graph(source.module, twin.module if twin else None, calib, wanted, layers)
         else:
             yield from _walk_any(source, twin, calib, wanted, layers)
 
@@ -172,6 +195,79 @@ def _walk_chain(
             yield Site(name, layers[name], current, reference)
         if remaining:
             current = [step(x) for x in current]
+
+
+def _once(graph: fx.Graph, wanted: set[str]) -> bool:
+    calls = [node.target for node in graph.nodes if node.op == "call_module" and node.target in wanted]
+    return len(calls) == len(set(calls))
+
+
+class _Batches:
+    """A graph run node after node on all batches at once; a value is forgotten behind its last use."""
+
+    def __init__(self, module: fx.GraphModule, batches: Iterable[Tensor]) -> None:
+        self.module, self.modules = module, dict(module.named_modules())
+        self.values: dict[fx.Node, list[Any]] = {}
+        self.batches = list(batches)
+        last = {used: node for node in module.graph.nodes for used in node.all_input_nodes}
+        self.done: dict[fx.Node, list[fx.Node]] = {}
+        for used, node in last.items():
+            self.done.setdefault(node, []).append(used)
+
+    def inputs(self, node: fx.Node) -> list[Tensor]:
+        """What reaches a module's first argument, batch by batch."""
+        return self.values[node.all_input_nodes[0]]
+
+    def run(self, node: fx.Node) -> None:
+        """Compute the node for every batch."""
+        if node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            value = getattr(self.modules[owner], leaf)
+            self.values[node] = [value] * len(self.batches)
+        elif node.op == "placeholder":
+            self.values[node] = self.batches
+        elif node.op != "output":
+            call = self.modules[str(node.target)] if node.op == "call_module" else node.target
+            self.values[node] = [self._apply(call, node, i) for i in range(len(self.batches))]
+        for used in self.done.get(node, []):
+            del self.values[used]
+        if not node.users:
+            self.values.pop(node, None)
+
+    def _apply(self, call: Any, node: fx.Node, batch: int) -> Any:
+        def pick(used: fx.Node) -> Any:
+            return self.values[used][batch]
+
+        return call(*fx.map_arg(node.args, pick), **fx.map_arg(node.kwargs, pick))
+
+
+def _walk_graph(
+    source: fx.GraphModule,
+    twin: nn.Module | None,
+    calib: Calib,
+    wanted: set[str],
+    layers: Mapping[str, QLayer],
+) -> Iterator[Site]:
+    remaining = set(wanted)
+    current = _Batches(source, calib.batches())
+    reference = _Batches(twin, calib.batches()) if isinstance(twin, fx.GraphModule) else None
+    other = iter(reference.module.graph.nodes) if reference else None
+    for node in source.graph.nodes:
+        if not remaining:
+            return
+        name = str(node.target) if node.op == "call_module" else ""
+        targets: list[Tensor] = []
+        if reference is not None and other is not None:
+            counterpart = next(other)
+            reference.run(counterpart)
+            targets = reference.values.get(counterpart, [])
+        if name in remaining:
+            remaining.discard(name)
+            lookup = _looks_up(layers[name])
+            yield Site(name, layers[name], [] if lookup else current.inputs(node), [] if lookup else targets)
+        current.run(node)
+    for name in sorted(remaining):
+        yield Site(name, layers[name], [], [])
 
 
 class _EnoughError(Exception):

@@ -1,4 +1,5 @@
-"""`QLayer`: one wrapper for Linear and Conv2d whose input and weight may be quantized.
+"""`QLayer`: one wrapper for every layer with a weight matrix whose input and weight may be quantized,
+and `Point`, a place without a weight where an activation is quantized.
 
 The arithmetic is that of the hardware: the input is divided by its scale and rounded to grid
 values, multiplied with the weights' grid values, and the sum is scaled once per output. The
@@ -10,6 +11,7 @@ is, for all formats but e5 and e6 of 8 and 7 bits). Weights are decoded once, no
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,51 @@ from hwmodel.formats import Format
 from hwmodel.spec import Granularity, PerGroup, PerRow
 from quantkit.qtensor import QTensor, dequantize, values_of
 from quantkit.rounding import round_to
+
+Op = Literal["linear", "conv1d", "conv2d", "conv_transpose2d", "embedding"]
+Plain = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding
+_OPS: dict[type[nn.Module], Op] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.Embedding: "embedding",
+}
+
+
+def op_of(module: nn.Module) -> Op | None:
+    """The operation of a module that `QLayer` can stand for; None for any other.
+
+    A subclass with a `forward` of its own is another: what it computes around its weight is unknown.
+    """
+    for base, op in _OPS.items():
+        if isinstance(module, base):
+            return op if type(module).forward is base.forward else None
+    return None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer's operation, input and output channels (or features, or tokens), kernel (empty if none) and groups."""
+
+    op: Op
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+    groups: int
+
+
+def shape_of(layer: Plain | QLayer) -> Shape:
+    """The shape of a layer, quantized or not."""
+    op = layer.op if isinstance(layer, QLayer) else op_of(layer)
+    assert op is not None
+    first, second, *kernel = layer.weight.shape
+    groups = int(getattr(layer, "groups", 1))
+    if op == "embedding":
+        return Shape(op, first, second, (), 1)
+    if op == "conv_transpose2d" and not isinstance(layer, QLayer):
+        return Shape(op, first, second * groups, tuple(kernel), groups)
+    return Shape(op, second * groups, first, tuple(kernel), groups)
 
 
 @dataclass(frozen=True)
@@ -51,35 +98,57 @@ class Kernel:
 
 
 class QLayer(nn.Module):
-    """A Linear or Conv2d with optional quantized input and weight.
+    """A Linear, convolution or Embedding with optional quantized input and weight.
 
-    weight, bias: the float parameters (bias is created as zeros where there was none). plan: the
-    formats asked for. q: the quantized weight once a method has set it. act: the input quantizer
-    once calibrated. in_scale: a per-input-channel factor applied to the input first, or None.
+    weight: the float weight, with a row per output channel, (out, in) or (out, in / groups, *kernel), for a
+    transposed convolution, too; (tokens, features) of an embedding, whose rows are looked up and not summed and
+    whose input is never quantized. bias: created as zeros where there was none. plan: the formats asked for.
+    q: the quantized weight once a method has set it. act: the input quantizer once calibrated. in_scale: a
+    per-input-channel factor applied to the input first, or None.
     """
 
     in_scale: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, plan: LayerPlan) -> None:
+    def __init__(self, layer: Plain, plan: LayerPlan) -> None:
+        """Raises ValueError for padding other than zeros and for a layer of another kind."""
         super().__init__()
-        self.op = "linear" if isinstance(layer, nn.Linear) else "conv2d"
-        self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-        bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach().clone()
+        op = op_of(layer)
+        if op is None:
+            raise ValueError(f"a {type(layer).__name__} cannot be quantized; accepted: {', '.join(_OPS.values())}")
+        self.op: Op = op
+        self.groups = 1
+        weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+        channels = weight.shape[1] if op == "embedding" else weight.shape[0]
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
+            if layer.padding_mode != "zeros":
+                raise ValueError(f"padding mode {layer.padding_mode!r} cannot be quantized; accepted: zeros")
+            self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+            self.padding = _padding(layer)
+            self.output_padding = layer.output_padding
+        if op == "conv_transpose2d":
+            weight, channels = turned(weight, self.groups), weight.shape[1] * self.groups
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        bias = weight.new_zeros(channels) if bias is None else bias.detach().clone()
         self.bias = nn.Parameter(bias, requires_grad=False)
-        if isinstance(layer, nn.Conv2d):
-            if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-                raise ValueError(
-                    f"padding {layer.padding!r} of mode {layer.padding_mode!r} cannot be quantized; accepted: zeros"
-                )
-            self.stride, self.padding = layer.stride, layer.padding
-            self.dilation, self.groups = layer.dilation, layer.groups
-        else:
-            self.groups = 1
         self.plan = plan
         self.register_buffer("in_scale", None)
         self.q: QTensor | None = None
         self.act: ActQuant | None = None
         self._frozen: Kernel | None = None
+
+    @property
+    def spatial(self) -> int:
+        """Dimensions behind the channels: 2 of images, 1 of sequences, 0 where channels come last."""
+        return self.weight.dim() - 2
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels, or features."""
+        return self.weight.shape[1] * self.groups
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """(channels,) shaped to broadcast against this layer's input or output."""
+        return values.reshape(-1, *(1,) * self.spatial)
 
     def set_weight(self, q: QTensor | None) -> None:
         """Use this quantized weight from now on (None: the float weight again)."""
@@ -93,10 +162,9 @@ class QLayer(nn.Module):
 
     def scale_input(self, factor: Tensor) -> None:
         """Multiply input channel j by factor[j] and divide the weight's columns by it: the function stays."""
-        shape = (1, -1) if self.op == "linear" else (1, -1, 1, 1)
         if self.groups != 1:
             raise ValueError("a grouped convolution has no common input factor")
-        self.weight.data = self.weight.data / factor.reshape(shape)
+        self.weight.data = self.weight.data / self.per_channel(factor)
         self.in_scale = factor.clone() if self.in_scale is None else self.in_scale * factor
         self._frozen = None
 
@@ -112,13 +180,13 @@ class QLayer(nn.Module):
         """The decoded weight. Made once, until the weight or the input quantizer is set anew.
 
         Where a scale can be applied after the sum the weights are grid values; per-group scales
-        are multiplied into them.
+        are multiplied into them, and those of an embedding.
         """
         if self._frozen is None:
             act_scale = None if self.act is None else self.act.scale
             if self.q is None:
                 self._frozen = Kernel(self.weight.data, act_scale)
-            elif isinstance(self.q.granularity, PerGroup):
+            elif isinstance(self.q.granularity, PerGroup) or self.op == "embedding":
                 weight = dequantize(self.q)
                 self._frozen = Kernel(weight if self.act is None else weight.double(), act_scale)
             else:
@@ -137,22 +205,33 @@ class QLayer(nn.Module):
     def input_values(self, x: Tensor) -> Tensor:
         """What the multiplier sees: the input scaled and rounded to grid values (or the float input)."""
         if self.in_scale is not None:
-            x = x * (self.in_scale if self.op == "linear" else self.in_scale[:, None, None])
+            x = x * self.per_channel(self.in_scale)
         return x if self.act is None else round_to(x / self.act.scale, self.act.fmt)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The bare sum of products, (batch, out, ...) without bias."""
-        if self.op == "linear":
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        match self.op:
+            case "linear":
+                return F.linear(x, weight)
+            case "conv1d":
+                return F.conv1d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+            case "conv2d":
+                return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+            case "conv_transpose2d":
+                options = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+                return F.conv_transpose2d(x, turned(weight, self.groups), None, *options)  # type: ignore[arg-type]
+            case "embedding":
+                return F.embedding(x, weight)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.kernel()
+        if self.op == "embedding":
+            return self.product(x, kernel.weight) + self.bias
         gain = kernel.gain
         y = self.product(self.input_values(x).to(kernel.weight.dtype), kernel.weight).float()
         if gain is not None:
-            y = y * (gain if self.op == "linear" or not isinstance(gain, Tensor) else gain[:, None, None])
-        return y + (self.bias if self.op == "linear" else self.bias[:, None, None])
+            y = y * (self.per_channel(gain) if isinstance(gain, Tensor) else gain)
+        return y + self.per_channel(self.bias)
 
     def real_input(self, x: Tensor) -> Tensor:
         """The input as the weight's columns meet it, in real units: scaled, and quantized if calibrated."""
@@ -164,12 +243,130 @@ class QLayer(nn.Module):
         x = self.real_input(x)
         if self.op == "linear":
             return x.reshape(1, -1, x.shape[-1])
-        patches = F.unfold(x, self.weight.shape[2:], self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
+        if self.op == "conv_transpose2d":
+            patches = self._transposed_patches(x)
+        else:
+            image = x.unsqueeze(2) if self.op == "conv1d" else x
+            size, dilation, padding, stride = (
+                _two(v, fill)
+                for v, fill in ((self.weight.shape[2:], 1), (self.dilation, 1), (self.padding, 0), (self.stride, 1))
+            )
+            patches = F.unfold(image, size, dilation, padding, stride)
         batch, _, positions = patches.shape
         patches = patches.reshape(batch, self.groups, -1, positions)
         return patches.permute(1, 0, 3, 2).reshape(self.groups, batch * positions, -1)
+
+    def _transposed_patches(self, x: Tensor) -> Tensor:
+        """What each output of a transposed convolution sums, in the order of the weight's columns."""
+        size = self.weight.shape[2:]
+        stuffed = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], self.stride, strict=True)))
+        stuffed[:, :, :: self.stride[0], :: self.stride[1]] = x
+        edges: list[int] = []  # of the last dimension first, as F.pad has it
+        for axis in (1, 0):
+            reach = self.dilation[axis] * (size[axis] - 1) - int(self.padding[axis])
+            edges += [reach, reach + int(self.output_padding[axis])]
+        patches = F.unfold(F.pad(stuffed, edges), size, self.dilation)  # type: ignore[arg-type]
+        batch, _, positions = patches.shape
+        return patches.reshape(batch, -1, size.numel(), positions).flip(2).reshape(batch, -1, positions)
 
     def extra_repr(self) -> str:
         act = "float" if self.act is None else self.act.fmt
         weight = "float" if self.q is None else f"{self.q.fmt} per {self.q.granularity}"
         return f"{self.op}, {tuple(self.weight.shape)}, input {act}, weight {weight}"
+
+
+def turned(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight (in, out / groups, *kernel) as (out, in / groups, *kernel), or back."""
+    split = weight.reshape(groups, -1, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(-1, split.shape[1], *weight.shape[2:])
+
+
+def _two(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    return tuple(values) if len(values) == 2 else (fill, *values)
+
+
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> tuple[int, ...]:
+    if not isinstance(layer.padding, str):
+        return tuple(int(p) for p in layer.padding)
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    if any(r % 2 for r in reach):
+        raise ValueError("padding 'same' with an even kernel pads one side more; pad explicitly before the layer")
+    return tuple(r // 2 for r in reach)
+
+
+class Point(nn.Module):
+    """A place where an activation is quantized: the identity until `set_act`.
+
+    plan: the format asked for, in `plan.act`. grid: whether what comes out are grid values, for a product that is
+    scaled afterwards, or real ones.
+    """
+
+    in_scale = None
+
+    def __init__(self, *, grid: bool = False) -> None:
+        super().__init__()
+        self.plan = LayerPlan()
+        self.grid = grid
+        self.act: ActQuant | None = None
+
+    def set_act(self, act: ActQuant | None) -> None:
+        """Use this quantizer from now on (None: float)."""
+        self.act = act
+
+    def input_values(self, x: Tensor) -> Tensor:
+        """x in grid values, or x itself without a quantizer."""
+        return x if self.act is None else round_to(x / self.act.scale, self.act.fmt)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.input_values(x)
+        return values if self.act is None or self.grid else values * self.act.scale
+
+    def extra_repr(self) -> str:
+        return "float" if self.act is None else str(self.act.fmt)
+
+
+class MatMul(nn.Module):
+    """A product of two activations, such as queries and keys, each quantized at its `Point`.
+
+    Summed like a layer's: in float64 where whole units could exceed 2^24.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Point(grid=True), Point(grid=True)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        left, right = self.left.act, self.right.act
+        u, v = self.left(a), self.right(b)
+        if left is not None and right is not None:
+            largest = a.shape[-1] * formats.int_max(left.fmt) * formats.int_max(right.fmt)
+            if largest > 2**24:
+                u, v = u.double(), v.double()
+        gain = (1.0 if left is None else left.scale) * (1.0 if right is None else right.scale)
+        y = torch.matmul(u, v).float()
+        return y if left is None and right is None else y * gain
+
+
+class Attention(nn.Module):
+    """softmax(scale q k^T + mask) v with both products as `MatMul`: what `scaled_dot_product_attention` computes.
+
+    q: (..., heads, n, d); k, v: (..., heads or fewer that are repeated, m, d).
+    """
+
+    def __init__(self, scale: float | None = None, causal: bool = False) -> None:
+        super().__init__()
+        self.scores, self.values = MatMul(), MatMul()
+        self.scale, self.causal = scale, causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
+        scores = self.scores(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril().logical_not()
+            scores = scores.masked_fill(hidden, float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        return self.values(scores.softmax(dim=-1), v)

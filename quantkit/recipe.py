@@ -23,6 +23,7 @@ import torch
 from hwmodel import formats
 from hwmodel.spec import parse_granularity
 from quantkit import shelves
+from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.qlayers import LayerPlan, QLayer
@@ -183,23 +184,33 @@ def quantize(
 ) -> Model:
     """A quantized copy of the model; the argument is not changed.
 
-    Raises InputError for a layer that cannot be quantized as planned, a non-finite weight, or a
-    plan that matches no layer. `progress(step name, done, total)` is called before each step.
+    A layer that cannot be quantized stays in float, with the reason in `meta["float_layers"]`. Raises InputError for
+    groups that do not fit a layer, a non-finite weight or input, and a plan that matches no layer.
+    `progress(step name, done, total)` is called before each step.
     """
-    check(model, recipe)
+    result = captured(model)
+    check(result, recipe)
     _check_calibration(calib)
-    result = model.copy()
     layers = result.layers()
+    left: dict[str, str] = dict(result.meta.get("float_layers", {}))
     for index, (name, layer) in enumerate(layers.items()):
         plan = recipe.plan_for(name, index, len(layers))
-        if isinstance(layer, QLayer):
-            raise InputError(f"layer {name!r} is quantized already; quantize the original checkpoint")
-        if plan.weight is not None or plan.act is not None:
-            try:
-                grouped(layer.weight.detach().flatten(1), plan.granularity)  # refuses groups that do not fit
-                result.replace(name, QLayer(layer, plan))
-            except ValueError as error:
-                raise InputError(f"layer {name!r}: {error}") from None
+        if isinstance(layer, QLayer) or (plan.weight is None and plan.act is None):
+            continue
+        try:
+            wrapped = QLayer(layer, plan)
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        try:
+            grouped(wrapped.weight.detach().flatten(1), plan.granularity)  # refuses groups that do not fit
+        except ValueError as error:
+            raise InputError(f"layer {name!r}: {error}") from None
+        result.replace(name, wrapped)
+    if left:
+        result.meta["float_layers"] = left
+    for name, point in result.points().items():
+        point.plan = LayerPlan(act=recipe.plan_for(name, -1, len(layers)).act)
     result.module.eval()
     calib.generator.manual_seed(recipe.seed)
     steps = full_steps(recipe)
@@ -225,19 +236,24 @@ def check(model: Model, recipe: Recipe) -> None:
     full_steps(recipe)
     layers = model.layers()
     if not layers:
-        raise InputError("the network has no Linear or Conv2d layer to quantize")
+        reasons = "".join(f"; {name}: {why}" for name, why in model.meta.get("float_layers", {}).items())
+        raise InputError(f"the network has no linear layer, convolution or embedding to quantize{reasons}")
     if model.qlayers():
         raise InputError("the network is already quantized; start from the checkpoint it came from")
+    names = [*layers, *model.points()]
     for pattern, _ in recipe.plan:
-        if pattern not in ("first", "last") and not any(fnmatch.fnmatchcase(n, pattern) for n in layers):
-            raise InputError(f"no layer matches {pattern!r}; layers: {', '.join(layers)}")
+        if pattern not in ("first", "last") and not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise InputError(f"no layer matches {pattern!r}; layers: {', '.join(names)}")
     for index, (name, layer) in enumerate(layers.items()):
         _check_range(name, recipe.plan_for(name, index, len(layers)), layer.weight[0].numel())
-        parameters = [("weight", layer.weight), ("bias", layer.bias)]
+        parameters = [("weight", layer.weight), ("bias", getattr(layer, "bias", None))]
         for kind, tensor in parameters:
             if tensor is not None and not torch.isfinite(tensor).all():
                 where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
-                raise InputError(f"layer {name!r}: {kind} is not finite at index {where}")
+                raise InputError(
+                    f"layer {name!r}: {kind} is {tensor[where].item()} in channel {where[0]}, first at index {where};"
+                    " all weights must be finite"
+                )
 
 
 def _check_range(name: str, plan: LayerPlan, columns: int) -> None:

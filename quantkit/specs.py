@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ from hwmodel.formats import Format
 from hwmodel.spec import LayerSpec
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import Plain, QLayer, shape_of
 from quantkit.qtensor import units_of
 from quantkit.rounding import is_pow2
 
 
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
-    """One spec per matrix product in order of definition; the accumulator is exact for the actual weights."""
-    layers = model.layers()
+    """One spec per product with a weight, in order of definition; the accumulator is exact for the actual weights.
+
+    Embeddings multiply nothing and have none; a transposed convolution counts all products of its kernel.
+    """
+    layers = {name: layer for name, layer in model.layers().items() if shape_of(layer).op != "embedding"}
     positions = _positions(model)
     followers = _activations(model)
     names = list(layers)
@@ -32,16 +36,16 @@ def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     return tuple(specs)
 
 
-def _spec(name: str, layer: nn.Module, nxt: nn.Module | None, positions: int, follower: str) -> LayerSpec:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+def _spec(name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, positions: int, follower: str) -> LayerSpec:
+    weight, shape = layer.weight, shape_of(layer)
     common: dict[str, Any] = {
         "name": name,
-        "op": "linear" if weight.dim() == 2 else "conv2d",
-        "out_features": weight.shape[0],
-        "in_features": weight[0].numel(),
+        "op": "conv2d" if shape.kernel else "linear",
+        "out_features": shape.outputs,
+        "in_features": shape.inputs // shape.groups * math.prod(shape.kernel),
         "positions": positions,
         "activation": follower,
-        "groups": getattr(layer, "groups", 1),
+        "groups": shape.groups,
     }
     act = layer.act if isinstance(layer, QLayer) else None
     out = nxt.act if isinstance(nxt, QLayer) else None
@@ -77,10 +81,10 @@ def _positions(model: Model) -> dict[str, int]:
     found: dict[str, int] = {}
     handles = []
     for name, layer in model.layers().items():
-        spatial = layer.weight.dim() == 4
+        outputs = shape_of(layer).outputs
 
-        def note(_m: nn.Module, _a: object, y: Tensor, name: str = name, spatial: bool = spatial) -> None:
-            found[name] = y.shape[2] * y.shape[3] if spatial else max(1, y[0].numel() // y.shape[-1])
+        def note(_m: nn.Module, _a: object, y: Tensor, name: str = name, outputs: int = outputs) -> None:
+            found[name] = max(1, y[0].numel() // outputs)
 
         handles.append(layer.register_forward_hook(note))
     try:

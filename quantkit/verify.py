@@ -285,7 +285,7 @@ def _at_boundary(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
             return
         x = arguments[0]
         if layer.in_scale is not None:
-            x = x * (layer.in_scale if layer.op == "linear" else layer.in_scale[:, None, None])
+            x = x * layer.per_channel(layer.in_scale)
         u = x.flatten(1) / layer.act.scale
         move = BOUNDARY * u.abs().amax(dim=1, keepdim=True)
         differs = round_to(u + move, layer.act.fmt) != round_to(u - move, layer.act.fmt)

@@ -181,7 +181,7 @@ def test_not_a_number(name):
     """A weight that is not finite raises InputError naming the layer and the index."""
     model, calib = MODELS["mlp"]()
     model.module.middle.weight.data[4, 2] = float("nan")
-    with pytest.raises(InputError, match=r"layer 'middle': weight is not finite at index \(4, 2\)"):
+    with pytest.raises(InputError, match=r"layer 'middle': weight is nan in channel 4, first at index \(4, 2\)"):
         quantize(model, recipe(name), calib)
 
 

@@ -164,7 +164,7 @@ def test_falls_back_to_nearest():
             self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
 
         def forward(self, x):
-            return self.used(x)
+            return self.used(x) if x.sum() < 1e6 else self.unused(x)
 
     from quantkit.model import Model
 

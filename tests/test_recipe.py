@@ -225,18 +225,23 @@ def test_calibration_that_is_not_finite_is_located() -> None:
 
 
 def test_what_cannot_be_quantized_is_an_input_error() -> None:
-    """No layers, groups that do not divide, and convolutions with other padding are told in one line."""
+    """No layers and groups that do not divide are told in one line."""
     empty = Model(nn.Sequential(nn.ReLU()), torch.zeros(1, 4))
-    with pytest.raises(InputError, match="no Linear or Conv2d"):
+    with pytest.raises(InputError, match="no linear layer, convolution or embedding"):
         quantize(empty, uniform("int4", "int4"), Calib(torch.zeros(3, 4)))
     model = cartpole()
     with pytest.raises(InputError, match="multiple of 3"):
         quantize(model, uniform("int4", "int4", "group3"), calib(model))
-    image = conv(padding=1, padding_mode="circular")
-    with pytest.raises(InputError, match=r"net\.conv2"):
-        quantize(image, uniform("int4", "int4"), calib(image))
     with pytest.raises(InputError):
         quantize(model, uniform("int4", "int4", steps=(("gptk", {}),)), calib(model))
+
+
+def test_what_no_method_handles_stays_float_and_says_so() -> None:
+    """A convolution with circular padding keeps its float weight, with the reason in the facts."""
+    image = conv(padding=1, padding_mode="circular")
+    done = quantize(image, uniform("int4", "int4"), calib(image))
+    assert done.meta["float_layers"] == {"net.conv2": "padding mode 'circular' cannot be quantized; accepted: zeros"}
+    assert isinstance(done.layers()["net.conv2"], nn.Conv2d)
 
 
 def test_an_already_quantized_model_is_refused() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.files import read_inputs, sha256_of
 from quantkit.loaders.sb3_archive import one_line
@@ -53,7 +54,7 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None, i
     spec = EnvSpec(env) if isinstance(env, str) else env
     kind = "policy" if isinstance(module, Policy) else "module"
     meta = {"kind": kind, "algo": "module", "source": path.name, "sha256": sha256_of(path), "factory": factory}
-    return Model(module, _example(module, factory, inputs), spec, meta)
+    return captured(Model(module, _example(module, factory, inputs), spec, meta))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,13 +7,11 @@ the format stays signed.
 
 from __future__ import annotations
 
-import torch
-
 from hwmodel.formats import Int, max_value
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.observers import Sample, collect
-from quantkit.qlayers import ActQuant
+from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import ScaleRule, fit_groups
 
 CHANGES = frozenset({"acts"})
@@ -29,27 +27,42 @@ def apply(
     unsigned: bool = True,
     samples: int = 65536,
 ) -> dict[str, float]:
-    """Fit a scale to the input of every layer planned to have a quantized one.
+    """Fit a scale to the input of every layer, and to every other activation, planned to be quantized.
 
-    samples: how many values per layer the search looks at. Returns the number of unsigned inputs.
+    samples: how many values per layer the search looks at. Returns how many inputs became unsigned, how many channels
+    are zero on the whole calibration set, and how many places never ran and stay float. A layer whose whole input is
+    zero gets the scale of its weights. Raises InputError for an input that is not finite.
     """
     if scale == "importance":
         raise InputError("step 'act_scales': rule 'importance' is for weights; accepted: absmax, percentile, mse")
-    layers = {name: layer for name, layer in model.qlayers().items() if layer.plan.act is not None}
+    places = {name: part for name, part in model.quantizers().items() if part.plan.act is not None}
+    places = {name: part for name, part in places.items() if not (isinstance(part, QLayer) and part.op == "embedding")}
     batches = len(calib.batches())
-    seen = {name: Sample(samples, batches) for name in layers}
+    seen = {name: Sample(samples, batches) for name in places}
     collect(model, calib, seen)
-    count = 0
-    for name, layer in layers.items():
-        values, fmt = seen[name].values(), layer.plan.act
+    report = {"unsigned_inputs": 0.0, "silent_channels": 0.0, "idle": 0.0}
+    for name, part in places.items():
+        sample, fmt = seen[name], part.plan.act
         assert fmt is not None
-        if not torch.isfinite(values).all():
-            raise InputError(f"layer {name!r}: its input is not finite on the calibration set")
-        if isinstance(fmt, Int) and unsigned and fmt.signed and seen[name].low >= 0:
+        if sample.broken is not None:
+            index, value = sample.broken
+            axis = 1 if isinstance(part, QLayer) and part.spatial else len(index) - 1
+            raise InputError(
+                f"layer {name!r}: its input is {value} in channel {index[axis]}, first at index {index} of a batch of"
+                " the calibration set; all activations must be finite"
+            )
+        if sample.top is None:
+            report["idle"] += 1
+            continue
+        if isinstance(fmt, Int) and unsigned and fmt.signed and sample.low >= 0:
             fmt = Int(fmt.bits, signed=False)
-            count += 1
+            report["unsigned_inputs"] += 1
         if max_value(fmt) == 0:
             raise InputError(f"layer {name!r}: format {fmt} has no positive value; use at least 2 bits")
+        values = sample.values()
+        report["silent_channels"] += float((sample.top == 0).sum())
+        if isinstance(part, QLayer) and not values.any():
+            values = part.weight.detach().flatten()
         fitted = fit_groups(values.reshape(1, 1, -1), fmt, scale, percentile=percentile, pow2=pow2)
-        layer.set_act(ActQuant(fmt, float(fitted)))
-    return {"unsigned_inputs": float(count)}
+        part.set_act(ActQuant(fmt, float(fitted)))
+    return report

@@ -233,7 +233,7 @@ def _pairs(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
     bias = layer.bias.reshape(groups, 1, -1)
     for x, y in zip(site.inputs, site.targets, strict=True):
         rows = layer.columns(x)
-        if layer.op == "linear":
+        if not layer.spatial:
             y = y.reshape(1, -1, out)
         else:
             y = y.reshape(y.shape[0], groups, out // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, out // groups)

@@ -29,15 +29,15 @@ from quantkit.observers import walk
 CHANGES = frozenset({"bias"})
 
 
-def mean_output(batches: Iterable[Tensor]) -> Tensor:
-    """Mean per channel of outputs (batch, channels) or (batch, channels, height, width), float64.
+def mean_output(batches: Iterable[Tensor], spatial: int = 0) -> Tensor:
+    """Mean per channel, float64, of outputs whose channels are followed by `spatial` dimensions.
 
     >>> mean_output([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0], [2.0, 5.0]])]).tolist()
     [2.0, 3.0]
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for y in batches:
-        rows = y.flatten(2).transpose(1, 2).flatten(0, 1) if y.dim() == 4 else y.reshape(-1, y.shape[-1])
+        rows = (y.movedim(1, -1) if spatial else y).reshape(-1, y.shape[1 if spatial else -1])
         total = total + rows.sum(dim=0, dtype=torch.float64)
         count += rows.shape[0]
     return total / max(count, 1)
@@ -55,7 +55,7 @@ def apply(model: Model, calib: Calib, *, sequential: bool = True) -> dict[str, f
         if not site.inputs:
             continue
         layer = chosen[site.name]
-        shift = mean_output(site.targets) - mean_output(layer(x) for x in site.inputs)
+        shift = mean_output(site.targets, layer.spatial) - mean_output((layer(x) for x in site.inputs), layer.spatial)
         layer.bias.data = (layer.bias.double() + shift).float()
         largest = max(largest, float(shift.abs().amax()))
     return {"largest_shift": largest}

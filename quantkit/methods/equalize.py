@@ -69,7 +69,7 @@ def apply(
             producer, consumers = layers[link.producer], [layers[name] for name in link.consumers]
             channels = producer.weight.shape[0]
             r1 = producer.weight.detach().abs().flatten(1).amax(dim=1)
-            if merge_bias and producer.bias is not None:
+            if merge_bias and isinstance(producer.bias, Tensor):
                 r1 = torch.maximum(r1, producer.bias.detach().abs())
             r2 = torch.stack([column_range(layer, channels) for layer in consumers]).amax(dim=0)
             f = factors(r1, r2, alpha)

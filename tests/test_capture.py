@@ -1,0 +1,194 @@
+"""Capturing a module as a graph: the function stays, every product gets a name and a module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from quantkit.capture import captured
+from quantkit.model import Calib, Model
+from quantkit.qlayers import Attention, MatMul, QLayer
+from quantkit.recipe import quantize, uniform
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads one side more than the other, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Residual(nn.Module):
+    """Convolutions with batch normalization, a depthwise one, a residual sum, pooling and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = Padded(3, 6, 2), nn.BatchNorm2d(6)
+        self.depth, self.depth_bn = nn.Conv2d(6, 6, 3, padding="same", groups=6, bias=False), nn.BatchNorm2d(6)
+        self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.first(x)))
+        x = self.relu(x + self.depth_bn(self.depth(x)))
+        return self.fc(self.drop(F.avg_pool2d(x, 2).mean((2, 3))))
+
+
+class Upsample(nn.Module):
+    """A grouped transposed convolution with normalization, and one along a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bn = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), nn.BatchNorm2d(6)
+        self.line = nn.Conv1d(6, 5, 3, padding=1, dilation=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(F.leaky_relu(self.bn(self.up(x))).flatten(2))
+
+
+class ByHand(nn.Module):
+    """Attention written out, a product with a bare parameter, RMS normalization, and tied embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(11, 8), nn.RMSNorm(8)
+        self.qkv = nn.Parameter(torch.randn(8, 24) / 3)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = (self.norm(x) @ self.qkv).chunk(3, dim=-1)
+        x = x + torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1) @ v
+        return self.head(x)
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """The module with normalization statistics that are not the trivial ones."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+            nn.init.uniform_(part.weight, 0.5, 2.0)
+            nn.init.normal_(part.bias)
+    return module.eval()
+
+
+def encoder() -> nn.Module:
+    """Two of torch's transformer layers."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+CASES = {
+    "residual": (Residual, lambda n: torch.randn(n, 3, 9, 9), ["depth", "fc", "first"]),
+    "upsample": (Upsample, lambda n: torch.randn(n, 4, 3, 5), ["line", "up"]),
+    "by hand": (ByHand, lambda n: torch.randint(0, 11, (n, 5)), ["embed", "head", "qkv"]),
+    "encoder": (
+        encoder,
+        lambda n: torch.randn(n, 5, 8),
+        [f"layers.{i}.{x}" for i in (0, 1) for x in ("linear1", "linear2", "self_attn.in_proj", "self_attn.out_proj")],
+    ),
+}
+
+
+def case(name: str) -> tuple[Model, Tensor, list[str]]:
+    """A model, inputs of another batch size, and the names its layers should have."""
+    torch.manual_seed(5)
+    build, inputs, names = CASES[name]
+    return Model(trained(build()), inputs(1), None, {"kind": "module"}), inputs(7), names
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_function_stays(name: str) -> None:
+    """A captured module gives the outputs of the original, for another batch size than the example's."""
+    model, x, _ = case(name)
+    graph = captured(model)
+    assert isinstance(graph.module, fx.GraphModule) and "untraced" not in graph.meta
+    with torch.no_grad():
+        assert torch.allclose(graph.module(x), model.module(x), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_product_has_its_name(name: str) -> None:
+    """Layers are named after the module that owned the weight; nothing with a weight is left over."""
+    model, _, names = case(name)
+    graph = captured(model)
+    assert sorted(graph.layers()) == names
+    assert "float_layers" not in graph.meta
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in graph.module.modules())
+    assert {p.shape for p in graph.module.parameters()} <= {p.shape for p in model.module.parameters()} | {(24, 8)}
+
+
+def test_attention_products_are_modules() -> None:
+    """Products by hand become `MatMul`, fused attention becomes `Attention`; both have points."""
+    by_hand, fused = captured(case("by hand")[0]), captured(case("encoder")[0])
+    assert sum(isinstance(m, MatMul) for m in by_hand.module.modules()) == 2
+    assert sum(isinstance(m, Attention) for m in fused.module.modules()) == 2
+    assert list(by_hand.points()) == ["matmul.left", "matmul.right", "matmul_1.left", "matmul_1.right"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantized_graphs_are_near_and_repeatable(name: str) -> None:
+    """At 8 bits the output is near the float one, and two copies give the same bits; deepcopy and pickle work."""
+    model, x, names = case(name)
+    done = quantize(model, uniform("int8", "int8"), Calib(x))
+    assert sorted(done.qlayers()) == names
+    assert all(point.act is not None for point in done.points().values())
+    with torch.no_grad():
+        y, exact = done.module(x), model.module(x)
+        assert 0 < (y - exact).square().mean() < 2e-2 * exact.square().mean()
+        assert torch.equal(y, copy.deepcopy(done.module)(x))
+        assert torch.equal(y, pickle.loads(pickle.dumps(done.module))(x))
+
+
+def test_what_cannot_be_traced_is_quantized_by_layers() -> None:
+    """Control flow that depends on data keeps the module; its layers are found, the others are named with a reason."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.odd = nn.Linear(4, 4), nn.Linear(4, 2), nn.Bilinear(4, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) if x.sum() > 0 else self.b(self.odd(x, x))
+
+    model = captured(Model(Branching(), torch.ones(2, 4)))
+    assert list(model.layers()) == ["a", "b"]
+    assert model.meta["untraced"] and model.meta["float_layers"] == {
+        "odd": "Bilinear has code of its own around its weight"
+    }
+    done = quantize(model, uniform("int4", "int8"), Calib(torch.ones(5, 4)))
+    assert list(done.qlayers()) == ["a", "b"] and "odd" in done.meta["float_layers"]
+
+
+def test_a_shared_layer_stays_one() -> None:
+    """A layer that runs twice is one layer, and both calls see its quantized weight."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(torch.relu(self.a(x)))
+
+    model, x = Model(Twice(), torch.randn(2, 4)), torch.randn(9, 4)
+    done = quantize(model, uniform("int4", "float"), Calib(x))
+    twin = copy.deepcopy(model.module)
+    twin.a.weight.data = done.qlayers()["a"].effective_weight()
+    with torch.no_grad():
+        assert torch.allclose(done.module(x), twin(x), atol=1e-6)
+
+
+def test_a_network_that_pads_by_itself_keeps_its_padding() -> None:
+    """A subclass of Conv2d with code of its own is captured by its product: the pad stays in the graph."""
+    model = Model(Padded(3, 6, 2).eval(), torch.randn(2, 3, 9, 9))
+    done = quantize(model, uniform("int8", "float"), Calib(torch.randn(4, 3, 9, 9)))
+    assert done.module(model.example).shape == (2, 6, 9, 9)
+    assert [type(m) for m in done.layers().values()] == [QLayer]
