@@ -9,8 +9,9 @@ other, each with the inputs that the layers changed before it produce.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,16 +70,17 @@ class Sample:
         act, layer.act = layer.act, None
         x = layer.input_values(x)
         layer.act = act
-        channels = x.movedim(1, -1) if isinstance(layer, QLayer) and layer.spatial else x
-        low, high = x.aminmax()
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        channel = 1 if isinstance(layer, QLayer) and layer.spatial else x.dim() - 1
+        others = [axis for axis in range(x.dim()) if axis != channel]
+        high, low = (x.amax(dim=others), x.amin(dim=others)) if others else (x, x)
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             if self.broken is None:
                 index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
                 self.broken = index, float(x[index])
             return
-        top = channels.reshape(-1, channels.shape[-1]).abs().amax(dim=0)
+        top = torch.maximum(high, -low)
         self.top = top if self.top is None or self.top.shape != top.shape else torch.maximum(self.top, top)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
         flat = x.flatten()
         self.parts.append(flat[:: -(-flat.numel() // self.per_batch)].clone())
 
@@ -87,16 +89,52 @@ class Sample:
         return torch.cat([*self.parts, torch.tensor([self.low, self.high])])
 
 
-class Gram:
-    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count."""
+def spread(layer: QLayer, x: Tensor, limit: int) -> Tensor | None:
+    """At most about `limit` of the samples of a batch, evenly over images and positions; None for all of them.
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    Golden-section steps: no two are near each other, and no step fits the width of an image.
+    """
+    if layer.op == "linear":
+        count = x.numel() // x.shape[-1]
+    else:
+        with torch.device("meta"):
+            y = layer.product(torch.empty(1, *x.shape[1:]), torch.empty(layer.weight.shape))
+        count = len(x) * y.shape[2:].numel()
+    if count <= limit:
+        return None
+    return (torch.arange(limit, dtype=torch.float64).mul_(0.6180339887498949).frac_() * count).long()
+
+
+def share(site: Site, samples: int) -> int:
+    """How many samples of each batch to look at, for `samples` in all.
+
+    0: every one of a linear layer; 16 per column of a convolution, at least 8,192, as neighbouring positions of an
+    image see nearly the same.
+    """
+    if samples == 0 and not site.layer.spatial:
+        return 2**62
+    samples = samples or max(8192, 16 * site.layer.weight[0].numel())
+    return -(-samples // max(1, len(site.inputs)))
+
+
+def unquantized(model: Model) -> set[str]:
+    """Layers planned to have a quantized weight that have none yet."""
+    return {name for name, layer in model.qlayers().items() if layer.plan.weight is not None and layer.q is None}
+
+
+class Gram:
+    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count.
+
+    limit: how many samples of a batch are looked at.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, limit: int = 2**62) -> None:
+        self.dtype, self.limit = dtype, limit
         self.total: Tensor | None = None
         self.count = 0
 
     def __call__(self, layer: QLayer, x: Tensor) -> None:
-        rows = layer.columns(x).to(self.dtype)
+        rows = layer.columns(x, spread(layer, x, self.limit)).to(self.dtype)
         if self.total is None:
             self.total = rows.mT @ rows
         else:
@@ -123,13 +161,51 @@ class Site:
     """A layer at its turn.
 
     inputs: what reaches it now, batch by batch. targets: what it puts out in the float network,
-    for the same batches; empty unless asked for.
+    for the same batches; empty unless asked for. floats: what reaches it in the float network, of a
+    graph with targets only. outputs: what the layer makes of `inputs` as it leaves the site, if a
+    visitor has computed it.
     """
 
     name: str
     layer: QLayer
     inputs: list[Tensor]
     targets: list[Tensor]
+    floats: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] | None = None
+
+
+@dataclass
+class Visit:
+    """What a method does layer by layer: `visit` is called with the site of every layer in `names`.
+
+    report: diagnostics, complete when the walk is over. targets, sequential: as in `walk`. inputs: whether
+    the method looks at inputs at all.
+    """
+
+    names: set[str]
+    visit: Callable[[Site], None]
+    report: dict[str, float]
+    targets: bool = False
+    sequential: bool = True
+    inputs: bool = True
+
+
+def visit(model: Model, calib: Calib, visits: list[Visit]) -> None:
+    """One walk for methods that follow each other: at every layer all of them in turn.
+
+    So a layer is finished, its scales, weights and bias, before the next one is looked at.
+    """
+    names: set[str] = set().union(*(v.names for v in visits))
+    if not any(v.inputs for v in visits):
+        layers = model.qlayers()
+        sites: Iterable[Site] = (Site(name, layers[name], [], []) for name in layers if name in names)
+    else:
+        targets, sequential = any(v.targets for v in visits), all(v.sequential for v in visits if v.inputs)
+        sites = walk(model, calib, names, sequential=sequential, targets=targets)
+    for site in sites:
+        for step in visits:
+            if site.name in step.names:
+                step.visit(site)
 
 
 def walk(
@@ -154,6 +230,18 @@ def walk(
             yield from _walk_graph(source.module, twin.module if twin else None, calib, wanted, layers)
         else:
             yield from _walk_any(source, twin, calib, wanted, layers)
+
+
+def layerwise(each: Callable[..., Visit]) -> Callable[..., dict[str, float]]:
+    """The `apply` of a method that is written as a `Visit`, with the same options."""
+
+    @functools.wraps(each)
+    def apply(model: Model, calib: Calib, **options: Any) -> dict[str, float]:
+        step = each(model, calib, **options)
+        visit(model, calib, [step])
+        return step.report
+
+    return apply
 
 
 def _float_twin(model: Model) -> Model:
@@ -218,9 +306,11 @@ class _Batches:
         """What reaches a module's first argument, batch by batch."""
         return self.values[node.all_input_nodes[0]]
 
-    def run(self, node: fx.Node) -> None:
-        """Compute the node for every batch."""
-        if node.op == "get_attr":
+    def run(self, node: fx.Node, known: list[Any] | None = None) -> None:
+        """Compute the node for every batch, unless its values are known."""
+        if known is not None:
+            self.values[node] = known
+        elif node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
             value = getattr(self.modules[owner], leaf)
             self.values[node] = [value] * len(self.batches)
@@ -251,21 +341,28 @@ def _walk_graph(
     remaining = set(wanted)
     current = _Batches(source, calib.batches())
     reference = _Batches(twin, calib.batches()) if isinstance(twin, fx.GraphModule) else None
-    other = iter(reference.module.graph.nodes) if reference else None
-    for node in source.graph.nodes:
+    others = list(reference.module.graph.nodes) if reference else []
+    for place, node in enumerate(source.graph.nodes):
         if not remaining:
             return
         name = str(node.target) if node.op == "call_module" else ""
+        here = name in remaining
+        looks_up = here and _looks_up(layers[name])
+        floats: list[Tensor] = []
         targets: list[Tensor] = []
-        if reference is not None and other is not None:
-            counterpart = next(other)
-            reference.run(counterpart)
-            targets = reference.values.get(counterpart, [])
-        if name in remaining:
+        if reference is not None:
+            other = others[place]
+            floats = reference.inputs(other) if here and not looks_up else []
+            reference.run(other)
+            targets = reference.values.get(other, [])
+        outputs = None
+        if here:
             remaining.discard(name)
-            lookup = _looks_up(layers[name])
-            yield Site(name, layers[name], [] if lookup else current.inputs(node), [] if lookup else targets)
-        current.run(node)
+            site = Site(name, layers[name], [], []) if looks_up else None
+            site = site or Site(name, layers[name], current.inputs(node), targets, floats)
+            yield site
+            outputs = site.outputs
+        current.run(node, outputs)
     for name in sorted(remaining):
         yield Site(name, layers[name], [], [])
 

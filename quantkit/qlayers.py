@@ -238,23 +238,54 @@ class QLayer(nn.Module):
         values = self.input_values(x)
         return values if self.act is None else values * self.act.scale
 
-    def columns(self, x: Tensor) -> Tensor:
-        """`real_input` as rows that meet the weight matrix: (groups, samples, columns)."""
+    def columns(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """`real_input` as rows that meet the weight matrix: (groups, samples, columns).
+
+        A sample is an input of a linear layer or an output position of a convolution, numbered image by image.
+        at: the numbers of those wanted, (samples,) int64; None for all.
+        """
         x = self.real_input(x)
         if self.op == "linear":
-            return x.reshape(1, -1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
+            return (rows if at is None else rows[at]).unsqueeze(0)
+        if at is not None and self.op != "conv_transpose2d":
+            patches = self._patches_at(x, at)
+            return patches.reshape(len(at), self.groups, -1).transpose(0, 1)
         if self.op == "conv_transpose2d":
             patches = self._transposed_patches(x)
         else:
             image = x.unsqueeze(2) if self.op == "conv1d" else x
-            size, dilation, padding, stride = (
-                _two(v, fill)
-                for v, fill in ((self.weight.shape[2:], 1), (self.dilation, 1), (self.padding, 0), (self.stride, 1))
-            )
-            patches = F.unfold(image, size, dilation, padding, stride)
+            patches = F.unfold(image, *self._window())
         batch, _, positions = patches.shape
         patches = patches.reshape(batch, self.groups, -1, positions)
-        return patches.permute(1, 0, 3, 2).reshape(self.groups, batch * positions, -1)
+        patches = patches.permute(1, 0, 3, 2).reshape(self.groups, batch * positions, -1)
+        return patches if at is None else patches[:, at]
+
+    def output_rows(self, y: Tensor, at: Tensor | None = None) -> Tensor:
+        """An output of this layer in the order of `columns`: (groups, samples, rows)."""
+        if self.spatial:
+            y = y.flatten(2).transpose(1, 2)
+        y = y.reshape(-1, self.groups, y.shape[-1] // self.groups)
+        return (y if at is None else y[at]).transpose(0, 1)
+
+    def _window(self) -> tuple[tuple[int, ...], ...]:
+        """Kernel, dilation, padding and stride in two dimensions."""
+        settings = ((self.weight.shape[2:], 1), (self.dilation, 1), (self.padding, 0), (self.stride, 1))
+        return tuple(_two(values, fill) for values, fill in settings)
+
+    def _patches_at(self, x: Tensor, at: Tensor) -> Tensor:
+        """The patches that the output positions `at` of a convolution see, (samples, channels, *kernel)."""
+        image = x.unsqueeze(2) if self.op == "conv1d" else x
+        (high, wide), dilation, padding, stride = self._window()
+        image = F.pad(image, (padding[1], padding[1], padding[0], padding[0]))
+        reach = [d * (k - 1) + 1 for d, k in zip(dilation, (high, wide), strict=True)]
+        rows, cols = ((n - r) // s + 1 for n, r, s in zip(image.shape[2:], reach, stride, strict=True))
+        place = at % (rows * cols)
+        top, left = place // cols * stride[0], place % cols * stride[1]
+        down = top[:, None] + dilation[0] * torch.arange(high)
+        along = left[:, None] + dilation[1] * torch.arange(wide)
+        last = image.movedim(1, -1)[(at // (rows * cols))[:, None, None], down[:, :, None], along[:, None, :]]
+        return last.movedim(-1, 1)
 
     def _transposed_patches(self, x: Tensor) -> Tensor:
         """What each output of a transposed convolution sums, in the order of the weight's columns."""

@@ -14,11 +14,12 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from hwmodel import formats
 from hwmodel.spec import parse_granularity
@@ -26,6 +27,7 @@ from quantkit import shelves
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
+from quantkit.observers import visit
 from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.qtensor import grouped
 
@@ -216,11 +218,18 @@ def quantize(
     steps = full_steps(recipe)
     reports: list[StepReport] = []
     with torch.no_grad():
-        for index, (name, options) in enumerate(steps):
+        for index, together in _groups(result, steps):
             if progress:
-                progress(name, index, len(steps))
-            diagnostics = shelves.methods()[name].apply(result, calib, **options)
-            reports.append(StepReport(name, dict(options), diagnostics))
+                progress(steps[index][0], index, len(steps))
+            if len(together) == 1:
+                name, options = steps[index]
+                diagnostics = [shelves.methods()[name].apply(result, calib, **options)]
+            else:
+                visits = [shelves.methods()[name].each(result, calib, **options) for name, options in together]
+                visit(result, calib, visits)
+                diagnostics = [step.report for step in visits]
+            for (name, options), found in zip(together, diagnostics, strict=True):
+                reports.append(StepReport(name, dict(options), found))
     if progress:
         progress("done", len(steps), len(steps))
     for name, qlayer in result.qlayers().items():
@@ -229,6 +238,27 @@ def quantize(
     result.meta["recipe"] = recipe.to_json()
     result.meta["steps"] = [vars(report) for report in reports]
     return result
+
+
+def _groups(model: Model, steps: tuple[Step, ...]) -> Iterator[tuple[int, tuple[Step, ...]]]:
+    """(number of the first, steps) of steps to be done together: in a graph, neighbours that go layer by layer.
+
+    They share one walk, so that a layer is finished before the next is looked at: fewer passes over the calibration
+    set, and better scales and corrections, as each layer meets what the finished ones make.
+    """
+    methods, first = shelves.methods(), 0
+
+    def joins(step: Step) -> bool:
+        name, options = step
+        return hasattr(methods[name], "each") and options.get("sequential", True)
+
+    traced = isinstance(model.module, fx.GraphModule)
+    while first < len(steps):
+        end = first + 1
+        while traced and joins(steps[first]) and end < len(steps) and joins(steps[end]):
+            end += 1
+        yield first, steps[first:end]
+        first = end
 
 
 def check(model: Model, recipe: Recipe) -> None:

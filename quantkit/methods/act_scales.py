@@ -7,11 +7,14 @@ the format stays signed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 from hwmodel.formats import Int, max_value
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import Sample, collect
-from quantkit.qlayers import ActQuant, QLayer
+from quantkit.observers import Sample, Site, Visit, collect
+from quantkit.qlayers import ActQuant, Point, QLayer
 from quantkit.qtensor import ScaleRule, fit_groups
 
 CHANGES = frozenset({"acts"})
@@ -33,16 +36,39 @@ def apply(
     are zero on the whole calibration set, and how many places never ran and stay float. A layer whose whole input is
     zero gets the scale of its weights. Raises InputError for an input that is not finite.
     """
+    step = each(model, calib, scale=scale, percentile=percentile, pow2=pow2, unsigned=unsigned, samples=samples)
+    seen = {name: Sample(samples, len(calib.batches())) for name in step.names}
+    collect(model, calib, seen)
+    layers = model.qlayers()
+    for name in step.names:
+        step.fit(name, layers[name], seen[name])
+    return step.report
+
+
+@dataclass
+class Fit(Visit):
+    """A visit that can also fit one place to a sample taken elsewhere."""
+
+    fit: Callable[[str, QLayer | Point, Sample], None] = field(kw_only=True)
+
+
+def each(
+    model: Model,
+    calib: Calib,
+    *,
+    scale: ScaleRule = "mse",
+    percentile: float = 99.99,
+    pow2: bool = False,
+    unsigned: bool = True,
+    samples: int = 65536,
+) -> Fit:
+    """`apply`, layer by layer, from what reaches the layer in the float network; points are fitted at once."""
     if scale == "importance":
         raise InputError("step 'act_scales': rule 'importance' is for weights; accepted: absmax, percentile, mse")
-    places = {name: part for name, part in model.quantizers().items() if part.plan.act is not None}
-    places = {name: part for name, part in places.items() if not (isinstance(part, QLayer) and part.op == "embedding")}
-    batches = len(calib.batches())
-    seen = {name: Sample(samples, batches) for name in places}
-    collect(model, calib, seen)
     report = {"unsigned_inputs": 0.0, "silent_channels": 0.0, "idle": 0.0}
-    for name, part in places.items():
-        sample, fmt = seen[name], part.plan.act
+
+    def fit(name: str, part: QLayer | Point, sample: Sample) -> None:
+        fmt = part.plan.act
         assert fmt is not None
         if sample.broken is not None:
             index, value = sample.broken
@@ -53,7 +79,7 @@ def apply(
             )
         if sample.top is None:
             report["idle"] += 1
-            continue
+            return
         if isinstance(fmt, Int) and unsigned and fmt.signed and sample.low >= 0:
             fmt = Int(fmt.bits, signed=False)
             report["unsigned_inputs"] += 1
@@ -65,4 +91,19 @@ def apply(
             values = part.weight.detach().flatten()
         fitted = fit_groups(values.reshape(1, 1, -1), fmt, scale, percentile=percentile, pow2=pow2)
         part.set_act(ActQuant(fmt, float(fitted)))
-    return report
+
+    def fit_layer(site: Site) -> None:
+        sample = Sample(samples, len(site.floats))
+        for x in site.floats:
+            sample(site.layer, x)
+        fit(site.name, site.layer, sample)
+
+    points = {name: point for name, point in model.points().items() if point.plan.act is not None}
+    seen = {name: Sample(samples, len(calib.batches())) for name in points}
+    if points:
+        collect(model, calib, seen)
+    for name, point in points.items():
+        fit(name, point, seen[name])
+    layers = model.qlayers().items()
+    names = {name for name, layer in layers if layer.plan.act is not None and layer.op != "embedding"}
+    return Fit(names, fit_layer, report, targets=True, fit=fit)

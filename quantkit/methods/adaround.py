@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hwmodel.formats import Float, Format, Levels, max_value, min_exponent, min_value
 from quantkit.model import Calib, Model
-from quantkit.observers import Site, walk
+from quantkit.observers import Site, Visit, layerwise, share, spread, unquantized
 from quantkit.qtensor import ScaleRule, expand_scale, fit_scale, from_values, quantize
 from quantkit.rounding import round_to
 
@@ -157,7 +157,7 @@ def learn(
     return V
 
 
-def apply(
+def each(
     model: Model,
     calib: Calib,
     *,
@@ -172,17 +172,17 @@ def apply(
     warmup: float = 0.2,
     batch: int = 256,
     samples: int = 8192,
-) -> dict[str, float]:
+) -> Visit:
     """Learn the rounding of every planned weight that is still float, layer by layer.
 
     reg: lambda; the error it is weighed against is measured in the mean error that rounding to
     nearest makes per weight. batch: samples per step for layers with more than 4 times as many
     columns; `samples` is how many these layers keep of the calibration set (a position of a
-    convolution is a sample). Returns how many rows fell back to rounding to nearest.
+    convolution is a sample). Reports how many rows fell back to rounding to nearest.
     """
-    names = [n for n, layer in model.qlayers().items() if layer.plan.weight is not None and layer.q is None]
-    fallen = 0.0
-    for site in walk(model, calib, names, targets=True):
+    report = {"nearest_rows": 0.0}
+
+    def learn_layer(site: Site) -> None:
         layer, fmt, granularity = site.layer, site.layer.plan.weight, site.layer.plan.granularity
         assert fmt is not None
         out, groups = layer.weight.shape[0], layer.groups
@@ -195,7 +195,7 @@ def apply(
         fitted = fit_scale(layer.weight, fmt, granularity, scale, **options)
         if moments is None:  # the layer never runs
             layer.set_weight(quantize(layer.weight, fitted, fmt, granularity))
-            continue
+            return
         w = layer.weight.detach().float().reshape(groups, out // groups, -1)
         s = expand_scale(fitted, w.shape[2]).expand(out, -1).reshape(groups, out // groups, -1)
         loss: Moments | Samples = moments
@@ -206,9 +206,13 @@ def apply(
         learned = _round(w, s, fmt, near, moments, loss, steps=steps, lr=lr, reg=reg, beta=beta, warmup=warmup)
         worse = moments.error(learned * s - w) > moments.error(near * s - w)
         values = torch.where(worse.unsqueeze(-1), near, learned)
-        fallen += float(worse.sum())
+        report["nearest_rows"] += float(worse.sum())
         layer.set_weight(from_values(values.reshape(out, -1), fitted, fmt, granularity, tuple(layer.weight.shape)))
-    return {"nearest_rows": fallen}
+
+    return Visit(unquantized(model), learn_layer, report, targets=True)
+
+
+apply = layerwise(each)
 
 
 def _round(
@@ -226,18 +230,15 @@ def _round(
 
 
 def _pairs(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x~, w x~ - y) batch by batch: (groups, n, columns), (groups, n, rows)."""
+    """(x~, w x~ - y) batch by batch: (groups, n, columns), (groups, n, rows); of a convolution at some positions."""
     layer = site.layer
-    groups, out = layer.groups, layer.weight.shape[0]
-    w = layer.weight.detach().float().reshape(groups, out // groups, -1)
-    bias = layer.bias.reshape(groups, 1, -1)
+    w = layer.weight.detach().float().reshape(layer.groups, layer.weight.shape[0] // layer.groups, -1)
+    bias = layer.bias.reshape(layer.groups, 1, -1)
+    limit = share(site, 0)
     for x, y in zip(site.inputs, site.targets, strict=True):
-        rows = layer.columns(x)
-        if not layer.spatial:
-            y = y.reshape(1, -1, out)
-        else:
-            y = y.reshape(y.shape[0], groups, out // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, out // groups)
-        yield rows, torch.bmm(rows, w.mT).add_(bias).sub_(y)
+        at = spread(layer, x, limit)
+        rows = layer.columns(x, at)
+        yield rows, torch.bmm(rows, w.mT).add_(bias).sub_(layer.output_rows(y, at))
 
 
 def _moments(site: Site) -> Moments | None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit.model import Calib, Model
-from quantkit.observers import walk
+from quantkit.observers import Site, Visit, visit
 
 CHANGES = frozenset({"bias"})
 
@@ -37,28 +37,37 @@ def mean_output(batches: Iterable[Tensor], spatial: int = 0) -> Tensor:
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for y in batches:
-        rows = (y.movedim(1, -1) if spatial else y).reshape(-1, y.shape[1 if spatial else -1])
-        total = total + rows.sum(dim=0, dtype=torch.float64)
-        count += rows.shape[0]
+        channel = 1 if spatial else y.dim() - 1
+        total = total + y.sum(dim=[axis for axis in range(y.dim()) if axis != channel], dtype=torch.float64)
+        count += y.numel() // y.shape[channel]
     return total / max(count, 1)
 
 
 def apply(model: Model, calib: Calib, *, sequential: bool = True) -> dict[str, float]:
     """Correct the bias of every layer with a quantized weight or input; returns the largest change."""
-    chosen = {n: layer for n, layer in model.qlayers().items() if layer.q is not None or layer.act is not None}
-    if sequential:
-        sites = walk(model, calib, chosen, targets=True)
-    else:
-        sites = walk(_float_copy(model), calib, chosen, targets=True)
-    largest = 0.0
-    for site in sites:
-        if not site.inputs:
-            continue
-        layer = chosen[site.name]
-        shift = mean_output(site.targets, layer.spatial) - mean_output((layer(x) for x in site.inputs), layer.spatial)
+    step = each(model, calib, sequential=sequential)
+    visit(model if sequential else _float_copy(model), calib, [step])
+    return step.report
+
+
+def each(model: Model, calib: Calib, *, sequential: bool = True) -> Visit:
+    """`apply`, layer by layer."""
+    layers = model.qlayers()
+    report = {"largest_shift": 0.0}
+
+    def correct(site: Site) -> None:
+        layer = layers[site.name]
+        if not site.inputs or (layer.q is None and layer.act is None):
+            return
+        outputs = [layer(x) for x in site.inputs]
+        shift = mean_output(site.targets, layer.spatial) - mean_output(outputs, layer.spatial)
         layer.bias.data = (layer.bias.double() + shift).float()
-        largest = max(largest, float(shift.abs().amax()))
-    return {"largest_shift": largest}
+        report["largest_shift"] = max(report["largest_shift"], float(shift.abs().amax()))
+        if sequential:
+            site.outputs = [y.add_(layer.per_channel(shift.float())) for y in outputs]
+
+    names = {n for n, layer in layers.items() if layer.plan.weight is not None or layer.plan.act is not None}
+    return Visit(names, correct, report, targets=True, sequential=sequential)
 
 
 def _float_copy(model: Model) -> Model:

@@ -7,38 +7,39 @@ which approximates GPTQ's objective by the diagonal of its Hessian.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from quantkit.model import Calib, Model
-from quantkit.observers import Gram, collect
+from quantkit.observers import Gram, Site, Visit, layerwise, share, unquantized
 from quantkit.qtensor import ScaleRule, fit_scale, quantize
 
 CHANGES = frozenset({"weights"})
 
 
-def apply(
+def each(
     model: Model, calib: Calib, *, scale: ScaleRule = "mse", percentile: float = 99.9, pow2: bool = False
-) -> dict[str, float]:
-    """Quantize every planned weight that is still float; returns nothing to report."""
-    layers = {n: layer for n, layer in model.qlayers().items() if layer.plan.weight is not None and layer.q is None}
-    grams = {name: Gram() for name in layers} if scale == "importance" else {}
-    if grams:
-        collect(model, calib, grams)
-    for name, layer in layers.items():
-        importance, fmt = None, layer.plan.weight
+) -> Visit:
+    """Quantize every planned weight that is still float; nothing to report."""
+
+    def quantize_layer(site: Site) -> None:
+        layer, fmt, importance = site.layer, site.layer.plan.weight, None
         assert fmt is not None
-        if name in grams and (gram := grams[name].total) is not None:
-            importance = torch.diagonal(gram, dim1=-2, dim2=-1) / grams[name].count  # (groups, columns)
-            importance = importance.repeat_interleave(layer.weight.shape[0] // layer.groups, dim=0)
-            importance = importance + 1e-3 * importance.mean()
-        fitted = fit_scale(
-            layer.weight,
-            fmt,
-            layer.plan.granularity,
-            scale,
-            percentile=percentile,
-            importance=importance,
-            pow2=pow2,
-        )
+        if scale == "importance":
+            gram = Gram(limit=share(site, 0))
+            for x in site.inputs:
+                gram(layer, x)
+            if gram.total is not None:
+                importance = torch.diagonal(gram.total, dim1=-2, dim2=-1) / gram.count  # (groups, columns)
+                importance = importance.repeat_interleave(layer.weight.shape[0] // layer.groups, dim=0)
+                importance = importance + 1e-3 * importance.mean()
+        options: dict[str, Any] = {"percentile": percentile, "importance": importance, "pow2": pow2}
+        rule = "mse" if scale == "importance" and importance is None else scale
+        fitted = fit_scale(layer.weight, fmt, layer.plan.granularity, rule, **options)
         layer.set_weight(quantize(layer.weight, fitted, fmt, layer.plan.granularity))
-    return {}
+
+    return Visit(unquantized(model), quantize_layer, {}, sequential=False, inputs=scale == "importance")
+
+
+apply = layerwise(each)
