@@ -242,13 +242,15 @@ def check_float(method, build, **more) -> None:
         before = model.module(calib.inputs)
         method.apply(model, calib, **more)
         after = model.module(calib.inputs)
+    if isinstance(model.module, Policy) and model.module.head.kind == "discrete":
+        before, after = (y - y.mean(dim=1, keepdim=True) for y in (before, after))
     assert (after - before).abs().max() <= 1e-4 * before.abs().max()
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("name", FLOATS)
 def test_function_is_preserved(name, build):
-    """A float method leaves the output of the float network as it was."""
+    """A float method leaves the output of the float network as it was, up to what no argmax depends on."""
     check_float(METHODS[name], build)
 
 

@@ -15,8 +15,8 @@ from quantkit.errors import InputError
 from quantkit.losses import loss_for
 from quantkit.methods import act_scales, center, distill, input_grid
 from quantkit.methods.distill import Trainee, inside_cell
-from quantkit.model import Calib
-from quantkit.policy import Head, Policy
+from quantkit.model import Calib, Model
+from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 from quantkit.recipe import make_plan, quantize, uniform
 from quantkit.rounding import round_to
@@ -196,8 +196,30 @@ def test_center_takes_the_mean_out():
         model.replace("net.0", QLayer(model.layers()["net.0"], make_plan("int4", acts)))
         report = center.apply(model, calib)
         after = model.module.stage(inputs)
-        assert report == {"shifted": 6.0}
+        assert report == {"shifted": 6.0, "outputs": 0.0}
         assert torch.allclose(after[:, 3], before[:, 3])
         rest = [0, 1, 2, 4, 5, 6]
         found = after.mean(dim=0)[rest] if acts == "int4" else after.amin(dim=0)[rest]
         assert found.abs().max() < 1e-5
+
+
+def test_center_takes_the_mean_out_of_a_discrete_head():
+    """Actions and differences between outputs stay, and the last layer's rows have mean zero in each part."""
+    for kind, parts in (("discrete", (5,)), ("multidiscrete", (2, 1, 2))):
+        net = torch.nn.Sequential(torch.nn.Linear(7, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
+        net[2].weight.data += 10.0
+        policy = Policy(InputStage(), net, Head(kind, nvec=parts), (7,))
+        model, inputs = Model(policy, torch.zeros(1, 7)), torch.randn(64, 7)
+        for key, layer in list(model.layers().items()):
+            model.replace(key, QLayer(layer, make_plan("int4", "int4")))
+        with torch.no_grad():
+            before = model.module(inputs).split(parts, 1)
+            assert center.apply(model, Calib(inputs))["outputs"] == 5
+            after = model.module(inputs).split(parts, 1)
+        for a, b, rows in zip(before, after, model.layers()["net.2"].weight.split(parts), strict=True):
+            assert torch.equal(a.argmax(1), b.argmax(1))
+            if len(rows) > 1:
+                assert torch.allclose(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), atol=1e-4)
+                assert rows.mean(0).abs().max() < 1e-5
+            else:
+                assert torch.allclose(a, b, atol=1e-4)
