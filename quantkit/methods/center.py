@@ -7,6 +7,7 @@ carries an offset already, so the shift is free. For an unsigned format c_j = -m
 A discrete head takes the largest of its outputs (of each part), so what all of them have in common is of no use: the
 mean over actions is taken out of the last layer's rows and bias, W - 1 mean(W). The rows of a Q-network are nearly the
 value of the state, and a grid of few bits that must hold it has no step left for the differences between actions.
+Actions and softmax stay; what a Q-network gives afterwards is each Q-value less the mean of them all.
 
 An idea of asymmetric quantization (a zero point per channel: Nagel et al., "A White Paper on Neural Network
 Quantization", 2021, arXiv 2106.08295, section 2.2.1). Differs from it: the zero point is moved out of the
