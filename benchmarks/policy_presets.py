@@ -49,13 +49,20 @@ def recipe(weights: str, acts: str, preset: str) -> Recipe:
     return uniform(weights, acts, steps=() if preset == "rtn" else preset_steps(preset))
 
 
-def studies(data: Path, work: Path, agent: str) -> dict[int, tuple[Path, Study]]:
-    """The agent's study of each seed, and its folder."""
-    model, result = load_checkpoint(data / agent), {}
-    for seed in SEEDS:
-        folder = work / (agent.replace("/", "_") + ("" if seed == SEEDS[0] else f"_{seed}"))
-        result[seed] = folder, open_study(folder, model, Settings(seed=seed))
-    return result
+def folders(work: Path, agent: str) -> dict[int, Path]:
+    """Where the agent's study of each seed lies."""
+    name = agent.replace("/", "_")
+    return {seed: work / (name if seed == SEEDS[0] else f"{name}_{seed}") for seed in SEEDS}
+
+
+def studies(data: Path, work: Path, agent: str, prepare: bool) -> dict[int, tuple[Path, Study]]:
+    """The agent's study of each seed, and its folder; without `prepare` only those that are there."""
+    model = load_checkpoint(data / agent)
+    return {
+        seed: (folder, open_study(folder, model, Settings(seed=seed)))
+        for seed, folder in folders(work, agent).items()
+        if prepare or (folder / "study.json").exists()
+    }
 
 
 def known(folder: Path) -> dict[str, Row]:
@@ -68,7 +75,7 @@ def main(data: Path, work: Path, agents: list[str], formats: list[tuple[str, str
     for preset in presets:
         for weights, acts in formats:
             for agent in agents:
-                found, design = studies(data, work, agent), recipe(weights, acts, preset)
+                found, design = studies(data, work, agent, True), recipe(weights, acts, preset)
                 name = design_id(design)
                 missing = [seed for seed, (folder, _) in found.items() if name not in known(folder)]
                 if not missing:
@@ -92,7 +99,7 @@ def table(data: Path, work: Path, formats: list[tuple[str, str]], presets: list[
     """Publish every row that is there."""
     rows = []
     for agent in AGENTS:
-        found = studies(data, work, agent)
+        found = studies(data, work, agent, False)
         scored = {seed: known(folder) for seed, (folder, _) in found.items()}
         for weights, acts in sorted(formats, reverse=True):
             for preset in presets:
