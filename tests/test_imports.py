@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOP = {"quantkit.study", "quantkit.sweep", "quantkit.report", "quantkit.figures", "quantkit.cli", "quantkit.search"}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
-CORE = {"rounding", "qtensor", "qlayers", "model", "policy", "observers", "links", "training"}
+CORE = {"rounding", "qtensor", "qlayers", "model", "policy", "observers", "links", "training", "kvgrid", "kvcontract"}
 
 
 @cache
@@ -124,6 +124,14 @@ def test_a_method_stands_alone() -> None:
     assert broken(dict.fromkeys(names, forbidden | TOP | {"quantkit.artifact"})) == []
 
 
+def test_a_cache_stands_alone() -> None:
+    """Caches import the core and transformers, never another cache, methods, loaders, tasks or anything above."""
+    names = [name for name in modules("quantkit.kvcache") if name != "quantkit.kvcache"]
+    assert len(names) >= 2
+    forbidden = {f"quantkit.{n}" for n in ("kvcache", "caches", "methods", "recipe", "loaders", "loading", "tasks")}
+    assert broken(dict.fromkeys(names, forbidden | TOP)) == []
+
+
 def test_loaders_and_tasks_do_not_know_each_other() -> None:
     """Neither shelf imports the other, a method or anything above."""
     above = {f"quantkit.{n}" for n in ("methods", "recipe", "export", "verify", "artifact", "loading")} | TOP
@@ -159,6 +167,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures",),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli"),
+        "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders"),
         "stable_baselines3": (),
     }
     for library, allowed in homes.items():
