@@ -1,0 +1,227 @@
+"""Loader of Hugging Face directories of causal language models: config.json and safetensors, nothing that runs.
+
+Llama, Qwen2, Qwen3, Mistral, Gemma and GPT-2 as transformers' own classes, in float32. Code that a checkpoint
+brings along (`auto_map`) is never run, pickled weights are never opened, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from quantkit.errors import InputError
+from quantkit.files import sha256_of
+from quantkit.model import Model
+
+TYPES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+INDEX = "model.safetensors.index.json"
+
+
+def sniff(path: Path) -> bool:
+    """Whether `path` is a directory with config.json or safetensors that this project did not write."""
+    if not path.is_dir() or (path / "quantkit.json").is_file():
+        return False
+    return (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+
+
+def load(path: Path) -> Model:
+    """The language model in a directory, in evaluation mode; `module(ids).logits` are (batch, tokens, vocabulary).
+
+    GPT-2's Conv1D become nn.Linear of the same function. The example is one row of token ids (int64).
+    Raises InputError, one line naming the file and what is missing, unknown, misshapen or not finite.
+    """
+    config = _read_config(path)
+    files, tensors = _read_shards(path)
+    _check_size(config, tensors, path)
+    module = _filled(path, config)
+    _check_values(module, path)
+    _check_tokenizer(path, config.vocab_size)
+    for name, layer in [*module.named_modules()]:
+        if isinstance(layer, Conv1D):
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, _linear(layer))
+    digests = "".join(f"{f.name} {sha256_of(f)}\n" for f in (path / "config.json", *files))
+    meta = {
+        "kind": "module",
+        "algo": config.model_type,
+        "source": path.resolve().name,
+        "sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        "context": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+    }
+    return Model(module.eval(), torch.arange(8)[None] % config.vocab_size, None, meta)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a directory, from tokenizer.json; InputError if there is none that can be read."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{path}: has no tokenizer.json, the one form of tokenizer that is read")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from None
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: has no config.json; accepted: a directory with config.json and *.safetensors")
+    record = _read_json(file)
+    kind = record.get("model_type")
+    if kind not in TYPES:
+        near = difflib.get_close_matches(str(kind), TYPES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        code = " and its own code (auto_map) is not run" if "auto_map" in record else ""
+        raise InputError(f"{file}: model_type {str(kind)[:60]!r} is not read{code}{hint}; accepted: {', '.join(TYPES)}")
+    if record.get("quantization_config"):
+        raise InputError(f"{file}: the weights are quantized already (quantization_config); load the float checkpoint")
+    if record.get("is_encoder_decoder") or record.get("add_cross_attention"):
+        raise InputError(f"{file}: not a decoder alone; accepted: causal language models")
+    try:
+        return CONFIG_MAPPING[kind].from_dict({k: v for k, v in record.items() if k != "auto_map"})
+    except Exception as error:  # transformers' validators raise many types
+        raise InputError(f"{file}: not a configuration of {kind} ({_one_line(error)})") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({_one_line(error)})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{file}: holds a {type(record).__name__}; expected an object")
+    return record
+
+
+def _read_shards(path: Path) -> tuple[list[Path], dict[str, tuple[int, ...]]]:
+    """The weight files, in order, and the shape of every tensor by its name, from the headers."""
+    if (path / INDEX).is_file():
+        listed = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
+            raise InputError(f"{path / INDEX}: has no weight_map of tensor names to files")
+        names = sorted(set(listed.values()))
+        if any(Path(name).name != name for name in names):
+            raise InputError(f"{path / INDEX}: names files outside the directory")
+    elif (path / "model.safetensors").is_file():
+        listed, names = None, ["model.safetensors"]
+    else:
+        pickles = sorted(f.name for f in path.glob("*.bin"))
+        found = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
+        raise InputError(f"{path}: has no model.safetensors and no {INDEX}{found}")
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:4])}")
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                tensors |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path / name}: cannot be read as safetensors ({_one_line(error)})") from None
+    absent = [key for key in listed or () if key not in tensors]
+    if absent:
+        raise InputError(f"{path / INDEX}: lists {len(absent)} tensors that its files do not hold: {absent[0]!r}, ...")
+    return [path / name for name in names], tensors
+
+
+def _check_size(config: PreTrainedConfig, tensors: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Refuse a configuration far larger than the files before memory is taken for it."""
+    held = sum(torch.Size(shape).numel() for shape in tensors.values())
+    if config.num_hidden_layers > len(tensors):
+        raise InputError(f"{path}: config.json has {config.num_hidden_layers} layers, the files {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):
+            wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # whatever a class raises on sizes that do not fit each other
+        raise InputError(
+            f"{path / 'config.json'}: no network of these sizes can be built ({_one_line(error)})"
+        ) from None
+    if wanted > 2 * held:
+        raise InputError(f"{path}: config.json describes {wanted:,} parameters, the files hold {held:,}")
+
+
+def _filled(path: Path, config: PreTrainedConfig) -> nn.Module:
+    """transformers' network with the weights of the directory; every tensor must have its place and shape."""
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises many types
+        raise InputError(f"{path}: cannot be loaded ({_one_line(error)})") from None
+    module: nn.Module = loaded[0]
+    info = loaded[1]
+    problems = [
+        *(f"{n!r} is {tuple(a)} instead of {tuple(b)}" for n, a, b in sorted(info["mismatched_keys"])),
+        *(f"missing {name!r}" for name in sorted(info["missing_keys"])),
+        *(f"unexpected {name!r}" for name in sorted(info["unexpected_keys"])),
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise InputError(f"{path}: weights do not fit config.json: {', '.join(problems[:4])}{more}")
+    return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no reports from transformers; its settings are put back."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_values(module: nn.Module, path: Path) -> None:
+    for name, value in module.named_parameters():
+        bad = ~torch.isfinite(value)
+        if bad.any():
+            at = bad.nonzero()[0].tolist()
+            raise InputError(f"{path}: {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
+
+
+def _check_tokenizer(path: Path, vocabulary: int) -> None:
+    """A tokenizer must not give ids that the embedding has no row for; fewer tokens than rows are usual."""
+    if not (path / "tokenizer.json").is_file():
+        return
+    largest = max(read_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocabulary:
+        raise InputError(f"{path}: tokenizer.json has ids up to {largest}, config.json a vocabulary of {vocabulary}")
+
+
+def _linear(layer: Conv1D) -> nn.Linear:
+    """GPT-2's transposed linear layer as nn.Linear."""
+    inputs, outputs = layer.weight.shape
+    made = nn.Linear(inputs, outputs, device="meta")
+    made.weight = nn.Parameter(layer.weight.data.T.contiguous())
+    made.bias = layer.bias
+    return made
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
