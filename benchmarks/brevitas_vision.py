@@ -9,13 +9,17 @@ for Brevitas' good or for comparability:
   biases stay float; every Conv2d and Linear is quantized, `ends="8bit"` keeps the first and the last at 8 bits;
 - an integer input that is never negative on the calibration data is unsigned (the example's layer-wise backend always
   signs it), as its `fx` backend does behind a ReLU;
-- scales: "mse" searches weight and activation scales (Brevitas' MSE quantizers), "percentile" takes the largest
+- scales: "mse" searches weight and activation scales (Brevitas' MSE quantizers; on DS-CNN's inputs within
+  3 % of the smallest squared error there is), "percentile" takes the largest
   weight and the 99.999th percentile of the activations (the example's defaults);
 - SmoothQuant runs in graph mode with alpha 0.5 and is absorbed by the layers before;
 - learned rounding has the example's defaults (layer by layer, 1,000 iterations, Adam, learning rate 1e-3, regularized
-  MSE) with the hard sigmoid of AdaRound, in float32 instead of float16, LEARNED_ROUND_BATCH images an iteration.
+  MSE) with the hard sigmoid of AdaRound, in float32 instead of float16 and with 8 images an iteration instead of 1:
+  these images are small, and ResNet-8 at int3/int8 (percentile) then agreed with the float network on 80.7 % instead of
+  74.1 % of the images.
 
-Attention: the products q·k and attention·v of ViT, the softmax and the normalizations stay float (column `attention`).
+Only layers are quantized. Sums of residual branches and, in ViT, the products q·k and attention·v, the softmax and the
+normalizations stay float: they are functions, which the layer-wise backend does not replace (column `attention`).
 
 Each case runs in a process of its own: `seconds` is the wall time of quantizing alone, without imports and evaluation
 (`cpu_seconds` the same in CPU time, for machines that are shared), `peak_mib` the process's largest resident size up
@@ -80,7 +84,7 @@ DESIGNS = (
 )
 """Weights and activations. e1m1 has the values of int3n and is left out; e2m0 is {0, 1, 2, 4} with a sign."""
 ENDS, SCALES = ("same", "8bit"), ("mse", "percentile")
-BATCH, LEARNED_ROUND_ITERS, LEARNED_ROUND_BATCH, EQUALIZE_ITERS = 64, 1000, 1, 20
+BATCH, LEARNED_ROUND_ITERS, LEARNED_ROUND_BATCH, EQUALIZE_ITERS = 64, 1000, 8, 20
 SECONDS_ALLOWED = 300
 COLUMNS = (
     *("network", "weights", "acts", "ends", "scales", "technique", "attention", "accuracy", "agreement", "sqnr_db"),
@@ -122,7 +126,7 @@ def run(
     formats = _format(weights), _format(acts)
     torch.manual_seed(0)
     loader = [(part, None) for part in network.calib.split(BATCH)]
-    with _quiet():
+    with _quiet() as caught:
         start = time.perf_counter()
         iterations = EQUALIZE_ITERS if "equalize" in steps else 0
         model = preprocess_for_quantize(copy.deepcopy(network.module), equalize_iters=iterations, merge_bn=False)
@@ -141,6 +145,9 @@ def run(
         if "bias_correction" in steps:
             ptq_common.apply_bias_correction(loader, model)
         seconds = time.perf_counter() - start
+    skipped = sum("will not be applied" in str(warning.message) for warning in caught)
+    if skipped:  # Brevitas goes on with the layer rounded to nearest
+        warnings.warn(f"GPTQ left {skipped} layer(s) alone: their Hessian could not be inverted", stacklevel=2)
     return model.eval(), seconds
 
 
@@ -271,15 +278,13 @@ def _check(what: str, value: str, accepted: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Brevitas' warnings, prints and progress bars."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Without Brevitas' prints and progress bars; its warnings go to the list."""
+    silent = io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(silent):
+        warnings.simplefilter("always")
+        with contextlib.redirect_stderr(silent):
+            yield caught
 
 
 def _peak_mib() -> float:
@@ -301,7 +306,9 @@ def measured(case: Case, data: str, threads: int) -> dict[str, Any]:
     network = vision_networks.load(case.network, data)
     loaded, cpu = _peak_mib(), time.process_time()
     options = {"ends": case.ends, "scales": case.scales}
-    module, seconds = run(network, case.weights, case.acts, case.technique, **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        module, seconds = run(network, case.weights, case.acts, case.technique, **options)
     cpu, peak = time.process_time() - cpu, _peak_mib()
     with _quiet(), torch.no_grad(), quant_inference_mode(module):
         module(network.example)  # caches the quantized weights
@@ -309,7 +316,7 @@ def measured(case: Case, data: str, threads: int) -> dict[str, Any]:
     rounded = {key: None if v is None else round(v, 2) for key, v in result.items()}
     sizes = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "threads": threads}
     sizes |= {"loaded_mib": round(loaded), "peak_mib": round(peak)}
-    return _identity(case) | rounded | sizes | {"status": "ok"}
+    return _identity(case) | rounded | sizes | {"status": "; ".join(["ok", *(str(w.message) for w in told)])}
 
 
 def _identity(case: Case) -> dict[str, Any]:
@@ -388,7 +395,7 @@ def main() -> None:
         _publish(rows, path)
         return
     for case in cases(args):
-        if case in rows and not (args.retry and rows[case]["status"] != "ok"):
+        if case in rows and not (args.retry and not rows[case]["status"].startswith("ok")):
             continue
         row = measure_apart(case, args)
         append(path, row)
