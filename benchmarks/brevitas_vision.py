@@ -9,22 +9,23 @@ for Brevitas' good or for comparability:
   biases stay float; every Conv2d and Linear is quantized, `ends="8bit"` keeps the first and the last at 8 bits;
 - an integer input that is never negative on the calibration data is unsigned (the example's layer-wise backend always
   signs it), as its `fx` backend does behind a ReLU;
-- scales: "mse" searches weight and activation scales (Brevitas' MSE quantizers; on DS-CNN's inputs within
-  3 % of the smallest squared error there is), "percentile" takes the largest
-  weight and the 99.999th percentile of the activations (the example's defaults);
+- scales: "mse" searches weight and activation scales (Brevitas' MSE quantizers; the activation scales of DS-CNN at int4
+  come within 3 % of the smallest squared error there is), "percentile" takes the largest weight and the 99.999th
+  percentile of the activations (the example's defaults);
 - SmoothQuant runs in graph mode with alpha 0.5 and is absorbed by the layers before;
 - learned rounding has the example's defaults (layer by layer, 1,000 iterations, Adam, learning rate 1e-3, regularized
   MSE) with the hard sigmoid of AdaRound, in float32 instead of float16 and with 8 images an iteration instead of 1:
   these images are small, and ResNet-8 at int3/int8 (percentile) then agreed with the float network on 80.7 % instead of
   74.1 % of the images.
 
-Only layers are quantized. Sums of residual branches and, in ViT, the products q·k and attention·v, the softmax and the
-normalizations stay float: they are functions, which the layer-wise backend does not replace (column `attention`).
+Only Conv2d and Linear are quantized. Sums of residual branches, normalizations and, in ViT, the softmax and the
+products q·k and attention·v stay float: the layer-wise backend does not replace them (column `attention`).
 
 Each case runs in a process of its own: `seconds` is the wall time of quantizing alone, without imports and evaluation
-(`cpu_seconds` the same in CPU time, for machines that are shared), `peak_mib` the process's largest resident size up
-to then and `loaded_mib` the same before quantizing. A case that
-needs more than 5 minutes is stopped and recorded so. Finished cases are kept in WORK/cases.csv; run again to go on.
+but with one float pass that looks for negative inputs (`cpu_seconds` the same in CPU time, for machines that are
+shared), `peak_mib` the process's largest resident size up to then and `loaded_mib` the same before quantizing. A case
+that needs more than 5 minutes is stopped and recorded so. Finished cases are kept in WORK/cases.csv; run again to go
+on.
 
 Run: python benchmarks/brevitas_vision.py --data ../shared/data/vision --work WORK [--network resnet8] [--publish]
 Learned rounding also needs `pip install accelerate`, which the example imports.
