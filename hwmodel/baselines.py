@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from hwmodel.cost import Cost
 from hwmodel.formats import BINARY, Float, Format, Int, bits
 from hwmodel.memory import bram18
+from hwmodel.spec import LayerSpec
 
 LUTS_PER_DSP = 55
 
@@ -116,6 +117,29 @@ def compressor(weight: Format, act: Format) -> float | None:
             return _COMPRESSOR_FLOAT.get(f"e{weight.exp}m{weight.man}")
         case _:
             return 1.34 if weight == act == BINARY else None
+
+
+def compare_mac(weight: Format, act: Format, lanes: int, acc_bits: int) -> dict[str, float | None]:
+    """LUTs of one element by every published model, unscaled; None where a model has no figure."""
+    tree = compressor(weight, act)
+    return {
+        "FINN": finn_mac(bits(weight), bits(act), lanes, acc_bits),
+        "EBOPs": ebops(weight, act, lanes),
+        "BOPs": bops(weight, act, lanes),
+        "compressor trees": None if tree is None else tree * lanes,
+    }
+
+
+def compare_network(specs: Sequence[LayerSpec], folds: Sequence[tuple[int, int, int]]) -> dict[str, float]:
+    """LUTs of folded layers by the published models, unscaled; folds: (PE, SIMD, accumulator bits) of each."""
+    found = {"FINN": 0.0, "EBOPs": 0.0, "BOPs": 0.0}
+    for spec, (pe, simd, acc_bits) in zip(specs, folds, strict=True):
+        assert spec.weight is not None and spec.act is not None
+        unit = finn(bits(spec.weight), bits(spec.act), spec.out_features, spec.in_features, pe, simd, acc_bits)
+        found["FINN"] += unit.luts
+        found["EBOPs"] += ebops(spec.weight, spec.act, pe * simd)
+        found["BOPs"] += bops(spec.weight, spec.act, pe * simd)
+    return found
 
 
 def best_scale(predicted: Sequence[float], measured: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Command line of the cost model: `hwmodel cost`, `hwmodel estimate`, `hwmodel devices`."""
+"""Command line of the cost model: `hwmodel cost`, `estimate`, `simulate`, `devices`; `cli_proof` has the rest."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from hwmodel.cli_proof import fit, validate
 
 app = typer.Typer(
     help="What a quantized network costs on an FPGA: LUTs, flip-flops, DSPs, block RAMs, latency.",
@@ -27,6 +29,16 @@ MappingOption = Annotated[
         help="lut: no DSPs; dsp: wherever synthesis would; auto: whichever serves.", rich_help_panel="Hardware"
     ),
 ]
+CoeffsOption = Annotated[
+    Path | None,
+    typer.Option("--coeffs", help="Coefficients written by hwmodel fit; default: ours.", rich_help_panel="Hardware"),
+]
+CompareOption = Annotated[
+    bool,
+    typer.Option("--compare", help="FINN's formula, EBOPs, BOPs, compressor trees beside.", rich_help_panel="Output"),
+]
+app.command(rich_help_panel="Proof")(validate)
+app.command(rich_help_panel="Proof")(fit)
 
 
 @contextmanager
@@ -66,6 +78,8 @@ def cost(
     ] = None,
     lanes: Annotated[int, typer.Option(help="Products per cycle.", rich_help_panel="Hardware")] = 1,
     mapping: MappingOption = "lut",
+    coeffs: CoeffsOption = None,
+    compare: CompareOption = False,
     json_: Json = False,
 ) -> None:
     """One multiply-accumulate element: products, adder tree, accumulator.
@@ -76,8 +90,9 @@ def cost(
         from hwmodel.accumulator import type_bound
         from hwmodel.estimate import residual
         from hwmodel.formats import parse
-        from hwmodel.mac import mac_cost
+        from hwmodel.mac import mac_cost, use_coefficients
 
+        use_coefficients(coeffs)
         weight, act = parse(weights), parse(acts)
         if lanes < 1 or (acc_bits is not None and acc_bits < 1):
             fail("--lanes and --acc-bits are at least 1")
@@ -95,10 +110,18 @@ def cost(
             "luts_per_lane": round(found.luts / lanes, 2),
             "residual": residual(weight, act),
         }
+        others = {}
+        if compare:
+            from hwmodel.baselines import compare_mac
+
+            others = compare_mac(weight, act, lanes, width)
     if json_:
-        print(json.dumps(record))
-    else:
-        _table(f"{record['weights']} x {record['acts']}", ["", ""], [[k, str(v)] for k, v in record.items()])
+        print(json.dumps(record | ({"compare": others} if compare else {})))
+        return
+    shown = record | {"luts": f"{found.luts:,.1f} ±{record['residual']:.0%}"}
+    rows = [[k, str(v)] for k, v in shown.items() if k != "residual"]
+    rows += [[f"LUTs by {name}", "-" if luts is None else f"{luts:,.1f}"] for name, luts in others.items()]
+    _table(f"{record['weights']} x {record['acts']}", ["", ""], rows)
 
 
 @app.command(rich_help_panel="Model")
@@ -117,6 +140,8 @@ def estimate(
         float, typer.Option(help="Clock frequency assumed; it is not predicted.", rich_help_panel="Hardware")
     ] = 100.0,
     mapping: MappingOption = "lut",
+    coeffs: CoeffsOption = None,
+    compare: CompareOption = False,
     json_: Json = False,
 ) -> None:
     """A whole network on a device: the best folding, layer by layer.
@@ -128,20 +153,29 @@ def estimate(
     with plain_errors():
         from hwmodel.devices import find_device
         from hwmodel.estimate import estimate as run
+        from hwmodel.mac import use_coefficients
 
+        use_coefficients(coeffs)
         part = find_device(device)
         if latency_us is not None and luts is not None:
             fail("give --latency-us or --luts, not both")
+        specs = read_specs(directory)
         found = run(
-            read_specs(directory),
+            specs,
             part,
             latency_us=latency_us,
             luts=luts,
             clock_mhz=clock_mhz,
             mapping=checked_mapping(mapping),
         )
+        others = {}
+        if compare:
+            from hwmodel.baselines import compare_network
+
+            folds = [(layer.pe, layer.simd, layer.acc_bits) for layer in found.layers]
+            others = compare_network(specs, folds)
     if json_:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(found.to_json() | ({"compare": others} if compare else {})))
         return
     columns = ["name", "pe", "simd", "luts", "ffs", "dsps", "bram18", "cycles", "memory", "converter"]
     rows = [[str(getattr(layer, c)) for c in columns] for layer in found.layers]
@@ -160,10 +194,10 @@ def estimate(
         ]
     )
     _table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
-    print(
-        f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}; "
-        f"MAC LUTs within {found.residual:.1%} on nine of ten held-out units"
-    )
+    print(f"LUT {found.luts:,} ±{found.residual:.0%}: nine of ten synthesized {found.residual_of} lie within")
+    print(f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}")
+    for name, luts in others.items():
+        print(f"LUT {luts:,.0f} by {name}")
 
 
 @app.command(rich_help_panel="Hardware")

@@ -37,7 +37,7 @@ def validate(
     from hwmodel.validate import summary
     from hwmodel.validate import validate as run
 
-    with plain_errors(), _bar("synthesizing") as progress:
+    with plain_errors(), Bar("synthesizing") as progress:
         rows = run(
             units,
             layers,
@@ -54,7 +54,82 @@ def validate(
         _show(record)
 
 
-class _bar:
+def fit(
+    out: Annotated[Path, typer.Option(help="File of coefficients to write.", rich_help_panel="Output")] = Path(
+        "coeffs.toml"
+    ),
+    parts: Annotated[
+        str, typer.Option(help="Which to renew, of products, converters, glue; the others stay.", rich_help_panel="Run")
+    ] = "products,converters,glue",
+    csv: Annotated[
+        Path | None, typer.Option(help="Fit to your own tool's counts instead of Yosys'.", rich_help_panel="Run")
+    ] = None,
+    tool: Annotated[
+        str, typer.Option(help="Tool and version behind --csv, kept with the coefficients.", rich_help_panel="Run")
+    ] = "unknown tool",
+    report: Annotated[Path | None, typer.Option(help="CSV of every judged unit.", rich_help_panel="Output")] = None,
+    jobs: Jobs = 0,
+    cache: CacheOption = CACHE,
+    json_: Json = False,
+) -> None:
+    """New coefficients, from Yosys runs of every template or from a CSV of your own, for `--coeffs FILE`.
+
+    A CSV has one synthesized hwmodel/rtl/mac.v a row, with the columns weight, act (formats such as int4, e2m1),
+    lanes, acc_bits, luts, ffs; products are fitted to it, all else stays. All of Yosys' units take some 15 CPU
+    minutes once, then come from the cache.
+
+    Example: hwmodel fit --csv vivado.csv --tool "Vivado 2024.1" --out mine.toml
+    """
+    from hwmodel import fit as fitting
+    from hwmodel.cli import fail, plain_errors
+
+    command = f"hwmodel fit --out {out.name}" + (f" --csv {csv.name}" if csv else f" --parts {parts}")
+    with plain_errors(), Bar("synthesizing") as progress:
+        if not out.parent.is_dir():
+            fail(f"{out.parent} is no directory to write {out.name} into")
+        if csv is not None:
+            try:
+                rows = fitting.read_utilization(csv)
+            except fitting.RowsError as error:
+                for line in error.lines:
+                    print(f"error: {line}", file=sys.stderr)
+                raise typer.Exit(2) from None
+            residual = {"mac": fitting.fit_utilization(rows, out, tool=tool, command=command)}
+        else:
+            found = fitting.fit(
+                [part.strip() for part in parts.split(",")],
+                out,
+                cache=cache.expanduser(),
+                jobs=jobs or os.cpu_count() or 1,
+                command=command,
+                progress=progress,
+            )
+            judged = dict.fromkeys(row.kind for row in found.rows if row.held_out)
+            residual = {kind: found.data["residual"][kind] for kind in judged}
+            if report is not None:
+                _write_report(report, command, found.rows)
+    if json_:
+        print(json.dumps({"out": str(out), "residual": residual}))
+        return
+    print(f"{'held-out units':22} {'n':>4} {'median':>7} {'p90':>7} {'max':>7}")
+    for kind, r in residual.items():
+        print(f"{kind:22} {r['n']:4} {r['median']:7.1%} {r['p90']:7.1%} {r['max']:7.1%}")
+    print(f"wrote {out}")
+
+
+def _write_report(path: Path, command: str, rows: list[Any]) -> None:
+    import csv
+    from dataclasses import asdict
+
+    with path.open("w", newline="") as file:
+        file.write(f"# {command}\n")
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: round(v, 1) if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+class Bar:
     """A progress bar on stderr that is called with (done, total)."""
 
     def __init__(self, title: str) -> None:
@@ -68,6 +143,7 @@ class _bar:
             TimeElapsedColumn(),
             console=Console(file=sys.stderr),
             transient=True,
+            disable=not sys.stderr.isatty(),
         )
 
     def __enter__(self) -> Any:
@@ -89,13 +165,21 @@ def _show(record: dict[str, Any]) -> None:
 
     def numbers(found: dict[str, Any]) -> list[str]:
         rank = found["spearman"]
-        return [f"{found['median_abs_error']:.1%}", f"{found['p90_abs_error']:.1%}", "-" if rank is None else f"{rank:.3f}"]
+        return [
+            f"{found['median_abs_error']:.1%}",
+            f"{found['p90_abs_error']:.1%}",
+            "-" if rank is None else f"{rank:.3f}",
+        ]
 
     for kind in ("units", "layers", "policies"):
         found = record[kind]
         if not found["n"]:
             continue
-        others = [f"{found['ff']['median_abs_error']:.1%}", f"{found['dsp']['exact']:.0%}", f"{found['bram']['exact']:.0%}"]
+        others = [
+            f"{found['ff']['median_abs_error']:.1%}",
+            f"{found['dsp']['exact']:.0%}",
+            f"{found['bram']['exact']:.0%}",
+        ]
         table.add_row(kind, "hwmodel", str(found["n"]), *numbers(found), *others)
         for name, baseline in found["baselines"].items():
             title = f"{name.removesuffix('_scaled')} x {baseline['scale']:.2f}" if "scale" in baseline else name

@@ -40,8 +40,8 @@ class Estimate:
     """A network on a device, one inference at a time, layer after layer.
 
     luts: logical LUTs (LUT1..LUT6 cells, before packing). fits: within every resource of the device.
-    binding: the resource of which the largest share is used. residual: 90th percentile of the relative
-    LUT error on held-out units, the largest over the kinds of MAC used; of the pieces, not of a whole design.
+    binding: the resource of which the largest share is used. residual: 90th percentile of the relative LUT
+    error on synthesized designs of the kind `residual_of` that no coefficient was fitted to.
     """
 
     device: str
@@ -56,6 +56,7 @@ class Estimate:
     fits: bool
     binding: str | None
     residual: float
+    residual_of: str
     layers: tuple[LayerEstimate, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
     share = {name: used / getattr(device, name) for name, used in total.items()}
     tightest = max(share, key=lambda name: share[name])
     cycles = sum(layer.cycles for layer in layers)
+    kind, band = residual_band(chosen)
     return Estimate(
         device=device.name,
         **total,
@@ -153,13 +155,28 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
         mapping=mapping,
         fits=max(share.values()) <= 1,
         binding=tightest if share[tightest] > 0 else None,
-        residual=max(residual(fold.spec.weight, fold.spec.act) for fold in chosen),  # type: ignore[arg-type]
+        residual=band,
+        residual_of=kind,
         layers=layers,
     )
 
 
 def _whole(cost: Cost) -> tuple[int, int, int, int]:
     return math.ceil(cost.luts - 1e-9), math.ceil(cost.ffs - 1e-9), math.ceil(cost.dsps), math.ceil(cost.bram18)
+
+
+def residual_band(chosen: Sequence[Fold]) -> tuple[str, float]:
+    """Kind and 90th percentile of the error to expect: of whole designs where they were judged, else of the MACs.
+
+    Whole designs were judged as the emitter writes them: linear layers whose sums thresholds convert.
+    """
+    known = coefficients()["residual"]
+    kind = "layers" if len(chosen) == 1 else "policies"
+    emitted = all(fold.spec.positions == 1 and fold.converter in ("thresholds", "sum") for fold in chosen)
+    if emitted and kind in known:
+        return kind, float(known[kind]["p90"])
+    macs = [residual(fold.spec.weight, fold.spec.act) for fold in chosen]  # type: ignore[arg-type]
+    return "units", max(macs)
 
 
 def mac_kind(weight: Format, act: Format) -> str:

@@ -11,10 +11,11 @@ import math
 from functools import cache
 
 from hwmodel.cost import ZERO, Cost
-from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, is_signed, levels, unit
+from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, levels, unit
 from hwmodel.mac import coefficients, mac_cost, operand, pipeline_stages, shift_bits
 from hwmodel.memory import rom, rom_columns
 from hwmodel.spec import LayerSpec
+
 
 def address_bits(n: int) -> int:
     """Bits that count to n - 1, at least one.
@@ -37,8 +38,14 @@ def operands(width: int, simd: int, folds: int, write: int) -> Cost:
     chosen = parts if parts > 1 else 0
     counter = 1 + (folds == 4) + (folds & (folds - 1) != 0)
     if folds > 256:  # Yosys' own limit for memories in LUTs
-        return Cost(luts=counter + chosen, ffs=address_bits(folds) + chosen, bram18=parts * rom(write * width, folds, "bram").cost.bram18)
-    per_memory = 4 * math.ceil(write * width / 6) if folds <= 32 else 4 * math.ceil(write * width / 3) * math.ceil(folds / 64)
+        return Cost(
+            luts=counter + chosen,
+            ffs=address_bits(folds) + chosen,
+            bram18=parts * rom(write * width, folds, "bram").cost.bram18,
+        )
+    per_memory = (
+        4 * math.ceil(write * width / 6) if folds <= 32 else 4 * math.ceil(write * width / 3) * math.ceil(folds / 64)
+    )
     return Cost(luts=parts * per_memory + counter + chosen, ffs=simd * width + address_bits(folds) + chosen)
 
 
@@ -147,7 +154,9 @@ def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int) -> Cos
     delays = 2 * (pipeline_stages(weight, act, simd) - 1) + 1
     if spec.out is not None:
         steps = bits(spec.out)
-        delays += 2 * steps + max(0, steps - 2) * (address_bits(spec.out_features // units) if spec.out_features > units else 0)
+        delays += 2 * steps + max(0, steps - 2) * (
+            address_bits(spec.out_features // units) if spec.out_features > units else 0
+        )
     return (
         constants(stored, rows * columns, stored)
         + sequencer(columns, rows)

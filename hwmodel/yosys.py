@@ -236,11 +236,14 @@ def product_unit(weight: Format, act: Format, style: int = 0) -> Unit:
     return Unit("product", _pair(weight, act, style))
 
 
-def mac_unit(weight: Format, act: Format, acc_bits: int, lanes: int) -> Unit:
-    """The `rtl/mac.v` (or `popcount.v`) that `mac_cost` predicts, with the multiplier style of the product table."""
+def mac_unit(weight: Format, act: Format, acc_bits: int, lanes: int, style: int | None = None) -> Unit:
+    """The `rtl/mac.v` (or `popcount.v`) that `mac_cost` predicts.
+
+    style: of the multiplier, by default the product table's; 0 leaves it to Yosys, which DSPs need.
+    """
     if weight == act == BINARY:
         return unit("popcount", N=lanes, ACC=acc_bits)
-    pair = dict(_pair(weight, act, product_style(weight, act)))
+    pair = dict(_pair(weight, act, product_style(weight, act) if style is None else style))
     pair["P"] = min(pair["P"], acc_bits)
     size = {"OWED": int(owes(weight, act)), "LANES": lanes, "ACC": acc_bits}
     return Unit("mac", tuple((pair | size).items()))

