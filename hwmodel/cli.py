@@ -120,7 +120,7 @@ def cost(
         return
     shown = record | {"luts": f"{found.luts:,.1f} ±{record['residual']:.0%}"}
     rows = [[k, str(v)] for k, v in shown.items() if k != "residual"]
-    rows += [[f"LUTs by {name}", "-" if luts is None else f"{luts:,.1f}"] for name, luts in others.items()]
+    rows += [[f"LUTs by {name}", "-" if count is None else f"{count:,.1f}"] for name, count in others.items()]
     _table(f"{record['weights']} x {record['acts']}", ["", ""], rows)
 
 
@@ -196,8 +196,8 @@ def estimate(
     _table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
     print(f"LUT {found.luts:,} ±{found.residual:.0%}: nine of ten synthesized {found.residual_of} lie within")
     print(f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}")
-    for name, luts in others.items():
-        print(f"LUT {luts:,.0f} by {name}")
+    for name, count in others.items():
+        print(f"LUT {count:,.0f} by {name}")
 
 
 @app.command(rich_help_panel="Hardware")

@@ -325,7 +325,7 @@ def popcount_cost(acc_bits: int, lanes: int) -> Cost:
     groups, rest = divmod(lanes, 3)
     count = groups + (rest > 0)
     adders = tree_cost(count, 2, acc_bits, owed=False) + Cost(luts=count - 1)
-    luts = 2 * groups + (0.0, -1.0, 0.5)[rest] + adders.luts + min(3 + tree_levels(count), acc_bits)
+    luts = 2 * groups + (0.0, -1.0, 0.0)[rest] + adders.luts + min(3 + tree_levels(count), acc_bits)
     return Cost(luts=max(1.0, luts), ffs=2 * groups + rest + adders.ffs + 2 * acc_bits)
 
 

@@ -1,7 +1,4 @@
-"""Where bits are kept: constants in logic, LUTRAM or 18 Kb block RAMs, by the shapes the device has.
-
-Shape rules of block RAMs as in FINN's model of a matrix-vector unit (Xilinx/finn).
-"""
+"""Where bits are kept: constants in logic, LUTRAM or 18 Kb block RAMs, by the shapes the device has."""
 
 from __future__ import annotations
 
@@ -27,25 +24,19 @@ class Memory:
     cost: Cost
 
 
-def bram18(width: int, depth: int) -> int:
-    """18 Kb block RAMs for `depth` words of `width` bits.
+SHAPES = ((1, 16384), (2, 8192), (4, 4096), (9, 2048), (18, 1024), (36, 512))
+"""Word widths and depths of an 18 Kb block RAM."""
 
-    >>> bram18(36, 512), bram18(256, 64), bram18(1, 16384), bram18(9, 2049)
-    (1, 8, 1, 2)
+
+def bram18(width: int, depth: int) -> int:
+    """18 Kb block RAMs for `depth` words of `width` bits: the fewest of one shape.
+
+    >>> bram18(36, 512), bram18(256, 64), bram18(1, 16384), bram18(9, 2049), bram18(26, 2048)
+    (1, 8, 1, 2, 3)
     """
     if width <= 0 or depth <= 0:
         return 0
-    if width == 1:
-        return math.ceil(depth / 16384)
-    if width == 2:
-        return math.ceil(depth / 8192)
-    if width <= 4:
-        return math.ceil(depth / 4096)
-    if width <= 9:
-        return math.ceil(depth / 2048)
-    if width <= 18 or depth > 512:
-        return math.ceil(depth / 1024) * math.ceil(width / 18)
-    return math.ceil(width / 36)
+    return min(math.ceil(width / w) * math.ceil(depth / d) for w, d in SHAPES)
 
 
 def rom(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto") -> Memory:
@@ -65,7 +56,7 @@ def rom_columns(columns: float, depth: int) -> Cost:
     """Constants in LUTs whose words have `columns` random bits: equal columns are kept once, constant ones not at all.
 
     >>> rom_columns(8, 64).luts, round(rom_columns(96, 2).ffs)
-    (8.0, 2)
+    (8, 2)
     """
     address = (depth - 1).bit_length()
     blocks = math.ceil(depth / 64)

@@ -7,7 +7,7 @@ in a folder of counts, and sets our prediction beside the published models' on t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -69,28 +69,23 @@ def validate(
         ("policies", s) for s in policy_samples(policies, seed)
     ]
     total, done = units + len(designs), 0
-    by_unit: dict[int, list[Row]] = {}
-    by_design: dict[int, Row] = {}
+    made: dict[tuple[int, int], list[Row]] = {}  # by kind of sample and place in it
     with ProcessPoolExecutor(jobs) as pool:
-        waiting = {}
-        for i in sorted(range(len(designs)), key=lambda i: -_size(designs[i][1])):
-            waiting[pool.submit(_design_row, *designs[i], cache)] = ("design", i)
+        waiting: dict[Future[list[Row]], tuple[int, int]] = {}
+        for i in sorted(range(len(designs)), key=lambda i: -_size(designs[i][1])):  # the longest first
+            waiting[pool.submit(_design_rows, *designs[i], cache)] = (1, i)
         for i in range(0, units, BATCH):
-            waiting[pool.submit(_unit_rows, elements[i : i + BATCH], cache)] = ("unit", i)
+            waiting[pool.submit(_unit_rows, elements[i : i + BATCH], cache)] = (0, i)
         try:
             for future in as_completed(waiting):
-                kind, i = waiting[future]
-                if kind == "unit":
-                    by_unit[i] = future.result()
-                    done += len(by_unit[i])
-                else:
-                    by_design[i] = future.result()
-                    done += 1
+                rows = future.result()
+                made[waiting[future]] = rows
+                done += len(rows)
                 progress(done, total)
         except yosys.YosysError as error:
             pool.shutdown(cancel_futures=True)
             raise HwError(str(error)) from error
-    return [row for i in sorted(by_unit) for row in by_unit[i]] + [by_design[i] for i in sorted(by_design)]
+    return [row for place in sorted(made) for row in made[place]]
 
 
 def _size(sample: DesignSample) -> int:
@@ -122,7 +117,7 @@ def _unit_rows(samples: Sequence[UnitSample], cache: Path) -> list[Row]:
     return rows
 
 
-def _design_row(kind: str, sample: DesignSample, cache: Path) -> Row:
+def _design_rows(kind: str, sample: DesignSample, cache: Path) -> list[Row]:
     plans = plans_of(sample)
     specs = [layer.spec for layer in sample.layers]
     names = [
@@ -134,7 +129,7 @@ def _design_row(kind: str, sample: DesignSample, cache: Path) -> Row:
         finn(bits(w), bits(a), s.out_features, s.in_features, p.pe, p.simd, layer.acc_bits)
         for (w, a, _), s, p, layer in zip(per_cycle, specs, plans, sample.layers, strict=True)
     ]
-    return Row(
+    row = Row(
         kind,
         sample.family,
         "; ".join(names),
@@ -144,6 +139,7 @@ def _design_row(kind: str, sample: DesignSample, cache: Path) -> Row:
         sum(ebops(*one) for one in per_cycle),
         sum(bops(*one) for one in per_cycle),
     )
+    return [row]
 
 
 def plans_of(sample: DesignSample) -> list[Plan]:

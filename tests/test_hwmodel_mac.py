@@ -60,13 +60,13 @@ def test_mac_is_monotone_in_the_weight(act: str) -> None:
     ("weight", "act"), [("int4", "uint4"), ("e3m2", "e2m1"), ("ternary", "int8"), ("binary", "binary")]
 )
 def test_mac_is_monotone_in_accumulator_and_lanes(weight: str, act: str) -> None:
-    """More accumulator bits or more lanes never cost less; lanes cost less than as many separate MACs."""
+    """More accumulator bits or more lanes never cost less; lanes never cost more than as many separate MACs."""
     w, a = parse(weight), parse(act)
     for acc in range(16, 40):
         assert mac_cost(w, a, acc, 4).luts <= mac_cost(w, a, acc + 1, 4).luts
     for lanes in range(1, 40):
         assert mac_cost(w, a, 30, lanes).luts <= mac_cost(w, a, 30, lanes + 1).luts
-    assert mac_cost(w, a, 30, 8).luts < 8 * mac_cost(w, a, 30, 1).luts
+    assert mac_cost(w, a, 30, 8).luts <= 8 * mac_cost(w, a, 30, 1).luts
 
 
 def test_every_pair_has_a_cost() -> None:
