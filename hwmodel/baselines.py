@@ -78,7 +78,7 @@ def finn_mac(weight_bits: int, act_bits: int, lanes: int, acc_bits: int) -> floa
     """LUTs of one element by FINN's formula, without its constant for the unit around it.
 
     >>> round(finn_mac(4, 4, 32, 21) / 32, 1), round(finn_mac(8, 8, 32, 29) / 32, 1)
-    (44.4, 123.7)
+    (44.4, 123.6)
     """
     return finn(weight_bits, act_bits, 1, lanes, 1, lanes, acc_bits).luts - 300
 
