@@ -1,4 +1,4 @@
-"""What Brevitas' own post-training techniques reach on four vision networks: the peer half of a benchmark.
+"""What Brevitas' own post-training techniques reach on four vision networks, and our presets beside them.
 
 The pipeline is that of `brevitas_examples/imagenet_classification/ptq`, made of the same calls in the same order:
 `preprocess_for_quantize` (graph equalization), SmoothQuant, `layerwise_quantize` with the example's quantizers,
@@ -20,6 +20,9 @@ for Brevitas' good or for comparability:
 
 Only Conv2d and Linear are quantized. Sums of residual branches, normalizations and, in ViT, the softmax and the
 products q·k and attention·v stay float: the layer-wise backend does not replace them (column `attention`).
+
+The techniques `quantkit-fast`, `quantkit-balanced` and `quantkit-best` are our presets at the same formats, on the
+same images, with the products of attention in float, too; of `ends` and `scales` they know "same" and "mse".
 
 Each case runs in a process of its own: `seconds` is the wall time of quantizing alone, without imports and evaluation
 but with one float pass that looks for negative inputs (`cpu_seconds` the same in CPU time, for machines that are
@@ -70,6 +73,7 @@ TECHNIQUES = (
     "equalize+gptq_act_order+bias_correction",
     "equalize+learned_round+bias_correction",
 )
+OURS = ("quantkit-fast", "quantkit-balanced", "quantkit-best")
 DESIGNS = (
     ("int8", "int8"),
     ("int4", "int8"),
@@ -297,6 +301,9 @@ def measured(case: Case, data: str, threads: int) -> dict[str, Any]:
     """The case's row, measured in this process."""
     import torch
     import vision_networks
+
+    if case.technique in OURS:
+        return _measured_ours(case, data, threads)
     from brevitas.export.inference.manager import quant_inference_mode
 
     if "learned_round" in case.technique:  # imported before the clock runs; the other techniques do not need it
@@ -314,10 +321,41 @@ def measured(case: Case, data: str, threads: int) -> dict[str, Any]:
     with _quiet(), torch.no_grad(), quant_inference_mode(module):
         module(network.example)  # caches the quantized weights
         result = vision_networks.measure(module, network)
+    status = "; ".join(["ok", *(str(w.message) for w in told)])
+    return _row(case, result, seconds, cpu, threads, loaded, peak) | {"status": status}
+
+
+def _row(
+    case: Case, result: dict[str, Any], seconds: float, cpu: float, threads: int, loaded: float, peak: float
+) -> dict[str, Any]:
     rounded = {key: None if v is None else round(v, 2) for key, v in result.items()}
     sizes = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "threads": threads}
-    sizes |= {"loaded_mib": round(loaded), "peak_mib": round(peak)}
-    return _identity(case) | rounded | sizes | {"status": "; ".join(["ok", *(str(w.message) for w in told)])}
+    return _identity(case) | rounded | sizes | {"loaded_mib": round(loaded), "peak_mib": round(peak)}
+
+
+def _measured_ours(case: Case, data: str, threads: int) -> dict[str, Any]:
+    """The same of one of our presets."""
+    import torch
+    import vision_networks
+
+    from quantkit.capture import captured
+    from quantkit.model import Calib, Model
+    from quantkit.presets import preset_steps
+    from quantkit.qlayers import LayerPlan
+    from quantkit.recipe import Recipe, make_plan, quantize
+
+    _check("ends of a preset", case.ends, ("same",))
+    _check("scales of a preset", case.scales, ("mse",))
+    torch.set_num_threads(threads)
+    network = vision_networks.load(case.network, data)
+    loaded, cpu, began = _peak_mib(), time.process_time(), time.perf_counter()
+    model = captured(Model(network.module, network.example, None, {"kind": "module"}))
+    plan = [("*", make_plan(case.weights, case.acts)), *((name, LayerPlan()) for name in model.points())]
+    recipe = Recipe(tuple(plan), preset_steps(case.technique.removeprefix("quantkit-"), policy=False))
+    done = quantize(model, recipe, Calib(network.calib, batch=250))
+    seconds, cpu, peak = time.perf_counter() - began, time.process_time() - cpu, _peak_mib()
+    result = vision_networks.measure(done.module, network)
+    return _row(case, result, seconds, cpu, threads, loaded, peak) | {"status": "ok"}
 
 
 def _identity(case: Case) -> dict[str, Any]:
@@ -334,7 +372,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for weights, acts in DESIGNS
         if not args.design or f"{weights}/{acts}" in args.design
         for network in args.network or ("dscnn", "resnet8", "vit_mnist", "resnet20")
-        for technique in args.technique or TECHNIQUES
+        for technique in args.technique or (*TECHNIQUES, *OURS)
+        if technique not in OURS or (ends, scales) == ("same", "mse")
     ]
 
 
