@@ -1,55 +1,65 @@
-"""Where rescaling a channel preserves the function: from one layer through positively homogeneous
-steps to the layers that consume it.
+"""Links: layers and what stands before them, between which a factor per channel can be moved.
 
-A producer's channel may be multiplied by f > 0 if every path from it reaches a layer that divides
-the matching columns by f, over steps with g(f x) = f g(x): ReLU, LeakyReLU, identity, dropout in
-evaluation, flattening, pooling. The input stage of a policy is a producer, too, as it ends in a
-clip whose bounds can be scaled.
+`find_links` gathers the free factors of `quantkit.symmetry` into links, and `rescale` applies a choice of them.
+Cross-layer equalization, SmoothQuant and the methods for a policy's input stand on both.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quantkit.model import Model
 from quantkit.policy import InputStage, Policy
-from quantkit.qlayers import Plain, QLayer, shape_of
+from quantkit.qlayers import Plain, QLayer, shape_of, turned
+from quantkit.symmetry import Factors, free_factors
 
 Layer = Plain | QLayer
+Kind = Literal["layer", "norm", "input", "qk"]
 
 
 @dataclass(frozen=True)
 class Link:
-    """Channels of `producer` are the inputs of `consumers` (names of layers), up to homogeneous steps.
+    """Channels that `producers` put out and `consumers` read, each with a factor of its own that cancels.
 
-    kind "layer": the producer is a layer. kind "input": it is the policy's input stage, and
-    `producer` is empty. After a flattened convolution, each channel meets several columns in a row.
+    kind "layer": all producers are layers. "norm": some are normalizations (by module) or a parameter that
+    multiplies (by its own name). "input": it is a policy's input stage, and `producers` is empty. "qk": queries and
+    keys, which cancel each other; `consumers` is empty.
+    channels: how many factors. rows: for each producer, (outputs,), 0 where an output is in no channel of the link,
+    i + 1 where factor i multiplies it, -(i + 1) where it divides (keys); the input stage under "". columns: for each
+    consumer, (inputs,), i + 1 where factor i divides the column. After a flattened convolution a channel has several
+    columns; in a residual stream it has a row in several producers.
     """
 
-    producer: str
+    producers: tuple[str, ...]
     consumers: tuple[str, ...]
-    kind: Literal["layer", "input"]
+    kind: Kind
+    channels: int = field(default=0, compare=False)
+    rows: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    columns: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
-_STEPS = (
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-)
-_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout}
-_METHODS = {"relu", "relu_", "contiguous"}
+def find_links(model: Model) -> list[Link]:
+    """Every link of a policy or a captured graph in the order of execution; of any other module, none.
+
+    A layer that runs more than once, or shares its weight with another, is part of no link.
+    """
+    example = torch.cat([model.example, model.example])[:2]
+    if isinstance(model.module, fx.GraphModule):
+        return _gathered(free_factors(model.module, example))
+    if not isinstance(model.module, Policy):
+        return []
+    policy = model.module
+    with torch.no_grad():
+        graph, x = fx.GraphModule(policy.net, _Tracer().trace(policy.net)), policy.stage(example)
+    found = free_factors(graph, x, policy)
+    rows = {f"net.{name}" if name else "": labels for name, labels in found.rows.items()}
+    columns = {f"net.{name}": labels for name, labels in found.columns.items()}
+    return _gathered(Factors(rows, columns, frozenset(f"net.{name}" for name in found.norms)))
 
 
 class _Tracer(fx.Tracer):
@@ -57,131 +67,151 @@ class _Tracer(fx.Tracer):
         return isinstance(m, QLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
-def find_links(model: Model) -> list[Link]:
-    """Every link of the model in the order of execution; none where the module cannot be traced.
-
-    A layer that runs more than once, or shares its parameters with another, is part of no link.
-    """
-    policy = model.module if isinstance(model.module, Policy) else None
-    root = model.module if policy is None else policy.net
-    prefix = "" if policy is None else "net."
-    try:
-        graph = _Tracer().trace(root)
-    except Exception:  # whatever the module's own Python does with a proxy; no link is the answer
-        return []
-    modules = dict(root.named_modules())
-    layers = {name: module for name, module in modules.items() if isinstance(module, Layer)}
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
-    owners: dict[int, int] = {}
-    for layer in layers.values():
-        owners[id(layer.weight)] = owners.get(id(layer.weight), 0) + 1
-    alone = {n for n, layer in layers.items() if calls.count(n) == 1 and owners[id(layer.weight)] == 1}
+def _gathered(found: Factors) -> list[Link]:
+    """The variables that run through the same producers and consumers, with the same signs, make one link."""
+    sides = [("rows", name, v) for name, v in found.rows.items()]
+    sides += [("columns", name, v) for name, v in found.columns.items()]
+    places: dict[int, dict[tuple[str, str, bool], None]] = {}
+    for side, name, labels in sides:
+        for label in filter(None, labels.tolist()):
+            places.setdefault(abs(label), {})[side, name, label > 0] = None
+    alike: dict[tuple[tuple[str, str, bool], ...], list[int]] = {}
+    for variable, where in places.items():
+        positive = next(iter(where))[2]  # the first producer multiplies, by definition
+        key = tuple((side, name, sign == positive) for side, name, sign in where)
+        alike.setdefault(key, []).append(variable if positive else -variable)
     links = []
-    for node in graph.nodes:
-        if node.op == "placeholder" and policy is not None:
-            found = _consumers(node, modules, alone)
-            if found and _fits_stage(policy, [layers[name] for name, _ in found]):
-                links.append(Link("", tuple(prefix + name for name, _ in found), "input"))
-        elif node.op == "call_module" and node.target in alone:
-            found = _consumers(node, modules, alone)
-            if found and all(_fits(layers[str(node.target)], layers[name], flat) for name, flat in found):
-                links.append(Link(prefix + str(node.target), tuple(prefix + name for name, _ in found), "layer"))
+    for key, variables in alike.items():
+        index = {v: i + 1 for i, v in enumerate(variables)} | {-v: -i - 1 for i, v in enumerate(variables)}
+        rows, columns = (
+            {name: torch.tensor([index.get(v, 0) for v in labels[name].tolist()]) for s, name, _ in key if s == side}
+            for side, labels in (("rows", found.rows), ("columns", found.columns))
+        )
+        opposed = len({sign for _, _, sign in key}) == 2
+        if opposed == bool(columns):
+            continue  # keys that a layer reads, too; a row that reaches nothing
+        kind: Kind = "qk" if opposed else "norm" if rows.keys() & found.norms else "input" if "" in rows else "layer"
+        if kind != "input" or bool(rows[""].all()):  # methods for the input stage want the whole of it
+            links.append(Link(tuple(filter(None, rows)), tuple(columns), kind, len(variables), rows, columns))
     return links
 
 
-def _consumers(start: fx.Node, modules: dict[str, nn.Module], alone: set[str]) -> list[tuple[str, bool]] | None:
-    """Layers that consume `start` and whether it was flattened on the way; None if anything else does."""
-    found: list[tuple[str, bool]] = []
-    pending = [(user, False) for user in start.users]
-    while pending:
-        node, flat = pending.pop(0)
-        name = str(node.target)
-        module = modules.get(name) if node.op == "call_module" else None
-        if isinstance(module, Layer) and name in alone:
-            found.append((name, flat))
-            continue
-        flattens = _flattens(node, module)
-        if not flattens and not (isinstance(module, _STEPS) or _is_homogeneous(node)):
-            return None
-        pending.extend((user, flat or flattens) for user in node.users)
-    return found
+def rescale(model: Model, link: Link, factor: Tensor) -> None:
+    """Multiply channel i of the link by factor[i] > 0 where it is produced, and divide where it is read, in place."""
+    layers = model.layers()
+    for name, index in link.rows.items():
+        f = _spread(index, factor)
+        if name in layers:
+            scale_rows(layers[name], f)
+        elif name:
+            owner, _, leaf = name.rpartition(".")
+            part = getattr(model.module.get_submodule(owner), leaf)
+            for parameter in [part] if isinstance(part, Tensor) else [part.weight, getattr(part, "bias", None)]:
+                _scale(parameter, f)
+        else:
+            assert isinstance(model.module, Policy)
+            scale_stage(model.module, f)
+    for name, index in link.columns.items():
+        scale_columns(layers[name], 1 / _spread(index, factor))
 
 
-def _is_homogeneous(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in _FUNCTIONS
-    return node.op == "call_method" and node.target in _METHODS
+def ranges(model: Model, link: Link, *, bias: bool = True) -> tuple[Tensor, Tensor]:
+    """Largest magnitude of the layers' weights that each factor multiplies, and of those it divides, (channels,) each.
+
+    bias: biases count as weights of their rows.
+    """
+    layers, n = model.layers(), link.channels
+    rows = [(index, row_range(layers[name], bias=bias)) for name, index in link.rows.items() if name in layers]
+    columns = [(index, column_range(layers[name])) for name, index in link.columns.items()]
+    up = [gathered(index, top, n) for index, top in rows]
+    down = [gathered(-index, top, n) for index, top in rows] + [gathered(index, top, n) for index, top in columns]
+    return largest(up, n), largest(down, n)
 
 
-def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
-    if isinstance(module, nn.Flatten):
-        return module.start_dim == 1 and module.end_dim == -1
-    arguments: tuple[Any, ...] = node.args[1:]
-    if (node.op == "call_function" and node.target is torch.flatten) or (
-        node.op == "call_method" and node.target == "flatten"
-    ):
-        named = (*arguments, *(node.kwargs[key] for key in ("start_dim", "end_dim") if key in node.kwargs))
-        return named in ((1,), (1, -1))
-    return False
+def largest(parts: list[Tensor], channels: int) -> Tensor:
+    """The largest per channel, (channels,); 0 of no parts."""
+    return torch.stack([torch.zeros(channels), *parts]).amax(dim=0)
 
 
-def _fits(producer: Layer, consumer: Layer, flat: bool) -> bool:
-    channels = producer.weight.shape[0]
-    inputs = in_channels(consumer)
-    if is_conv(producer) and not is_conv(consumer):
-        return flat and inputs % channels == 0
-    return is_conv(producer) == is_conv(consumer) and inputs == channels
+def gathered(index: Tensor, values: Tensor, channels: int) -> Tensor:
+    """The largest of the values >= 0 of each channel, (channels,); index as in `Link.columns`."""
+    chosen = index > 0
+    return torch.zeros(channels).scatter_reduce(0, index[chosen] - 1, values[chosen].float(), "amax")
 
 
-def _fits_stage(policy: Policy, consumers: list[Layer]) -> bool:
-    kinds = {is_conv(layer) for layer in consumers}
-    if len(kinds) != 1:
-        return False
-    size = policy.obs_shape[0] if kinds == {True} else math.prod(policy.obs_shape)
-    return len(policy.obs_shape) in ((3,) if kinds == {True} else (1, 2, 3)) and all(
-        in_channels(layer) == size for layer in consumers
-    )
+def _spread(index: Tensor, factor: Tensor) -> Tensor:
+    """What each row or column is multiplied by, (len(index),)."""
+    f = torch.cat([1 / factor.flip(0), factor.new_ones(1), factor])
+    return f[index + len(factor)]
 
 
-def is_conv(layer: Layer) -> bool:
-    """Whether the layer is a convolution."""
-    return layer.op == "conv2d" if isinstance(layer, QLayer) else isinstance(layer, nn.Conv2d)
+def _part(module: nn.Module, name: str) -> Any:
+    """The submodule or parameter of this name."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
 
 
-def in_channels(layer: Layer) -> int:
-    """Input channels of a convolution, input features of a linear layer."""
-    return shape_of(layer).inputs
+def _matrix(layer: Any) -> Tensor:
+    """The float weight as (outputs, inputs / groups, positions); of an embedding (features, tokens, 1)."""
+    weight: Tensor = layer.weight.detach()
+    if isinstance(layer, nn.ConvTranspose2d):
+        weight = turned(weight, layer.groups)
+    elif shape_of(layer).op == "embedding":
+        weight = weight.t()
+    return weight.reshape(*weight.shape[:2], -1)
 
 
-def column_range(layer: Layer, channels: int) -> Tensor:
-    """Largest magnitude of the weights that meet each of `channels` producer channels, (channels,)."""
-    groups = int(getattr(layer, "groups", 1))
-    weight = layer.weight.detach().abs().flatten(2) if is_conv(layer) else layer.weight.detach().abs()[..., None]
-    per_input = weight.reshape(groups, -1, *weight.shape[1:]).amax(dim=(1, 3)).flatten()
-    return per_input.reshape(channels, -1).amax(dim=1)
+def _store(layer: Any, matrix: Tensor) -> None:
+    """Give the layer the weight of which this is the `_matrix`."""
+    shape = layer.weight.shape
+    if isinstance(layer, nn.ConvTranspose2d):
+        matrix = turned(matrix.reshape(*matrix.shape[:2], *shape[2:]), layer.groups)
+    elif shape_of(layer).op == "embedding":
+        matrix = matrix[..., 0].t()
+    set_weight(layer, matrix.reshape(shape).contiguous())
+
+
+def row_range(layer: Layer, *, bias: bool = True) -> Tensor:
+    """Largest magnitude of each output's weights and, if asked for, bias, (outputs,)."""
+    top = _matrix(layer).abs().amax(dim=(1, 2))
+    own = getattr(layer, "bias", None)
+    return torch.maximum(top, own.detach().abs()) if bias and isinstance(own, Tensor) else top
+
+
+def column_range(layer: Layer) -> Tensor:
+    """Largest magnitude of the weights that meet each input channel, (inputs,)."""
+    matrix, groups = _matrix(layer).abs(), shape_of(layer).groups
+    return matrix.reshape(groups, -1, *matrix.shape[1:]).amax(dim=(1, 3)).flatten()
 
 
 def scale_columns(layer: Layer, factor: Tensor) -> None:
-    """Multiply the weights that meet producer channel i by factor[i], in place of the old ones."""
-    groups = int(getattr(layer, "groups", 1))
-    per_input = factor.repeat_interleave(in_channels(layer) // len(factor))
-    rows = layer.weight.shape[0] // groups
-    matrix = per_input.reshape(groups, 1, -1).expand(-1, rows, -1).reshape(layer.weight.shape[0], -1)
-    set_weight(layer, layer.weight.detach() * (matrix[..., None, None] if is_conv(layer) else matrix))
+    """Multiply the weights that meet input channel i by factor[i], in place of the old ones."""
+    matrix, groups = _matrix(layer), shape_of(layer).groups
+    split = matrix.reshape(groups, -1, *matrix.shape[1:])
+    _store(layer, (split * factor.reshape(groups, 1, -1, 1)).reshape(matrix.shape))
 
 
 def scale_rows(layer: Layer, factor: Tensor) -> None:
-    """Multiply output channel i (weights and bias) by factor[i]."""
-    set_weight(layer, layer.weight.detach() * factor.reshape(-1, *(1 for _ in layer.weight.shape[1:])))
-    if isinstance(layer.bias, Tensor):
-        layer.bias.data = layer.bias.data * factor
+    """Multiply output i (weights and bias) by factor[i]."""
+    _store(layer, _matrix(layer) * factor[:, None, None])
+    _scale(getattr(layer, "bias", None), factor)
+
+
+def _scale(parameter: Tensor | None, factor: Tensor) -> None:
+    if parameter is not None:
+        parameter.data = parameter.data * factor
 
 
 def scale_stage(policy: Policy, factor: Tensor) -> None:
-    """Multiply output i of the input stage by factor[i] (per channel for images), clip bounds included."""
+    """Multiply output i of the input stage by factor[i], clip bounds included.
+
+    factor: one per output, or one per channel of an image; where a channel's are all the same, that is enough.
+    """
     stage: InputStage = policy.stage
     if len(factor) == math.prod(policy.obs_shape):
         factor = factor.reshape(policy.obs_shape)
+        if factor.dim() == 3 and bool((factor == factor[:, :1, :1]).all()):
+            factor = factor[:, :1, :1]
     else:
         factor = factor.reshape(-1, 1, 1)
     stage.std = stage.std / factor

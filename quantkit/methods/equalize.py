@@ -7,12 +7,14 @@ the largest magnitude in row i of W1 and r2_i that in column i of W2,
 
     f_i = r2_i^(1 - alpha) / r1_i^alpha,    alpha = 1/2: both ranges become sqrt(r1_i r2_i).
 
-Pairs overlap, so all of them are swept until no factor is further from 1 than `tolerance`.
+Pairs overlap, so all of them are swept until no factor is further from 1 than `tolerance`. Where several layers put
+out a channel (a residual stream), r1_i is the largest magnitude in row i of any of them, and r2_i in column i of all
+that read it.
 
 Differs from the paper: largest magnitudes and not ranges max - min, as quantizers here are
 symmetric; the bias counts as one more column of W1 (as in Brevitas), which keeps f finite for
-channels that are mostly bias; a channel with no weight on one side keeps f = 1; a convolution that
-is flattened into a linear layer is a pair, too (each channel meets several columns). High bias
+channels that are mostly bias; a channel with no weight on one side keeps f = 1; pairs are all links of
+kind "layer" that tracing finds, through flattening, residual sums and the values of attention, too. High bias
 absorption (section 4.1.3) is not done.
 """
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
-from quantkit.links import column_range, find_links, scale_columns, scale_rows
+from quantkit.links import find_links, ranges, rescale
 from quantkit.model import Calib, Model
 from quantkit.qlayers import QLayer
 
@@ -57,8 +59,8 @@ def apply(
     """
     layers = model.layers()
     links = [link for link in find_links(model) if link.kind == "layer"]
-    links = [link for link in links if any(isinstance(layers[n], QLayer) for n in (link.producer, *link.consumers))]
-    for name in {name for link in links for name in (link.producer, *link.consumers)}:
+    links = [link for link in links if any(isinstance(layers[n], QLayer) for n in (*link.producers, *link.consumers))]
+    for name in dict.fromkeys(name for link in links for name in (*link.producers, *link.consumers)):
         layer = layers[name]
         if isinstance(layer, QLayer) and (layer.q is not None or layer.act is not None):
             raise InputError(f"step 'equalize': layer {name!r} is already quantized; put this step first")
@@ -66,16 +68,8 @@ def apply(
     while links and count < sweeps:
         count, spread = count + 1, 1.0
         for link in links:
-            producer, consumers = layers[link.producer], [layers[name] for name in link.consumers]
-            channels = producer.weight.shape[0]
-            r1 = producer.weight.detach().abs().flatten(1).amax(dim=1)
-            if merge_bias and isinstance(producer.bias, Tensor):
-                r1 = torch.maximum(r1, producer.bias.detach().abs())
-            r2 = torch.stack([column_range(layer, channels) for layer in consumers]).amax(dim=0)
-            f = factors(r1, r2, alpha)
-            scale_rows(producer, f)
-            for layer in consumers:
-                scale_columns(layer, 1 / f)
+            f = factors(*ranges(model, link, bias=merge_bias), alpha)
+            rescale(model, link, f)
             spread = max(spread, float(f.amax()), float(1 / f.amin()))
         if spread <= 1 + tolerance:
             break

@@ -7,11 +7,12 @@ Models", ICML 2023, arXiv 2211.10438, equation 4. Input channel j of a layer is 
 
 and column j of W divided by it (f_j is 1 / s_j of the paper); the function stays the same.
 
-Differs from the paper: the factor is absorbed wherever a producer is found across a positively
-homogeneous step, not only in a preceding normalization: in the rows of the layer before, or in the
-input stage of a policy. Elsewhere (after tanh, say) the layer keeps an explicit multiplier per
-input channel, which costs hardware: `explicit=False` leaves such layers alone, and `pow2=True`
-makes every factor a shift.
+Differs from the paper: the factor is absorbed wherever tracing finds a place for it, not only in a
+preceding normalization: in the rows of the layers before (all those of a residual stream; the values
+of attention), or in the input stage of a policy. |x_j| and |W_:j| are the largest of all layers that
+read the channel. Elsewhere (after tanh, say) the layer keeps an explicit multiplier per input channel,
+which costs hardware: `explicit=False` leaves such layers alone, and `pow2=True` makes every factor a
+shift.
 """
 
 from __future__ import annotations
@@ -20,18 +21,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
-from quantkit.links import (
-    Link,
-    column_range,
-    find_links,
-    in_channels,
-    scale_columns,
-    scale_rows,
-    scale_stage,
-)
+from quantkit.links import column_range, find_links, gathered, largest, ranges, rescale
 from quantkit.model import Calib, Model
 from quantkit.observers import AbsMax, collect
-from quantkit.policy import Policy
 
 CHANGES = frozenset({"float"})
 
@@ -62,35 +54,21 @@ def apply(
             raise InputError(f"step 'smoothquant': layer {name!r} is already quantized; put this step first")
     seen = {name: AbsMax() for name in wanted}
     collect(model, calib, seen)
+    tops = {name: observer.value for name, observer in seen.items() if observer.value is not None}
     absorbed: set[str] = set()
     for link in find_links(model):
-        sources = [name for name in link.consumers if name in wanted and seen[name].value is not None]
-        if sources:
-            _absorb(model, link, seen[sources[0]].value, alpha, pow2)  # type: ignore[arg-type]
-            absorbed.update(name for name in link.consumers if name in wanted)
+        parts = [gathered(index, tops[name], link.channels) for name, index in link.columns.items() if name in tops]
+        if parts:
+            _, w = ranges(model, link)
+            rescale(model, link, factors(w, largest(parts, link.channels), alpha, pow2))
+            absorbed.update(link.columns.keys() & wanted.keys())
     left = multiplied = 0
     for name, layer in wanted.items():
-        x = seen[name].value
         if name in absorbed:
             continue
-        if not explicit or x is None or layer.groups != 1:
+        if not explicit or name not in tops or layer.groups != 1:
             left += 1
             continue
-        layer.scale_input(factors(column_range(layer, in_channels(layer)), x, alpha, pow2))
+        layer.scale_input(factors(column_range(layer), tops[name], alpha, pow2))
         multiplied += 1
     return {"absorbed": float(len(absorbed)), "explicit": float(multiplied), "left_alone": float(left)}
-
-
-def _absorb(model: Model, link: Link, x: Tensor, alpha: float, pow2: bool) -> None:
-    layers = model.layers()
-    consumers = [layers[name] for name in link.consumers]
-    channels = in_channels(consumers[0]) if link.kind == "input" else layers[link.producer].weight.shape[0]
-    w = torch.stack([column_range(layer, channels) for layer in consumers]).amax(dim=0)
-    f = factors(w, x.reshape(channels, -1).amax(dim=1), alpha, pow2)
-    if link.kind == "input":
-        assert isinstance(model.module, Policy)
-        scale_stage(model.module, f)
-    else:
-        scale_rows(layers[link.producer], f)
-    for layer in consumers:
-        scale_columns(layer, 1 / f)
