@@ -262,7 +262,7 @@ class _Follower(fx.Interpreter):
             return []  # a size says nothing about values
         if target is operator.getitem:
             labels: Any = self.labels[source]  # type: ignore[index]
-            return labels[node.args[1]] if isinstance(labels, list | tuple) else None
+            return labels[node.args[1]] if isinstance(labels, list | tuple) else None  # type: ignore[index]
         arguments: Any = fx.map_arg((node.args[1:], node.kwargs), self.env.__getitem__)
         rest, options = arguments
         if target in _SHAPE and isinstance(source, fx.Node | list | tuple):

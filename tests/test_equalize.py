@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import MODELS
+from test_links import MODELS, graph
 
 from quantkit.errors import InputError
-from quantkit.links import column_range, find_links
+from quantkit.links import find_links, ranges
 from quantkit.methods import act_scales, equalize
 from quantkit.methods.equalize import factors
+from quantkit.model import Calib
 from quantkit.qlayers import QLayer
 from quantkit.recipe import make_plan, quantize, uniform
 
 
 def wrapped(name):
-    model, calib = MODELS[name]()
+    model, x = graph(name)
     for key, layer in list(model.layers().items()):
         model.replace(key, QLayer(layer, make_plan("int4", "int8")))
-    return model, calib
+    return model, Calib(x)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.3])
@@ -35,20 +36,40 @@ def test_dead_channels_keep_their_scale():
     assert factors(torch.tensor([0.0, 2.0, 1e-30]), torch.tensor([3.0, 0.0, 2.0])).tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["policy", "cnn", "image_policy"])
-def test_ranges_are_equal_afterwards(name):
-    """Producer and consumer ranges of every channel agree within the tolerance once the sweeps converge."""
+@torch.no_grad()
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("name", ["policy", "cnn", "image_policy", "resnet", "vit", "llama", "shuffled"])
+def test_ranges_are_equal_afterwards(name, streams):
+    """Once the sweeps converge, what a factor multiplies and divides has the same range; the function stays."""
     model, calib = wrapped(name)
-    report = equalize.apply(model, calib, tolerance=0.01, sweeps=200)
-    layers = model.layers()
+    before = model.module(calib.inputs)
+    report = equalize.apply(model, calib, tolerance=0.01, sweeps=200, streams=streams)
     assert report["largest_factor"] <= 1.01 and report["sweeps"] < 200
     links = [link for link in find_links(model) if link.kind == "layer"]
-    assert report["links"] == len(links)
+    links = [link for link in links if streams or len(link.producers) == 1]
+    assert report["links"] == len(links) > 0
     for link in links:
-        producer = layers[link.producer]
-        r1 = torch.maximum(producer.weight.abs().flatten(1).amax(dim=1), producer.bias.abs())
-        r2 = column_range(layers[link.consumers[0]], len(r1))
-        assert torch.allclose(r1, r2, rtol=0.03)
+        up, down = ranges(model, link)
+        assert torch.allclose(up, down, rtol=0.03)
+    after = model.module(calib.inputs)
+    assert torch.allclose(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+
+
+@torch.no_grad()
+def test_the_largest_producer_counts():
+    """In a residual stream, r1 is the largest of all rows of a channel, and r2 of all columns, by the definition."""
+    model, calib = wrapped("resnet")
+    layers = model.layers()
+    names = ["stem", "blocks.0.conv2", "blocks.1.conv2"]
+    rows = torch.stack([layers[n].weight.abs().flatten(1).amax(1).maximum(layers[n].bias.abs()) for n in names])
+    last = layers["blocks.2.conv2"]  # its channels 1 to 4 meet those of the stream
+    rows = torch.cat([rows, last.weight.abs().flatten(1).amax(1).maximum(last.bias.abs())[None, 1:5]])
+    columns = torch.stack([layers[f"blocks.{i}.conv1"].weight.abs().amax(dim=(0, 2, 3)) for i in range(3)])
+    columns = torch.cat([columns, layers["head"].weight.abs().amax(dim=0)[None, 1:5]])
+    stem = layers["stem"].weight.clone()
+    equalize.apply(model, calib, sweeps=1, streams=True)
+    f = (columns.amax(dim=0) / rows.amax(dim=0)).sqrt()
+    assert torch.allclose(layers["stem"].weight, stem * f[:, None, None, None])
 
 
 def test_bias_option():

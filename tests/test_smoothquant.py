@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import MODELS
+from test_links import GRAPHS, MODELS, graph
 
 from quantkit.errors import InputError
 from quantkit.methods import rtn, smoothquant
 from quantkit.methods.smoothquant import factors
+from quantkit.model import Calib
 from quantkit.qlayers import QLayer
 from quantkit.recipe import make_plan, quantize, uniform
 from quantkit.rounding import is_pow2
 
 
 def wrapped(name, acts="int8"):
-    model, calib = MODELS[name]()
+    model, x = graph(name)
     for key, layer in list(model.layers().items()):
         model.replace(key, QLayer(layer, make_plan("int4", acts)))
-    return model, calib
+    return model, Calib(x)
 
 
 def test_equation_4():
@@ -35,10 +36,19 @@ def test_half_makes_both_sides_equal():
     assert torch.allclose(x * f, w / f)
 
 
-COUNTS = {"policy": (3, 0, 0), "tanh_policy": (1, 2, 0), "mlp": (1, 2, 0), "cnn": (3, 1, 0), "image_policy": (3, 0, 0)}
+COUNTS = {
+    "policy": (3, 0, 0),
+    "tanh_policy": (1, 2, 0),
+    "mlp": (1, 2, 0),
+    "cnn": (3, 1, 0),
+    "image_policy": (3, 0, 0),
+    "resnet": (7, 1, 0),
+    "vit": (3, 1, 0),
+    "llama": (7, 0, 0),
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_where_factors_go(name):
     """Factors are absorbed where a link exists, explicit elsewhere, and left out when not allowed."""
     model, calib = wrapped(name)
@@ -53,6 +63,31 @@ def test_where_factors_go(name):
         "left_alone": explicit + left,
     }
     assert all(layer.in_scale is None for layer in model.qlayers().values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", {**MODELS, **GRAPHS})
+def test_the_function_stays(name):
+    """Smoothing changes no output of a float network."""
+    model, calib = wrapped(name)
+    before = model.module(calib.inputs)
+    smoothquant.apply(model, calib)
+    after = model.module(calib.inputs)
+    assert torch.allclose(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+
+
+@torch.no_grad()
+def test_absorbed_in_a_normalization():
+    """In front of a transformer's layers, the factors of equation 4 end up in weight and bias of the normalization."""
+    model, calib = wrapped("vit")
+    norm, layer, seen = model.module.norm2, model.layers()["ff1"], []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().amax(dim=(0, 1))))
+    model.module(calib.inputs)
+    w = layer.weight.abs().amax(dim=0)
+    weight, bias = norm.weight.clone(), norm.bias.clone()
+    smoothquant.apply(model, calib, alpha=0.7)
+    f = w**0.3 / seen[0] ** 0.7
+    assert torch.allclose(norm.weight, weight * f) and torch.allclose(norm.bias, bias * f)
 
 
 def test_powers_of_two():

@@ -43,15 +43,16 @@ def factors(w: Tensor, x: Tensor, alpha: float = 0.5, pow2: bool = False) -> Ten
 def apply(
     model: Model, calib: Calib, *, alpha: float = 0.5, explicit: bool = True, pow2: bool = False
 ) -> dict[str, float]:
-    """Smooth the input of every layer planned to have a quantized one.
+    """Smooth the input of every layer planned to have a quantized one; an embedding has none.
 
     Returns how many layers were absorbed upstream, how many got a multiplier of their own, and how
     many were left alone.
     """
-    wanted = {name: layer for name, layer in model.qlayers().items() if layer.plan.act is not None}
-    for name, layer in model.qlayers().items():
+    layers = model.qlayers()
+    for name, layer in layers.items():
         if layer.q is not None or layer.act is not None:
             raise InputError(f"step 'smoothquant': layer {name!r} is already quantized; put this step first")
+    wanted = {n: layer for n, layer in layers.items() if layer.plan.act is not None and layer.op != "embedding"}
     seen = {name: AbsMax() for name in wanted}
     collect(model, calib, seen)
     tops = {name: observer.value for name, observer in seen.items() if observer.value is not None}
