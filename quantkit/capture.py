@@ -65,6 +65,9 @@ def captured(model: Model) -> Model:
 
 
 def _export(module: nn.Module, example: Tensor) -> fx.GraphModule:
+    for part in module.modules():  # what is written in place must be decomposed, batch norms with it
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
     if len(example) == 1 and example.dim():
         example = torch.cat([example, example])  # export takes a size of 1 for a constant
     with warnings.catch_warnings(), torch.no_grad():
@@ -347,14 +350,17 @@ _BUILDERS: dict[Any, Callable[[fx.GraphModule, fx.Node, _Parts], None]] = {
 }
 
 
+_BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+
+
 def _fold_batch_norms(gm: fx.GraphModule, parts: _Parts) -> None:
     """Merge every batch normalization that alone consumes a layer used once into this layer."""
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not aten.batch_norm.default:
+        if node.op != "call_function" or node.target not in _BATCH_NORMS:
             continue
         a = _arguments(node)
         before = a["input"]
-        if before.op != "call_module" or len(before.users) != 1 or a["training"]:
+        if before.op != "call_module" or len(before.users) != 1 or a.get("training"):
             continue
         layer = parts.modules[before.target]
         calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == before.target]
@@ -364,8 +370,11 @@ def _fold_batch_norms(gm: fx.GraphModule, parts: _Parts) -> None:
         if mean is None or var is None:
             continue
         fold(layer, mean, var, weight, bias, a["eps"])  # type: ignore[arg-type]
-        node.replace_all_uses_with(before)
-        gm.graph.erase_node(node)
+        for result in [node] if node.target is aten.batch_norm.default else list(node.users):
+            result.replace_all_uses_with(before)  # the decomposed one gives a tuple, of which the first is used
+            gm.graph.erase_node(result)
+        if node.target is not aten.batch_norm.default:
+            gm.graph.erase_node(node)
 
 
 def fold(
