@@ -18,6 +18,7 @@ from functools import cache
 
 from hwmodel.cost import ZERO, Cost
 from hwmodel.formats import Float, bits, int_max
+from hwmodel.formats import scale_bits as stored_scale_bits
 from hwmodel.mac import Mapping, booth_rows, coefficients
 from hwmodel.spec import LayerSpec, PerGroup, PerTensor
 
@@ -161,10 +162,11 @@ def group_cost(spec: LayerSpec, acc_bits: int, mapping: Mapping = "lut") -> tupl
     if not isinstance(spec.granularity, PerGroup):
         return ZERO, acc_bits
     factor = scale_bits(bits(spec.out) if spec.out is not None else 8)
-    reach = 2**POW2_BITS - 1 if spec.scale_pow2 else factor
+    shifts = spec.scale_pow2 or spec.granularity.scale == "e8m0"
+    reach = 2**POW2_BITS - 1 if shifts else factor
     total = acc_bits + reach + (spec.in_features // spec.granularity.size).bit_length()
     adder = Cost(luts=total, ffs=2 * total)
-    if spec.scale_pow2:
+    if shifts:
         return adder + Cost(luts=(acc_bits + reach) * 1.5, ffs=acc_bits + reach), total
     if mapping == "dsp":
         return adder + Cost(dsps=1 if acc_bits <= 25 else 2), total
@@ -175,4 +177,6 @@ def group_scale_bits(spec: LayerSpec) -> int:
     """Stored bits of one group scale, 0 if there are none."""
     if not isinstance(spec.granularity, PerGroup):
         return 0
+    if spec.granularity.scale is not None:
+        return stored_scale_bits(spec.granularity.scale)
     return POW2_BITS if spec.scale_pow2 else scale_bits(bits(spec.out) if spec.out is not None else 8)

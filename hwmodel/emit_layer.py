@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwmodel.accumulator import signed_bits
-from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, Levels, bits, levels, min_value
+from hwmodel.cost import HwError
+from hwmodel.formats import BINARY, TERNARY, Block, Float, Format, Int, Levels, bits, levels, min_value
 from hwmodel.mac import pipeline_stages
 from hwmodel.memory import rom
 from hwmodel.network import Layer
@@ -86,6 +87,8 @@ def _layout(fmt: Format) -> tuple[int, int]:
             return 2 ** (width - 1) - (len(levels(fmt)) - 1) // 2, 2
         case Levels():
             return (1, 0) if fmt == TERNARY else (0, 1)
+        case Block():
+            raise HwError(f"no hardware here scales blocks at run time, as {fmt} needs; accepted: {fmt.elem}")
 
 
 def threshold_roms(index: int, search: Search, plan: Plan, unit: int) -> list[Rom]:

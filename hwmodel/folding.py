@@ -22,7 +22,7 @@ from hwmodel.accumulator import type_bound
 from hwmodel.convert import Converter, converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
 from hwmodel.devices import Device
-from hwmodel.formats import Format, bits
+from hwmodel.formats import Block, Format, bits
 from hwmodel.layer import frame, operands, sequencer, stream_ends, sum_codes, threshold_cost
 from hwmodel.mac import Mapping, mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
@@ -76,6 +76,12 @@ def _formats(spec: LayerSpec) -> tuple[Format, Format]:
             f"layer {spec.name!r}: its {side} are in floating point, which this model does not cost; "
             "accepted: int1..int8, int16, uint1..uint8, uint16, minifloats such as e2m1, ternary, binary"
         )
+    for side, fmt in (("inputs", spec.act), ("outputs", spec.out)):
+        if isinstance(fmt, Block):
+            raise HwError(
+                f"layer {spec.name!r}: its {side} are scaled in blocks at run time ({fmt}), which this model does not "
+                f"cost; accepted: formats with one fixed scale such as {fmt.elem}"
+            )
     return spec.weight, spec.act
 
 

@@ -11,6 +11,10 @@ Text names, `parse(str(fmt)) == fmt`:
     e2m1  e4m3  e3m0               minifloats, every code a finite number (1 sign bit)
     e4m3fn  e5m2ieee               minifloats with the OCP/IEEE special codes
     ternary  binary                {-1, 0, 1} and {-1, 1}
+    mxfp8  mxfp8e5m2  mxfp6        blocks of 32 with one power of two each (OCP MX 1.0);
+    mxfp6e3m2  mxfp4  mxint8       mxfp8 is e4m3fn, mxfp6 e2m3, mxfp4 e2m1, mxint8 int8
+    nvfp4                          blocks of 16 e2m1 with an e4m3fn scale each
+    int4/e4m3x32  e2m1/e8m0x8      any other block: element / scale x size
 
 Minifloat semantics follow Aggarwal et al., "Shedding the Bits", FPL 2024 (arXiv
 2311.12359): bias `2^(E-1) - 1`, subnormals, no codes reserved for infinity or NaN. The
@@ -78,10 +82,55 @@ class Levels:
         return self.name
 
 
-Format = Int | Float | Levels
+ScaleFormat = Literal["e8m0"] | Float
+Number = Int | Float | Levels
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`size` neighbouring numbers of format `elem` with one scale in common, of format `scale`.
+
+    Scales in "e8m0" are powers of two, 2^-127 to 2^127 (8 bits, code = exponent + 127). Those in a minifloat are its
+    positive values times one float32 of the whole tensor. The functions of this file see a block's element.
+    """
+
+    elem: Number
+    size: int
+    scale: ScaleFormat = "e8m0"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise FormatError(f"a block has at least one number, not {self.size}")
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per number with its share of the block's scale (without a tensor's float32).
+
+        >>> parse("mxfp4").bits, parse("nvfp4").bits
+        (4.25, 4.5)
+        """
+        return bits(self.elem) + scale_bits(self.scale) / self.size
+
+    def __str__(self) -> str:
+        return _NAME_OF_BLOCK.get(self) or f"{self.elem}/{self.scale}x{self.size}"
+
+
+Format = Number | Block
 
 TERNARY = Levels("ternary")
 BINARY = Levels("binary")
+
+
+BLOCKS = {
+    "mxfp8": Block(Float(4, 3, "fn"), 32),
+    "mxfp8e5m2": Block(Float(5, 2, "ieee"), 32),
+    "mxfp6": Block(Float(2, 3), 32),
+    "mxfp6e3m2": Block(Float(3, 2), 32),
+    "mxfp4": Block(Float(2, 1), 32),
+    "mxint8": Block(Int(8), 32),
+    "nvfp4": Block(Float(2, 1), 16, Float(4, 3, "fn")),
+}
+_NAME_OF_BLOCK = {block: name for name, block in BLOCKS.items()}
 
 
 class FormatError(ValueError):
@@ -98,7 +147,7 @@ def minifloats(bits: int) -> list[Float]:
 
 
 def all_names() -> list[str]:
-    """Every name that `parse` accepts, in the order of width."""
+    """Every name of a format that is no block, in the order of width."""
     ints = [
         str(Int(b, signed, narrow))
         for b in (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -120,6 +169,7 @@ def all_names() -> list[str]:
 
 _INT = re.compile(r"(u?)int(\d+)(n?)")
 _FLOAT = re.compile(r"e(\d+)m(\d+)(ieee|fn)?")
+_BLOCK = re.compile(r"([^/]+)/([^/]+)x(\d+)")
 
 
 @cache
@@ -132,6 +182,16 @@ def parse(text: str) -> Format:
     name = text.strip().lower()
     if name in ("ternary", "binary"):
         return Levels(name)  # type: ignore[arg-type]
+    if name in BLOCKS:
+        return BLOCKS[name]
+    if m := _BLOCK.fullmatch(name):
+        elem = parse(m[1])
+        if isinstance(elem, Block):
+            raise FormatError(f"unknown format {text!r}: a block holds numbers, not blocks such as {elem}")
+        try:
+            return Block(elem, int(m[3]), parse_scale(m[2]))
+        except FormatError as error:
+            raise FormatError(f"unknown format {text!r}: {error}") from None
     try:
         if m := _INT.fullmatch(name):
             return Int(int(m[2]), m[1] == "", m[3] == "n")
@@ -140,16 +200,37 @@ def parse(text: str) -> Format:
         reason = ""
     except FormatError as error:
         reason = f" ({error})"
-    near = difflib.get_close_matches(name, all_names(), n=1, cutoff=0.45)
+    near = difflib.get_close_matches(name, [*all_names(), *BLOCKS], n=1, cutoff=0.45)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise FormatError(
         f"unknown format {text!r}{reason}; {hint}Formats: int1..int8, int16 and uint.., with n for narrow; "
-        "minifloats such as e2m1 or e4m3 (3-8 bits in all), with fn or ieee for the OCP codes; ternary; binary"
+        "minifloats such as e2m1 or e4m3 (3-8 bits in all), with fn or ieee for the OCP codes; ternary; binary; "
+        "blocks: mxfp8, mxfp6, mxfp4, mxint8, nvfp4, or element/scale x size as in int4/e8m0x32"
     )
 
 
+def parse_scale(text: str) -> ScaleFormat:
+    """The format of a block's scale: "e8m0" or a minifloat."""
+    if text == "e8m0":
+        return "e8m0"
+    found = parse(text)
+    if not isinstance(found, Float):
+        raise FormatError(f"scales cannot be {text}; accepted: e8m0, or a minifloat such as e4m3fn")
+    return found
+
+
+def scale_bits(scale: ScaleFormat) -> int:
+    """Stored bits of one scale."""
+    return 8 if scale == "e8m0" else bits(scale)
+
+
+def element(fmt: Format) -> Number:
+    """The format of the numbers themselves: a block's element, any other format as it is."""
+    return fmt.elem if isinstance(fmt, Block) else fmt
+
+
 def bits(fmt: Format) -> int:
-    """Storage bits of one number."""
+    """Storage bits of one number (of a block's element: `Block.bits` adds the scale)."""
     match fmt:
         case Int():
             return fmt.bits
@@ -157,12 +238,15 @@ def bits(fmt: Format) -> int:
             return 1 + fmt.exp + fmt.man
         case Levels():
             return 2 if fmt.name == "ternary" else 1
+        case Block():
+            return bits(fmt.elem)
         case _:
             assert_never(fmt)
 
 
 def is_signed(fmt: Format) -> bool:
     """Whether negative values exist."""
+    fmt = element(fmt)
     return fmt.signed if isinstance(fmt, Int) else True
 
 
@@ -197,12 +281,15 @@ def max_value(fmt: Format) -> float:
             return (2 - 2.0**-man) * 2.0**top_exp
         case Levels():
             return 1.0
+        case Block():
+            return max_value(fmt.elem)
         case _:
             assert_never(fmt)
 
 
 def min_value(fmt: Format) -> float:
     """Smallest (most negative) value; 0 for unsigned integers."""
+    fmt = element(fmt)
     if isinstance(fmt, Int):
         if not fmt.signed:
             return 0.0
@@ -212,6 +299,7 @@ def min_value(fmt: Format) -> float:
 
 def unit(fmt: Format) -> float:
     """The step of which every value is a whole multiple: 1, or the smallest subnormal of a minifloat."""
+    fmt = element(fmt)
     return 2.0 ** (min_exponent(fmt) - fmt.man) if isinstance(fmt, Float) else 1.0
 
 
@@ -227,6 +315,7 @@ def int_max(fmt: Format) -> int:
 @cache
 def levels(fmt: Format) -> tuple[float, ...]:
     """Every distinct value, ascending (zero once)."""
+    fmt = element(fmt)
     if isinstance(fmt, Levels):
         return (-1.0, 0.0, 1.0) if fmt.name == "ternary" else (-1.0, 1.0)
     if isinstance(fmt, Int):
@@ -243,6 +332,7 @@ def nearest(x: float, fmt: Format) -> float:
     """
     if math.isnan(x):
         raise ValueError("NaN cannot be rounded to a number format")
+    fmt = element(fmt)
     if isinstance(fmt, Levels) and fmt.name == "binary":
         return 1.0 if x >= 0 else -1.0
     low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
@@ -260,6 +350,7 @@ def decode(code: int, fmt: Format) -> float:
     Reserved codes of `ieee` and `fn` formats give infinity or NaN; ternary is two's complement
     in 2 bits (code 2 is unused and NaN); binary maps 0 to -1 and 1 to 1.
     """
+    fmt = element(fmt)
     width = bits(fmt)
     if not 0 <= code < 2**width:
         raise ValueError(f"code {code} does not fit {fmt} ({width} bits)")

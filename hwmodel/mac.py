@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from hwmodel.cost import Cost, HwError
-from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, Levels, bits, int_max
+from hwmodel.formats import BINARY, TERNARY, Block, Float, Format, Int, Levels, bits, int_max
 
 Mapping = Literal["lut", "dsp", "auto"]
 
@@ -60,6 +60,10 @@ def operand(fmt: Format) -> Operand:
         case Levels():
             kind = 3 if fmt == TERNARY else 4
             return Operand(fmt.name[0], kind, bits(fmt), 0, 1, False, 0, True)
+        case Block():
+            raise HwError(
+                f"{fmt} has a scale per block, which one multiply-accumulate has not; accepted: its element {fmt.elem}"
+            )
         case _:
             assert_never(fmt)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from hwmodel.accumulator import signed_bits, unit_range
 from hwmodel.cost import HwError
-from hwmodel.formats import Format, bits, decode, encode, levels
+from hwmodel.formats import Block, Format, bits, decode, encode, levels
 from hwmodel.reference import to_units
 from hwmodel.spec import LayerSpec, PerGroup
 
@@ -76,6 +76,9 @@ class Layer:
         if self.spec.weight is None or self.spec.act is None:
             side = "weights" if self.spec.weight is None else "input"
             raise HwError(f"layer {self.spec.name!r}: its {side} stayed in float; only integers become hardware")
+        for fmt in (self.spec.act, self.spec.out):
+            if isinstance(fmt, Block):
+                raise HwError(f"layer {self.spec.name!r}: no hardware here scales blocks at run time, as {fmt} needs")
         return self.spec.weight, self.spec.act
 
     @property

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hwmodel.formats import Format, parse
+from hwmodel.formats import Format, FormatError, ScaleFormat, parse, parse_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +31,43 @@ class PerRow:
 
 @dataclass(frozen=True, slots=True)
 class PerGroup:
-    """One scale per `size` consecutive inputs of each output channel: shape (out, in / size)."""
+    """One scale per `size` consecutive inputs of each output channel: shape (out, in / size).
+
+    scale: None for float32 scales; "e8m0" for powers of two; a minifloat for its values times one float32 of the
+    whole tensor. With the weight's format this is a block format: `formats.Block`.
+    """
 
     size: int
+    scale: ScaleFormat | None = None
 
     def __str__(self) -> str:
-        return f"group{self.size}"
+        return f"group{self.size}" + ("" if self.scale is None else f":{self.scale}")
 
 
 Granularity = PerTensor | PerRow | PerGroup
 
 
 def parse_granularity(text: str) -> Granularity:
-    """The granularity that `text` names: "tensor", "row" (or "channel"), "group32".
+    """The granularity that `text` names: "tensor", "row" (or "channel"), "group32", "group32:e8m0".
 
-    >>> parse_granularity("group32")
-    PerGroup(size=32)
+    >>> parse_granularity("group32:e8m0")
+    PerGroup(size=32, scale='e8m0')
     """
     name = text.strip().lower()
     if name == "tensor":
         return PerTensor()
     if name in ("row", "channel"):
         return PerRow()
-    if (m := re.fullmatch(r"group(\d+)", name)) and int(m[1]) > 0:
-        return PerGroup(int(m[1]))
-    raise ValueError(f"unknown granularity {text!r}; accepted: tensor, row, group<size> such as group32")
+    reason = ""
+    if (m := re.fullmatch(r"group(\d+)(?::(\w+))?", name)) and int(m[1]) > 0:
+        try:
+            return PerGroup(int(m[1]), None if m[2] is None else parse_scale(m[2]))
+        except FormatError as error:
+            reason = f" ({error})"
+    raise ValueError(
+        f"unknown granularity {text!r}{reason}; accepted: tensor, row, group<size> such as group32, "
+        "and with the format of the scales group32:e8m0"
+    )
 
 
 Activation = Literal["none", "relu", "tanh", "sigmoid", "elu", "leaky_relu", "gelu", "silu", "hardtanh"]
@@ -70,7 +82,8 @@ class LayerSpec:
     out_features, in_features: rows and columns of the matrix one output position needs; for a
         convolution the columns are `in_channels / groups * kernel_height * kernel_width`.
     positions: output positions per inference (1 for a linear layer, height * width for a convolution).
-    weight, act: formats of weights and of the layer's input; None where they stay in float.
+    weight, act: formats of weights and of the layer's input; None where they stay in float. A weight's format is
+        never a block: its scales are the granularity's.
     out: format of the next layer's input, None after the last layer (the sum itself leaves).
     granularity: how many weight scales there are.
     activation: function applied to each output before requantization.

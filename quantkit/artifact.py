@@ -4,9 +4,10 @@
     model.safetensors    packed weight codes, scales, biases, input stage
     specs.json           the LayerSpecs that `hwmodel estimate` reads
 
-Codes are stored in exactly their format's bits (`NAME.codes`, uint8, no gaps). The directory is
-written under a temporary name and renamed, and needs nothing of the checkpoint it came from,
-except that a network of the caller's own code is rebuilt by its factory.
+Codes are stored in exactly their format's bits (`NAME.codes`, uint8, no gaps), and so are scales that
+have a format (`NAME.scale`; all others are float32). The directory is written under a temporary name
+and renamed, and needs nothing of the checkpoint it came from, except that a network of the caller's
+own code is rebuilt by its factory.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from hwmodel import formats
+from hwmodel.formats import Block, Float
 from hwmodel.spec import PerGroup, PerRow, PerTensor, parse_granularity
 from quantkit import __version__
 from quantkit.capture import captured
@@ -30,8 +33,8 @@ from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy, build, describe
-from quantkit.qlayers import ActQuant, LayerPlan, QLayer, shape_of
-from quantkit.qtensor import QTensor, pack, unpack
+from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, QLayer, shape_of
+from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack
 from quantkit.recipe import format_name, parse_format
 from quantkit.specs import bits_per_weight, layer_specs, sqnr_db
 
@@ -84,13 +87,13 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
     for name, layer in qlayers.items():
         record: dict[str, Any] = {"name": name, "granularity": str(layer.plan.granularity)}
         record["plan"] = [format_name(layer.plan.weight), format_name(layer.plan.act)]
-        record["act"] = None if layer.act is None else {"format": str(layer.act.fmt), "scale": layer.act.scale}
+        record["act"] = None if layer.act is None else _act_record(layer.act)
         record["in_scale"] = layer.in_scale is not None
         record["weight"] = None
         if layer.q is not None:
-            record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape)}
+            record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape), "base": layer.q.base}
             packed[f"{name}.codes"] = pack(layer.q.codes, formats.bits(layer.q.fmt))
-            packed[f"{name}.scale"] = layer.q.scale.contiguous().numpy()
+            packed[f"{name}.scale"] = _packed_scale(layer.q)
         layers.append(record)
     document = {
         "format_version": FORMAT_VERSION,
@@ -100,11 +103,7 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         "env": None if model.env is None else asdict(model.env),
         "meta": model.meta,
         "quantized": layers,
-        "points": {
-            name: {"format": str(point.act.fmt), "scale": point.act.scale}
-            for name, point in model.points().items()
-            if point.act is not None
-        },
+        "points": {name: _act_record(point.act) for name, point in model.points().items() if point.act is not None},
         "summary": summary(model),
     }
     specs = {"format_version": 1, "layers": [spec.to_json() for spec in layer_specs(model)]}
@@ -112,6 +111,29 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         save_file(packed, folder / "model.safetensors", metadata={"format": "quantkit"})
         (folder / "specs.json").write_text(json.dumps(specs, indent=1) + "\n")
         (folder / "quantkit.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _act_record(act: ActQuant | BlockAct) -> dict[str, Any]:
+    if isinstance(act, BlockAct):
+        return {"format": str(act.fmt), "rule": act.rule, "base": act.base}
+    return {"format": str(act.fmt), "scale": act.scale}
+
+
+def _act_of(record: dict[str, Any]) -> ActQuant | BlockAct:
+    fmt = formats.parse(record["format"])
+    if not isinstance(fmt, Block):
+        return ActQuant(fmt, _positive(record["scale"]))
+    minifloat = isinstance(fmt.scale, Float)
+    if record["rule"] not in (("absmax",) if minifloat else get_args(BlockRule)):
+        raise ValueError(f"{record['rule']!r} is not a block rule of {fmt}")
+    return BlockAct(fmt, record["rule"], _positive(record["base"]) if minifloat else None)
+
+
+def _packed_scale(q: QTensor) -> np.ndarray:
+    fmt = scale_format(q.granularity)
+    if fmt is None:
+        return q.scale.contiguous().numpy()
+    return pack(scale_codes(q.scale, fmt, q.base), formats.scale_bits(fmt))
 
 
 def _structure(model: Model) -> dict[str, Any]:
@@ -193,10 +215,10 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         if record["weight"] is not None:
             _restore_weight(layer, record, tensors)
         if record["act"] is not None:
-            layer.set_act(ActQuant(formats.parse(record["act"]["format"]), _positive(record["act"]["scale"])))
+            layer.set_act(_act_of(record["act"]))
     points = model.points()
     for name, record in document.get("points", {}).items():
-        points[name].set_act(ActQuant(formats.parse(record["format"]), _positive(record["scale"])))
+        points[name].set_act(_act_of(record))
     codes = {f"{r['name']}.{leaf}" for r in document["quantized"] for leaf in ("codes", "scale")}
     rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
     missing, unexpected = model.module.load_state_dict(rest, strict=False)
@@ -230,9 +252,16 @@ def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Te
             expected = (rows, 1)
         case PerGroup(size):
             expected = (rows, columns // size)
+    base, scales = None, scale_format(layer.plan.granularity)
+    if scales is not None:
+        base = _positive(record["weight"]["base"]) if isinstance(scales, Float) else None
+        width = formats.scale_bits(scales)
+        if scale.dtype != torch.uint8 or scale.numel() != -(-math.prod(expected) * width // 8):
+            raise ValueError(f"{name}.scale is not {expected} codes of {scales}")
+        scale = scales_of(unpack(scale.numpy(), width, expected), scales, base)
     if scale.shape != expected or not (torch.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"{name}.scale is not {expected} positive numbers")
     codes = unpack(packed.numpy(), formats.bits(fmt), (rows, columns))
-    q = QTensor(codes, scale, fmt, layer.plan.granularity, shape)
+    q = QTensor(codes, scale, fmt, layer.plan.granularity, shape, base)
     layer.set_weight(q)
     layer.weight.data = layer.effective_weight().clone()

@@ -6,6 +6,11 @@ values, multiplied with the weights' grid values, and the sum is scaled once per
 sum is exact, and so independent of batch size, threads and machine: it is taken in float32
 where the actual weights keep it below 2^24 units, in float64 otherwise (exact below 2^53, that
 is, for all formats but e5 and e6 of 8 and 7 bits). Weights are decoded once, not in every forward.
+
+With scales per group or block no common unit is left: values are multiplied by their scales before
+the sum, which is taken in float64. Every product is exact in it (with minifloat scales: but for one
+rounding of value times scale to float32), and so is the sum while the sum of magnitudes stays below
+2^53 smallest units of its terms; beyond that it is right to 2^-53 of that sum for every term.
 """
 
 from __future__ import annotations
@@ -18,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hwmodel import formats
-from hwmodel.formats import Format
+from hwmodel.formats import Block, Format
 from hwmodel.spec import Granularity, PerGroup, PerRow
-from quantkit.qtensor import QTensor, dequantize, values_of
+from quantkit.qtensor import BlockRule, QTensor, block_scale, dequantize, values_of
 from quantkit.rounding import round_to
 
 Op = Literal["linear", "conv1d", "conv2d", "conv_transpose2d", "embedding"]
@@ -87,6 +92,33 @@ class ActQuant:
 
 
 @dataclass(frozen=True)
+class BlockAct:
+    """A dynamic quantizer: every `fmt.size` neighbouring channels share a scale found from them at run time.
+
+    rule: how, see `qtensor.block_scale`. base: what minifloat scales are multiplied by, fixed by calibration; None
+    for e8m0. The last block is shorter where the size does not divide the channels.
+    """
+
+    fmt: Block
+    rule: BlockRule = "even"
+    base: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """What is left to multiply sums with: nothing, as blocks carry their scales into the sum."""
+        return 1.0
+
+    def values(self, x: Tensor, axis: int = -1) -> Tensor:
+        """x quantized in blocks along `axis`, in real units, float32; infinities saturate, NaN stays NaN."""
+        moved = x.movedim(axis, -1)
+        channels = moved.shape[-1]
+        blocks = F.pad(moved, (0, -channels % self.fmt.size)).unflatten(-1, (-1, self.fmt.size))
+        scale = block_scale(blocks, self.fmt, self.rule, self.base).unsqueeze(-1)
+        values = round_to(blocks / scale, self.fmt.elem).mul_(scale)
+        return values.flatten(-2)[..., :channels].movedim(-1, axis)
+
+
+@dataclass(frozen=True)
 class Kernel:
     """What a forward multiplies with: `weight` in the dtype of the sum, `gain` for each output afterwards.
 
@@ -133,13 +165,18 @@ class QLayer(nn.Module):
         self.plan = plan
         self.register_buffer("in_scale", None)
         self.q: QTensor | None = None
-        self.act: ActQuant | None = None
+        self.act: ActQuant | BlockAct | None = None
         self._frozen: Kernel | None = None
 
     @property
     def spatial(self) -> int:
         """Dimensions behind the channels: 2 of images, 1 of sequences, 0 where channels come last."""
         return self.weight.dim() - 2
+
+    @property
+    def axis(self) -> int:
+        """The axis of the channels in this layer's input."""
+        return -1 - self.spatial
 
     @property
     def in_channels(self) -> int:
@@ -155,7 +192,7 @@ class QLayer(nn.Module):
         self.q = q
         self._frozen = None
 
-    def set_act(self, act: ActQuant | None) -> None:
+    def set_act(self, act: ActQuant | BlockAct | None) -> None:
         """Use this input quantizer from now on (None: a float input)."""
         self.act = act
         self._frozen = None
@@ -199,14 +236,16 @@ class QLayer(nn.Module):
     def _fits_float32(self, values: Tensor) -> bool:
         """Whether every partial sum is a whole number of units below 2^24."""
         assert self.q is not None and self.act is not None
+        if isinstance(self.act, BlockAct):
+            return False
         largest = float(values.double().abs().sum(dim=1).max()) / formats.unit(self.q.fmt)
         return largest * formats.int_max(self.act.fmt) <= 2**24
 
     def input_values(self, x: Tensor) -> Tensor:
-        """What the multiplier sees: the input scaled and rounded to grid values (or the float input)."""
+        """What the multiplier sees: grid values of the scaled input; real ones if in blocks, or if it stays float."""
         if self.in_scale is not None:
             x = x * self.per_channel(self.in_scale)
-        return x if self.act is None else round_to(x / self.act.scale, self.act.fmt)
+        return _values(x, self.act, self.axis)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The bare sum of products, (batch, out, ...) without bias."""
@@ -327,28 +366,38 @@ def _padding(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> tuple[int, ..
     return tuple(r // 2 for r in reach)
 
 
+def _values(x: Tensor, act: ActQuant | BlockAct | None, axis: int) -> Tensor:
+    match act:
+        case None:
+            return x
+        case ActQuant():
+            return round_to(x / act.scale, act.fmt)
+        case BlockAct():
+            return act.values(x, axis)
+
+
 class Point(nn.Module):
     """A place where an activation is quantized: the identity until `set_act`.
 
     plan: the format asked for, in `plan.act`. grid: whether what comes out are grid values, for a product that is
-    scaled afterwards, or real ones.
+    scaled afterwards, or real ones. axis: along which blocks lie.
     """
 
     in_scale = None
 
-    def __init__(self, *, grid: bool = False) -> None:
+    def __init__(self, *, grid: bool = False, axis: int = -1) -> None:
         super().__init__()
         self.plan = LayerPlan()
-        self.grid = grid
-        self.act: ActQuant | None = None
+        self.grid, self.axis = grid, axis
+        self.act: ActQuant | BlockAct | None = None
 
-    def set_act(self, act: ActQuant | None) -> None:
+    def set_act(self, act: ActQuant | BlockAct | None) -> None:
         """Use this quantizer from now on (None: float)."""
         self.act = act
 
     def input_values(self, x: Tensor) -> Tensor:
         """x in grid values, or x itself without a quantizer."""
-        return x if self.act is None else round_to(x / self.act.scale, self.act.fmt)
+        return _values(x, self.act, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
         values = self.input_values(x)
@@ -361,19 +410,19 @@ class Point(nn.Module):
 class MatMul(nn.Module):
     """A product of two activations, such as queries and keys, each quantized at its `Point`.
 
-    Summed like a layer's: in float64 where whole units could exceed 2^24.
+    Summed like a layer's: in float64 where whole units could exceed 2^24, or with blocks, which lie along the sum.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right = Point(grid=True), Point(grid=True)
+        self.left, self.right = Point(grid=True), Point(grid=True, axis=-2)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         left, right = self.left.act, self.right.act
         u, v = self.left(a), self.right(b)
         if left is not None and right is not None:
             largest = a.shape[-1] * formats.int_max(left.fmt) * formats.int_max(right.fmt)
-            if largest > 2**24:
+            if largest > 2**24 or isinstance(left, BlockAct) or isinstance(right, BlockAct):
                 u, v = u.double(), v.double()
         gain = (1.0 if left is None else left.scale) * (1.0 if right is None else right.scale)
         y = torch.matmul(u, v).float()

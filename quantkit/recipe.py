@@ -22,7 +22,8 @@ import torch
 from torch import fx
 
 from hwmodel import formats
-from hwmodel.spec import parse_granularity
+from hwmodel.formats import Block
+from hwmodel.spec import PerGroup, PerRow, parse_granularity
 from quantkit import shelves
 from quantkit.capture import captured
 from quantkit.errors import InputError
@@ -87,11 +88,18 @@ def parse_format(text: str) -> formats.Format | None:
 
 
 def make_plan(weight: str, act: str, granularity: str = "row") -> LayerPlan:
-    """A LayerPlan of three texts."""
+    """A LayerPlan of three texts; a block format of weights sets the granularity, in place of "row" only."""
+    fmt, acts = parse_format(weight), parse_format(act)
     try:
-        return LayerPlan(parse_format(weight), parse_format(act), parse_granularity(granularity))
+        scales = parse_granularity(granularity)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if isinstance(fmt, Block):
+        own = PerGroup(fmt.size, fmt.scale)
+        if scales not in (PerRow(), own):
+            raise InputError(f"weights in {fmt} have scales per {own}, not per {scales}; leave the granularity out")
+        fmt, scales = fmt.elem, own
+    return LayerPlan(fmt, acts, scales)
 
 
 def parse_step(text: str) -> Step:
@@ -129,7 +137,7 @@ def step_options(name: str) -> dict[str, inspect.Parameter]:
 
 def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
     kind = parameter.annotation
-    if isinstance(kind, types.UnionType):
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         if text.lower() in ("none", ""):
             return None
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
@@ -221,8 +229,9 @@ def quantize(
         for index, together in _groups(result, steps):
             if progress:
                 progress(steps[index][0], index, len(steps))
+            together = tuple((name, {**_scale_rule(recipe, name), **options}) for name, options in together)
             if len(together) == 1:
-                name, options = steps[index]
+                ((name, options),) = together
                 diagnostics = [shelves.methods()[name].apply(result, calib, **options)]
             else:
                 visits = [shelves.methods()[name].each(result, calib, **options) for name, options in together]
@@ -259,6 +268,13 @@ def _groups(model: Model, steps: tuple[Step, ...]) -> Iterator[tuple[int, tuple[
             end += 1
         yield first, steps[first:end]
         first = end
+
+
+def _scale_rule(recipe: Recipe, name: str) -> dict[str, Any]:
+    """A step's default scale rule where group scales have a format: results of block formats say which they used."""
+    blocks = any(isinstance(p.granularity, PerGroup) and p.granularity.scale is not None for _, p in recipe.plan)
+    options = step_options(name)
+    return {"scale": options["scale"].default} if blocks and "scale" in options and name != "act_scales" else {}
 
 
 def check(model: Model, recipe: Recipe) -> None:

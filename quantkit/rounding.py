@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwmodel.formats import Float, Format, Levels, max_value, min_exponent, min_value
+from hwmodel.formats import Block, Float, Format, Levels, max_value, min_exponent, min_value
 
 _INT_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 _EXPONENT_BITS = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
@@ -33,6 +33,8 @@ def round_to(x: Tensor, fmt: Format) -> Tensor:
     """
     if x.dtype not in _INT_OF:
         raise TypeError(f"round_to takes float32 or float64, not {x.dtype}")
+    if isinstance(fmt, Block):
+        raise TypeError(f"{fmt} needs scales; round to its element {fmt.elem} in units of them")
     if isinstance(fmt, Levels) and fmt.name == "binary":
         return torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)
     low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
@@ -57,6 +59,8 @@ def round_array(u: np.ndarray, fmt: Format) -> np.ndarray:
 
 def rounder(fmt: Format) -> Callable[[np.ndarray], np.ndarray]:
     """A function that rounds a float32 array to `fmt`, in place, and returns it."""
+    if isinstance(fmt, Block):
+        raise TypeError(f"{fmt} needs scales; round to its element {fmt.elem} in units of them")
     if isinstance(fmt, Levels) and fmt.name == "binary":
 
         def sign(u: np.ndarray) -> np.ndarray:

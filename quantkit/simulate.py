@@ -18,7 +18,7 @@ from torch import nn
 
 from hwmodel.formats import Format
 from quantkit.policy import InputStage, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import BlockAct, QLayer
 from quantkit.rounding import rounder
 
 Step = Callable[[np.ndarray], np.ndarray]
@@ -63,7 +63,7 @@ def _chain(steps: list[Step]) -> Step:
     return run
 
 
-def _torch_step(module: nn.Module) -> Step:
+def _torch_step(module: Callable[[torch.Tensor], torch.Tensor]) -> Step:
     def step(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return module(torch.from_numpy(np.ascontiguousarray(x))).numpy()
@@ -112,7 +112,9 @@ def _qlayer(layer: QLayer) -> list[Step]:
     weight = frozen.weight.detach().numpy()
     if layer.act is None and frozen.gain is None:
         return [*steps, _linear(weight, bias)]
-    if layer.act is not None:
+    if isinstance(layer.act, BlockAct):
+        steps.append(_torch_step(layer.act.values))
+    elif layer.act is not None:
         steps.append(_quantizer(layer.act.fmt, layer.act.scale))
     transposed = weight.T.copy(order="C")
     gain = np.asarray(frozen.gain, np.float32)

@@ -15,7 +15,7 @@ from hwmodel.formats import Format
 from hwmodel.spec import LayerSpec
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
-from quantkit.qlayers import Plain, QLayer, shape_of
+from quantkit.qlayers import ActQuant, Plain, QLayer, shape_of
 from quantkit.qtensor import units_of
 from quantkit.rounding import is_pow2
 
@@ -52,10 +52,10 @@ def _spec(name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, position
     if not isinstance(layer, QLayer) or layer.q is None:
         return LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean()))
     units = units_of(layer.q)
-    acc_bits = None if act is None else int(accumulator.exact_bits(units, act.fmt).max())
+    acc_bits = None if not isinstance(act, ActQuant) else int(accumulator.exact_bits(units, act.fmt).max())
     pow2 = (
-        act is not None
-        and out is not None
+        isinstance(act, ActQuant)
+        and isinstance(out, ActQuant)
         and all(is_pow2(float(s)) for s in np.unique(layer.q.scale.numpy()))
         and is_pow2(act.scale)
         and is_pow2(out.scale)

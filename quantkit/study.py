@@ -21,7 +21,7 @@ import hwmodel
 from hwmodel.cost import HwError
 from hwmodel.devices import Device
 from hwmodel.estimate import estimate
-from hwmodel.formats import Float, Format
+from hwmodel.formats import Float, Format, element
 from quantkit.errors import InputError
 from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model
@@ -156,7 +156,7 @@ def design_id(recipe: Recipe) -> str:
 def family(recipe: Recipe) -> str:
     """ "integer", "minifloat" or "mixed", over all formats of the recipe."""
     used: list[Format] = [f for _, plan in recipe.plan for f in (plan.weight, plan.act) if f is not None]
-    floats = sum(isinstance(f, Float) for f in used)
+    floats = sum(isinstance(element(f), Float) for f in used)
     return "integer" if floats == 0 else "minifloat" if floats == len(used) else "mixed"
 
 

@@ -3,6 +3,11 @@
 A signed integer format becomes unsigned of the same width where no input is negative (after ReLU,
 for instance): the same bits then resolve the range twice as finely. Narrow stays narrow only when
 the format stays signed.
+
+A block format needs no scale from here, as its scales are found at run time, only the rule that finds
+them, and the factor of minifloat scales: with it the largest input seen gets the largest scale.
+The default for shared exponents is "even" and not the "floor" of OCP MX 1.0, which clips e2m1 by up to a quarter
+of the largest value: on a ViT for MNIST with inputs in mxfp4 the error at the outputs is a seventh (0.033, 0.228).
 """
 
 from __future__ import annotations
@@ -10,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hwmodel.formats import Int, max_value
+from torch import Tensor
+
+from hwmodel.formats import Block, Float, Int, max_value
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.observers import Sample, Site, Visit, collect
-from quantkit.qlayers import ActQuant, Point, QLayer
-from quantkit.qtensor import ScaleRule, fit_groups
+from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
+from quantkit.qtensor import BlockRule, ScaleRule, base_for, fit_groups
 
 CHANGES = frozenset({"acts"})
 
@@ -29,14 +36,26 @@ def apply(
     pow2: bool = False,
     unsigned: bool = True,
     samples: int = 65536,
+    block_rule: BlockRule | None = None,
 ) -> dict[str, float]:
     """Fit a scale to the input of every layer, and to every other activation, planned to be quantized.
 
-    samples: how many values per layer the search looks at. Returns how many inputs became unsigned, how many channels
-    are zero on the whole calibration set, and how many places never ran and stay float. A layer whose whole input is
-    zero gets the scale of its weights. Raises InputError for an input that is not finite.
+    samples: how many values per layer the search looks at. block_rule: of block formats (`qtensor.block_scale`), None
+    for even with e8m0 and absmax with minifloat scales; of the other options they heed none. Returns how many inputs
+    became unsigned, how many channels are zero on the whole calibration set, and how many places never ran and stay
+    float. A layer whose whole input is zero gets the scale of its weights. Raises InputError for an input that is not
+    finite.
     """
-    step = each(model, calib, scale=scale, percentile=percentile, pow2=pow2, unsigned=unsigned, samples=samples)
+    step = each(
+        model,
+        calib,
+        scale=scale,
+        percentile=percentile,
+        pow2=pow2,
+        unsigned=unsigned,
+        samples=samples,
+        block_rule=block_rule,
+    )
     seen = {name: Sample(samples, len(calib.batches())) for name in step.names}
     collect(model, calib, seen)
     layers = model.qlayers()
@@ -61,6 +80,7 @@ def each(
     pow2: bool = False,
     unsigned: bool = True,
     samples: int = 65536,
+    block_rule: BlockRule | None = None,
 ) -> Fit:
     """`apply`, layer by layer, from what reaches the layer in the float network; points are fitted at once."""
     if scale == "importance":
@@ -79,6 +99,10 @@ def each(
             )
         if sample.top is None:
             report["idle"] += 1
+            return
+        if isinstance(fmt, Block):
+            report["silent_channels"] += float((sample.top == 0).sum())
+            part.set_act(_block(fmt, block_rule, sample.top))
             return
         if isinstance(fmt, Int) and unsigned and fmt.signed and sample.low >= 0:
             fmt = Int(fmt.bits, signed=False)
@@ -107,3 +131,11 @@ def each(
     layers = model.qlayers().items()
     names = {name for name, layer in layers if layer.plan.act is not None and layer.op != "embedding"}
     return Fit(names, fit_layer, report, targets=True, fit=fit)
+
+
+def _block(fmt: Block, rule: BlockRule | None, top: Tensor) -> BlockAct:
+    minifloat = isinstance(fmt.scale, Float)
+    if minifloat and rule not in (None, "absmax"):
+        raise InputError(f"block rule {rule!r} is for shared exponents (e8m0); accepted for {fmt}: absmax")
+    default: BlockRule = "absmax" if minifloat else "even"
+    return BlockAct(fmt, rule or default, base_for(top, fmt.elem, fmt.scale))

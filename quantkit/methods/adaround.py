@@ -36,7 +36,7 @@ from torch import Tensor
 from hwmodel.formats import Float, Format, Levels, max_value, min_exponent, min_value
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, layerwise, share, spread, unquantized
-from quantkit.qtensor import ScaleRule, expand_scale, fit_scale, from_values, quantize
+from quantkit.qtensor import ScaleRule, base_of, expand_scale, fit_scale, from_values, quantize
 from quantkit.rounding import round_to
 
 CHANGES = frozenset({"weights"})
@@ -207,7 +207,8 @@ def each(
         worse = moments.error(learned * s - w) > moments.error(near * s - w)
         values = torch.where(worse.unsqueeze(-1), near, learned)
         report["nearest_rows"] += float(worse.sum())
-        layer.set_weight(from_values(values.reshape(out, -1), fitted, fmt, granularity, tuple(layer.weight.shape)))
+        shape, base = tuple(layer.weight.shape), base_of(layer.weight, fmt, granularity)
+        layer.set_weight(from_values(values.reshape(out, -1), fitted, fmt, granularity, shape, base))
 
     return Visit(unquantized(model), learn_layer, report, targets=True)
 

@@ -39,8 +39,8 @@ from quantkit.links import find_links, scale_columns, scale_stage, shift_stage
 from quantkit.losses import Loss, loss_for
 from quantkit.model import Calib, Model
 from quantkit.policy import Policy
-from quantkit.qlayers import ActQuant, QLayer
-from quantkit.qtensor import expand_scale, from_values, values_of
+from quantkit.qlayers import ActQuant, BlockAct, QLayer
+from quantkit.qtensor import expand_scale, from_values, round_scale, scale_format, values_of
 from quantkit.rounding import round_to
 
 CHANGES = frozenset({"refined", "bias"})
@@ -101,7 +101,9 @@ class Trainee(nn.Module):
     def __init__(self, layer: QLayer, stage: int | None) -> None:
         """stage: how many features of the input stage this layer scales and shifts, or None."""
         super().__init__()
-        self.layer, self.act = layer, layer.act
+        self.layer = layer
+        self.act = layer.act if isinstance(layer.act, ActQuant) else None
+        self.blocks = layer.act if isinstance(layer.act, BlockAct) else None
         self.bias = nn.Parameter(torch.zeros_like(layer.bias))
         self.unit = torch.ones(())  # what one unit of `bias` is worth
         self.V: nn.Parameter | None = None
@@ -133,10 +135,13 @@ class Trainee(nn.Module):
         if self.act is not None:
             a = self.log_a.exp() * self.act.scale
             x = _Round.apply(x / a, self.act.fmt) * a
+        if self.blocks is not None:
+            x = x + (self.blocks.values(x, layer.axis) - x).detach()
         weight = layer.weight.detach()
         if self.V is not None:
             assert layer.q is not None
             s = self.log_s.exp() * self.s0
+            s = s + (round_scale(s, scale_format(layer.q.granularity), layer.q.base) - s).detach()
             weight = (_Round.apply(self.V, layer.q.fmt) * expand_scale(s, self.V.shape[1])).reshape(layer.weight.shape)
         bias = layer.bias + self.bias * self.unit
         if layer.op == "linear":
@@ -164,7 +169,7 @@ class Trainee(nn.Module):
         if self.V is not None and layer.q is not None:
             q = layer.q
             scale = (self.log_s.exp() * self.s0).clamp_min(torch.finfo(torch.float32).tiny)
-            layer.set_weight(from_values(round_to(self.V, q.fmt), scale, q.fmt, q.granularity, q.shape))
+            layer.set_weight(from_values(round_to(self.V, q.fmt), scale, q.fmt, q.granularity, q.shape, q.base))
         if self.act is not None:
             layer.set_act(ActQuant(self.act.fmt, float(self.log_a.exp() * self.act.scale)))
         layer.bias.data = layer.bias + self.bias * self.unit

@@ -42,7 +42,16 @@ from hwmodel.spec import PerGroup
 from quantkit.model import Calib, Model
 from quantkit.observers import Gram, Site, Visit, layerwise, share, unquantized
 from quantkit.qlayers import QLayer
-from quantkit.qtensor import ScaleRule, expand_scale, fit_groups, fit_scale, from_values, quantize
+from quantkit.qtensor import (
+    ScaleRule,
+    base_of,
+    expand_scale,
+    fit_groups,
+    fit_scale,
+    from_values,
+    quantize,
+    scale_format,
+)
 from quantkit.rounding import round_to, rounder
 
 CHANGES = frozenset({"weights"})
@@ -217,7 +226,7 @@ def _layer(
         importance = H.diagonal(dim1=1, dim2=2)  # (groups, columns)
         importance = (importance + 1e-3 * importance.mean()).repeat_interleave(rows, dim=0)
     nearest = fit_scale(layer.weight, fmt, granularity, importance=importance, **rule)
-    S = expand_scale(nearest, columns)
+    S, base = expand_scale(nearest, columns), base_of(layer.weight, fmt, granularity)
     dead = float((H.diagonal(dim1=1, dim2=2) == 0).sum()) if H.numel() else 0.0
 
     order = _order(H, act_order)
@@ -246,6 +255,7 @@ def _layer(
         elements = weights.permute(1, 2, 0).reshape(out, 1, size)
         share = None if importance is None else importance.flip(1)[:, None, start : start + size]
         options = {"percentile": rule["percentile"], "pow2": rule["pow2"]}
+        options |= {"scale": scale_format(granularity), "base": base}
         return fit_groups(elements, fmt, rule["rule"], column_weight=share, **options).reshape(groups, rows)
 
     by_order = by_columns(S.expand(out, -1))
@@ -267,7 +277,7 @@ def _layer(
         if moving:
             scale[r[lost]] = nearest[r[lost]]
         fallen += int(lost.sum())
-    layer.set_weight(from_values(values, scale, fmt, granularity, tuple(layer.weight.shape)))
+    layer.set_weight(from_values(values, scale, fmt, granularity, tuple(layer.weight.shape), base))
     return {"nearest_rows": float(fallen), "dead_inputs": dead, "largest_damp": used}
 
 

@@ -49,7 +49,7 @@ def apply(model: Model, calib: Calib, *, sweeps: int = 2, states: int = 512) -> 
     policy = model.module
     found = [link for link in find_links(model) if link.kind == "input" and len(link.consumers) == 1]
     layer = model.qlayers().get(found[0].consumers[0]) if len(found) == 1 else None
-    if layer is None or layer.act is None or layer.q is not None or layer.in_scale is not None:
+    if layer is None or not isinstance(layer.act, ActQuant) or layer.q is not None or layer.in_scale is not None:
         return {"loss_before": 0.0, "loss_after": 0.0}
     if not isinstance(policy, Policy) or len(policy.obs_shape) != 1:
         return {"loss_before": 0.0, "loss_after": 0.0}
