@@ -2,7 +2,9 @@
 
 Input `obs` (batch, *obs_shape), the normalizer inside, output `actions` (batch, ...): the
 network's raw outputs, or the environment's actions with `postprocess`. A module that is not a
-policy has input `input` and output `output`.
+policy has input `input` and output `output`; it is captured as a graph first (`quantkit.capture`),
+and the graph is translated node by node (`quantkit.export_graph`). The first dimension of the input
+is the batch and has no fixed size; targets for FPGA tools fix it to 1.
 
 Five targets. `qonnx` and `finn` are for FPGA tools and described in `quantkit.export_qonnx`,
 `qcdq` in `quantkit.export_qcdq`. The other two are QDQ (see `quantkit.onnx_formats`) and differ
@@ -11,7 +13,8 @@ in where scales are multiplied:
 qdq: after the sum of products, as in `quantkit.qlayers` and in hardware. DequantizeLinear has
     scale 1 and the sums are of whole numbers, exact and so the same in any runtime and any order
     of summation. Where they may exceed 2^24 a linear layer sums in float64 (Cast around Gemm), as
-    the torch layer does; onnxruntime has no such convolution, whose sums are then rounded.
+    the torch layer does; onnxruntime has no such convolution, whose sums are then rounded. Products
+    of two activations always sum in float64.
 qdq-real: inside DequantizeLinear, as converters to other runtimes expect it. The sums are
     rounded; a value that falls on the boundary between two grid values may go the other way.
 
@@ -37,24 +40,25 @@ import tempfile
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from onnx import ModelProto, TensorProto, helper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import quantkit
-from quantkit import export_qcdq, export_qonnx
+from quantkit import export_graph, export_qcdq, export_qonnx
+from quantkit.capture import captured
 from quantkit.errors import InputError
+from quantkit.export_layers import Target, layer_nodes
 from quantkit.model import Model
-from quantkit.onnx_formats import DOMAIN, OPSET, Graph, conv_attributes, quantizer, weight
+from quantkit.onnx_formats import DOMAIN, OPSET, Graph
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 
-Target = Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn"]
 IR_VERSION = 10  # the one released with opset 21
 _OLD_IR_VERSION = 8  # the first with model-local functions; released before opset 21, for older tools
 _LARGEST_NORMALIZER = 4096  # numbers per statistic that the metadata repeat in full
@@ -70,7 +74,7 @@ def export_onnx(
     export does not know (both named), an existing file without `overwrite`, and a folder that
     cannot be written.
     """
-    path = Path(path)
+    path, model = Path(path), _followed(model)
     check(model, to, postprocess)
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; give another output or --force to replace it")
@@ -84,14 +88,32 @@ def export_onnx(
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        session = open_session(Path(name))
-        entry = session.get_inputs()[0]
-        dtype = np.uint8 if entry.type == "tensor(uint8)" else np.float32
-        session.run(None, {entry.name: model.example[:1].numpy().astype(dtype)})
+        _try(Path(name), path, model.example[:1])
         Path(name).chmod(0o644)
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _try(path: Path, wanted: Path, example: Tensor) -> None:
+    """Run the file once; InputError in the name of `wanted` if onnxruntime does not take it."""
+    try:
+        session = open_session(path)
+        entry = session.get_inputs()[0]
+        session.run(None, {entry.name: example.numpy().astype(input_dtype(entry.type))})
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{wanted}: not written, onnxruntime does not run this network ({text})") from None
+
+
+def input_dtype(kind: str) -> np.dtype:
+    """The numpy type of an onnxruntime input's type.
+
+    >>> input_dtype("tensor(uint8)")
+    dtype('uint8')
+    """
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
@@ -109,52 +131,53 @@ def check(model: Model, to: Target, postprocess: bool = False) -> None:
         raise InputError(f"unknown export target {to!r}; accepted: {', '.join(get_args(Target))}")
     if postprocess and not isinstance(model.module, Policy):
         raise InputError("postprocess needs a policy: this module has no head that says what its outputs mean")
+    net = network_of(model, to)
+    if isinstance(net, fx.GraphModule):
+        export_graph.check(net)
     if to == "qonnx" or to == "finn":
-        export_qonnx.check(model, to, postprocess)
+        export_qonnx.check(model, to, postprocess, net if isinstance(net, list) else [])
     elif to == "qcdq":
         export_qcdq.check(model)
 
 
 def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -> ModelProto:
     """The ONNX model, checked by onnx's full check; `export_onnx` writes it."""
+    model = _followed(model)
     check(model, to, postprocess)
     policy = model.module if isinstance(model.module, Policy) else None
     fpga = to in ("qonnx", "finn")
     graph = Graph(dot="_" if fpga else ".")  # hls4ml changes the dots of some names and not of others
     source, target = ("obs", "actions") if policy else ("input", "output")
     shape = list(policy.obs_shape if policy else model.example.shape[1:])
-    kind = TensorProto.UINT8 if model.example.dtype == torch.uint8 else TensorProto.FLOAT
-    x = graph.op("Cast", [source], "stage.float", to=TensorProto.FLOAT) if kind == TensorProto.UINT8 else source
+    kind = export_graph.TYPES[model.example.dtype]
+    net = network_of(model, to)
     with torch.inference_mode():
-        example = model.example[:1]
-        width = model.module(example).shape[1:]
+        result = model.module(model.example[:1])
+    out_kind, out_shape = int(export_graph.TYPES[result.dtype]), list(result.shape[1:])
+    batch: int | str = 1 if fpga else "batch"
+    out_batch: list[Any] = [batch]
+    facts = {"values": ""}
+    if isinstance(net, fx.GraphModule):
+        x, walk = export_graph.translate(net, graph, source, to, model.example)
+        out_batch, out_shape = [], walk.output_shape(result, batch)
+        facts["values"] = canonical(walk.named())
+    else:
+        kind = TensorProto.UINT8 if kind == TensorProto.UINT8 else TensorProto.FLOAT
+        x = graph.op("Cast", [source], "stage.float", to=TensorProto.FLOAT) if kind == TensorProto.UINT8 else source
         if policy:
             x = _input_stage(graph, x, export_qonnx.stage_for(policy) if fpga else policy.stage)
-            example = policy.stage(example)
-    layers = _chain(policy.net if policy else model.module, example, "net." if policy else "")
-    flatten = ""  # of a Flatten still to come: FINN wants the quantizer right behind ReLU
-    for name, layer in layers:
-        if to == "finn" and isinstance(layer, nn.Flatten):
-            flatten = name
-        elif isinstance(layer, QLayer) and (to == "qonnx" or to == "finn"):
-            x, flatten = export_qonnx.layer_nodes(graph, x, layer, name, to=to, flatten=flatten), ""
-        else:
-            x = _layer(graph, x, layer, name, to)
-    if flatten:
-        x = graph.op("Flatten", [x], f"{flatten}.out", axis=1)
-    out_kind, out_shape = int(TensorProto.FLOAT), list(width)
+        x = _chain(graph, x, net, to)
     if policy and postprocess:
         x, out_kind, out_shape = _head(graph, x, policy.head)
     if fpga and graph.nodes and graph.nodes[-1].output[0] == x:
         graph.nodes[-1].output[0] = target  # hls4ml loses the output behind an Identity
     else:
         graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
-    batch = 1 if fpga else "batch"
     proto = helper.make_graph(
         graph.nodes,
         _name(model),
         [helper.make_tensor_value_info(source, kind, [batch, *shape])],
-        [helper.make_tensor_value_info(target, out_kind, [batch, *out_shape])],
+        [helper.make_tensor_value_info(target, out_kind, [*out_batch, *out_shape])],
         graph.initializers,
         doc_string=_doc(model, to, postprocess),
     )
@@ -171,16 +194,48 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
         producer_version=quantkit.__version__,
         doc_string=_doc(model, to, postprocess),
     )
-    helper.set_model_props(result, metadata(model, to, postprocess) | {"opset": str(opset)})
+    facts = {key: text for key, text in facts.items() if text}
+    helper.set_model_props(result, metadata(model, to, postprocess) | {"opset": str(opset)} | facts)
     onnx.checker.check_model(result, full_check=True)
     return onnx.shape_inference.infer_shapes(result) if fpga or to == "qcdq" else result
 
 
+def _followed(model: Model) -> Model:
+    """The model with a module that is a policy or, if it can be followed, a graph."""
+    return model if isinstance(model.module, Policy | fx.GraphModule) else captured(model)
+
+
+def network_of(model: Model, to: Target) -> list[tuple[str, nn.Module]] | fx.GraphModule:
+    """What is translated: the layers of a policy, and for finn of any chain, by name; otherwise the captured graph.
+
+    InputError, with the reason, for a network that could not be followed or is no chain.
+    """
+    module = model.module
+    if isinstance(module, Policy):
+        return [(f"net.{name}", layer) for name, layer in module.net.named_children()]
+    if not isinstance(module, fx.GraphModule):
+        reason = model.meta.get("untraced", "it was quantized without being captured")
+        raise InputError(f"this network cannot be exported, since its graph is not known: {reason}")
+    return export_graph.as_chain(module) if to == "finn" else module
+
+
+def _chain(graph: Graph, x: str, layers: list[tuple[str, nn.Module]], to: Target) -> str:
+    """Nodes of layers in a chain; for finn a Flatten comes behind the next quantizer, which FINN wants behind ReLU."""
+    flatten = ""
+    for name, layer in layers:
+        if to == "finn" and isinstance(layer, nn.Flatten):
+            flatten = name
+        else:
+            x = layer_nodes(graph, x, layer, name, to, flatten=flatten)
+            flatten = "" if isinstance(layer, QLayer) else flatten
+    return graph.op("Flatten", [x], f"{flatten}.out", axis=1) if flatten else x
+
+
 def _opset(graph: Graph, to: Target) -> int:
-    """21 for QDQ with 4-bit types; 13 for older tools, or 20 for them where GELU needs it."""
+    """21 for QDQ with 4-bit types; 13 for older tools, or 20 for them where GELU, normalization or a mean need it."""
     if to in ("qdq", "qdq-real"):
         return OPSET
-    return 20 if any(node.op_type == "Gelu" for node in graph.nodes) else export_qonnx.OPSET
+    return 20 if any(node.op_type in export_graph.LATER for node in graph.nodes) else export_qonnx.OPSET
 
 
 def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
@@ -285,137 +340,3 @@ def _head(graph: Graph, x: str, head: Head) -> tuple[str, int, list[int]]:
                 x = graph.op("Max", [x, graph.constant(low, "head.low")], "head.at_least")
                 x = graph.op("Min", [x, graph.constant(high, "head.high")], "head.action")
             return x, TensorProto.FLOAT, [head.outputs]
-
-
-def _layer(graph: Graph, x: str, layer: nn.Module, name: str, to: Target) -> str:
-    """Nodes of one layer in evaluation mode; the name of its output."""
-    match layer:
-        case QLayer():
-            return _quantized(graph, x, layer, name, to)
-        case nn.Linear():
-            inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
-            if layer.bias is not None:
-                inputs.append(graph.constant(layer.bias.detach().numpy(), f"{name}.bias"))
-            return graph.op("Gemm", inputs, f"{name}.out", transB=1)
-        case nn.Conv2d():
-            if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-                raise InputError(
-                    f"layer {name!r}: a convolution with padding {layer.padding!r}, mode {layer.padding_mode!r} "
-                    "cannot be exported; accepted: padding by numbers with zeros"
-                )
-            inputs = [x, graph.constant(layer.weight.detach().numpy(), f"{name}.weight")]
-            if layer.bias is not None:
-                inputs.append(graph.constant(layer.bias.detach().numpy(), f"{name}.bias"))
-            return graph.op("Conv", inputs, f"{name}.out", **conv_attributes(layer))
-        case nn.Flatten() if layer.start_dim == 1 and layer.end_dim == -1:
-            return graph.op("Flatten", [x], f"{name}.out", axis=1)
-        case nn.Identity() | nn.Dropout():
-            return x
-        case nn.ReLU():
-            return graph.op("Relu", [x], f"{name}.out")
-        case nn.Tanh():
-            return graph.op("Tanh", [x], f"{name}.out")
-        case nn.Sigmoid():
-            return graph.op("Sigmoid", [x], f"{name}.out")
-        case nn.ELU():
-            return graph.op("Elu", [x], f"{name}.out", alpha=float(layer.alpha))
-        case nn.LeakyReLU():
-            return graph.op("LeakyRelu", [x], f"{name}.out", alpha=float(layer.negative_slope))
-        case nn.GELU():
-            return graph.op("Gelu", [x], f"{name}.out", approximate=layer.approximate)
-        case nn.SiLU():
-            return graph.op("Mul", [x, graph.op("Sigmoid", [x], f"{name}.gate")], f"{name}.out")
-        case nn.Hardtanh():
-            bounds = [graph.constant(layer.min_val, f"{name}.low"), graph.constant(layer.max_val, f"{name}.high")]
-            return graph.op("Clip", [x, *bounds], f"{name}.out")
-        case _:
-            raise InputError(
-                f"layer {name!r} ({type(layer).__name__}) cannot be exported; known: Linear, Conv2d, Flatten from "
-                "dimension 1, ReLU, Tanh, Sigmoid, ELU, LeakyReLU, GELU, SiLU, Hardtanh"
-            )
-
-
-def _quantized(graph: Graph, x: str, layer: QLayer, name: str, to: Target) -> str:
-    real = to != "qdq"
-    tail = (1,) if layer.op == "linear" else (1, 1, 1)  # a per-channel factor against (batch, channels, ...)
-    if layer.in_scale is not None:
-        factor = layer.in_scale.detach().numpy().reshape(-1, *tail[1:])
-        x = graph.op("Mul", [x, graph.constant(factor, f"{name}.in_scale")], f"{name}.scaled")
-    if layer.act is not None:
-        if to == "qcdq":
-            x = export_qcdq.quantizer(graph, x, layer.act, f"{name}.input")
-        else:
-            x = quantizer(graph, x, layer.act, f"{name}.input", real=real)
-    if layer.q is None:
-        w = graph.constant(layer.weight.detach().numpy(), f"{name}.weight")
-    elif to == "qcdq":
-        w = export_qcdq.weight(graph, layer.q, f"{name}.weight")
-    else:
-        w = weight(graph, layer.q, f"{name}.weight", real=real)
-    bias = layer.bias.detach().numpy()
-    kernel = layer.kernel()
-    wide = not real and layer.op == "linear" and kernel.weight.dtype == torch.float64
-    if wide:
-        x = graph.op("Cast", [x], f"{name}.wide_input", to=TensorProto.DOUBLE)
-        w = graph.op("Cast", [w], f"{name}.wide_weight", to=TensorProto.DOUBLE)
-    if layer.op == "linear":
-        acc = graph.op("Gemm", [x, w], f"{name}.acc", transB=1)
-    else:
-        acc = graph.op("Conv", [x, w], f"{name}.acc", **conv_attributes(layer))
-    if wide:
-        acc = graph.op("Cast", [acc], f"{name}.sum", to=TensorProto.FLOAT)
-    gain = None if real else kernel.gain
-    if gain is not None:
-        values = gain.numpy() if isinstance(gain, Tensor) else np.float32(gain)
-        values = values.reshape(-1, *tail[1:]) if values.size > 1 else values.reshape(())
-        acc = graph.op("Mul", [graph.constant(values, f"{name}.gain"), acc], f"{name}.product")
-    return graph.op("Add", [graph.constant(bias.reshape(-1, *tail[1:]), f"{name}.bias"), acc], f"{name}.out")
-
-
-def _chain(root: nn.Module, example: Tensor, prefix: str) -> list[tuple[str, nn.Module]]:
-    """The layers of `root` by dotted name in the order they run, each fed by the one before and by nothing else.
-
-    One forward pass of the example shows it: anything computed between two layers (a functional
-    activation, a sum, a second path) is found and refused.
-    """
-    calls: list[tuple[str, nn.Module]] = []
-    last: list[Any] = [example]
-
-    def watch(name: str, layer: nn.Module) -> list[Any]:
-        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if len(inputs) != 1 or inputs[0] is not last[0]:
-                place = f"after layer {calls[-1][0]!r}" if calls else "before the first layer"
-                raise InputError(
-                    f"layer {name!r} ({type(layer).__name__}): something {place} is computed outside of layers; "
-                    "only chains of layers can be exported"
-                )
-            if layer_is_linear and inputs[0].dim() != 2:
-                raise InputError(
-                    f"layer {name!r}: its input has {inputs[0].dim()} dimensions; a linear layer is exported "
-                    "for inputs (batch, features), flatten first"
-                )
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            calls.append((name, layer))
-            last[0] = output
-
-        layer_is_linear = isinstance(layer, nn.Linear) or (isinstance(layer, QLayer) and layer.op == "linear")
-        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-
-    handles: list[Any] = []
-    try:
-        for name, layer in root.named_modules():
-            if isinstance(layer, QLayer) or not any(layer.children()):
-                handles += watch((prefix + name).rstrip(".") or type(layer).__name__, layer)
-        with torch.inference_mode():
-            output = root(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if output is not last[0]:
-        end = f"after layer {calls[-1][0]!r}" if calls else "in its forward"
-        raise InputError(
-            f"module {type(root).__name__}: something {end} is computed outside of layers; "
-            "only chains of layers can be exported"
-        )
-    return calls

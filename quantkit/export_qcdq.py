@@ -21,7 +21,7 @@ from hwmodel.spec import PerGroup
 from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.onnx_formats import Graph
-from quantkit.qlayers import ActQuant
+from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, values_of
 
 OPSET = 13
@@ -34,9 +34,10 @@ def carries(fmt: Format) -> bool:
 
 def check(model: Model) -> None:
     """Raise InputError, naming the layer and what is accepted, for what QCDQ cannot carry."""
-    for name, layer in model.qlayers().items():
+    for name, layer in model.quantizers().items():
+        q = layer.q if isinstance(layer, QLayer) else None
         sides = (
-            ("weights", None if layer.q is None else layer.q.fmt),
+            ("weights", None if q is None else q.fmt),
             ("inputs", None if layer.act is None else layer.act.fmt),
         )
         for kind, fmt in sides:
@@ -45,9 +46,9 @@ def check(model: Model) -> None:
                     f"layer {name!r}: target qcdq cannot carry {kind} {fmt}; accepted: int2..int8, uint2..uint8, "
                     "narrow or not, ternary (minifloats and binary: target qdq or qonnx)"
                 )
-        if layer.q is not None and isinstance(layer.q.granularity, PerGroup):
+        if q is not None and isinstance(q.granularity, PerGroup):
             raise InputError(
-                f"layer {name!r}: target qcdq cannot carry weight scales per {layer.q.granularity}; "
+                f"layer {name!r}: target qcdq cannot carry weight scales per {q.granularity}; "
                 "accepted: one per tensor or row (groups: target qdq)"
             )
 

@@ -37,7 +37,7 @@ from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.onnx_formats import Graph, conv_attributes
 from quantkit.policy import InputStage, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, dequantize, expand_scale, values_of
 from quantkit.rounding import is_pow2
 
@@ -51,13 +51,17 @@ _FINN_WEIGHTS = "int2..int8, ternary, binary"
 _FINN_BOTH = "FINN accepts layers with both quantized to 8 bits or fewer"
 
 
-def check(model: Model, to: Target, postprocess: bool) -> None:
-    """Raise InputError, naming the layer and what is accepted, for what the target cannot carry."""
-    for name, layer in model.qlayers().items():
-        if layer.op not in ("linear", "conv2d"):
-            raise InputError(f"layer {name!r}: target {to} has no {layer.op}; accepted: Linear, Conv2d")
+def check(model: Model, to: Target, postprocess: bool, layers: list[tuple[str, nn.Module]]) -> None:
+    """Raise InputError, naming the layer and what is accepted, for what the target cannot carry.
+
+    layers: for finn the network as a chain, by name.
+    """
+    for name, layer in model.quantizers().items():
+        known = ("linear", "conv2d") if to == "finn" else ("linear", "conv1d", "conv2d")
+        if isinstance(layer, QLayer) and layer.op not in known:
+            raise InputError(f"layer {name!r}: target {to} has no {layer.op}; accepted: {', '.join(known)}")
         sides = (
-            ("weights", None if layer.q is None else layer.q.fmt),
+            ("weights", layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
             ("inputs", None if layer.act is None else layer.act.fmt),
         )
         for kind, fmt in sides:
@@ -65,21 +69,20 @@ def check(model: Model, to: Target, postprocess: bool) -> None:
                 reason = " (qonnx reads 1 bit with a sign as binary)" if fmt == Int(1) else ""
                 raise InputError(f"layer {name!r}: target {to} cannot carry {kind} {fmt}{reason}; accepted: {_CARRIED}")
     if to == "finn":
-        _check_finn(model, postprocess)
+        _check_finn(model, postprocess, layers)
 
 
-def _check_finn(model: Model, postprocess: bool) -> None:
+def _check_finn(model: Model, postprocess: bool, layers: list[tuple[str, nn.Module]]) -> None:
     if postprocess:
         raise InputError("target finn ends at the network's outputs; export with --raw and take actions on the host")
     policy = model.module if isinstance(model.module, Policy) else None
-    net = policy.net if policy else model.module
     if policy and clips_before(policy):
         raise InputError(
             "input stage: clipping of observations outside the first quantizer's range has no form in FINN; "
             "accepted: (x - mean) / std alone, or a first input scale whose range lies within the clip"
         )
     previous: tuple[str, nn.Module] | None = None
-    for name, layer in _chain_of(net, "net." if policy else ""):
+    for name, layer in layers:
         match layer:
             case QLayer():
                 _check_finn_layer(name, layer, previous)
@@ -135,14 +138,6 @@ def _check_finn_layer(name: str, layer: QLayer, previous: tuple[str, nn.Module] 
         )
 
 
-def _chain_of(net: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    return [
-        ((prefix + name).rstrip("."), layer)
-        for name, layer in net.named_modules()
-        if isinstance(layer, QLayer) or not any(layer.children())
-    ]
-
-
 def clips_before(policy: Policy) -> bool:
     """Whether the stage's clip changes anything: not where the first layer's quantizer saturates within it, exactly."""
     if not policy.stage.clips:
@@ -170,17 +165,14 @@ def layer_nodes(graph: Graph, x: str, layer: QLayer, name: str, *, to: Target, f
     flatten: name of a Flatten before the layer that is to come between its quantizer and its product.
     """
     exact, linear = to == "qonnx", layer.op == "linear"
+    tail = (1,) * layer.spatial
     if layer.in_scale is not None:
-        channels = layer.in_scale.detach().numpy().reshape((-1,) if linear else (-1, 1, 1))
+        channels = layer.in_scale.detach().numpy().reshape(-1, *tail)
         x = graph.op("Mul", [x, graph.constant(channels, f"{name}.in_scale")], f"{name}.scaled")
     gain = np.ones(1)
     if layer.act is not None:
-        inside = is_pow2(layer.act.scale) or not exact
-        if not inside:
-            gain = gain * np.float64(layer.act.scale)
-            unit = graph.constant(np.float32(layer.act.scale), f"{name}.input.unit")
-            x = graph.op("Div", [x, unit], f"{name}.units")
-        x = _quantizer(graph, x, layer.act.fmt, np.float32(layer.act.scale if inside else 1), f"{name}.input")
+        x, factor = input_values(graph, x, layer.act, f"{name}.input", to=to)
+        gain = gain * np.float64(factor)
     if flatten:
         x = graph.op("Flatten", [x], f"{flatten}.out", axis=1)
     if layer.q is None:
@@ -202,13 +194,23 @@ def layer_nodes(graph: Graph, x: str, layer: QLayer, name: str, *, to: Target, f
         acc = graph.op("Conv", [x, w], f"{name}.acc", **conv_attributes(layer))
     if wide:
         acc = graph.op("Cast", [acc], f"{name}.sum", to=TensorProto.FLOAT)
-    shape = (-1,) if linear else (-1, 1, 1)
+    shape = (-1, *tail)
     if not (gain == 1).all():
         values = gain.astype(np.float32)
         factor = graph.constant(values.reshape(shape) if values.size > 1 else values.reshape(()), f"{name}.gain")
         acc = graph.op("Mul", [acc, factor], f"{name}.product")
     bias = graph.constant(layer.bias.detach().numpy().reshape(shape), f"{name}.bias")
     return graph.op("Add", [acc, bias], f"{name}.out")
+
+
+def input_values(graph: Graph, x: str, act: ActQuant, name: str, *, to: Target) -> tuple[str, float]:
+    """Quantize `x`: its values and the factor they still lack, 1 where the scale is inside the quantizer."""
+    inside = is_pow2(act.scale) or to != "qonnx"
+    if not inside:
+        owner = name.removesuffix(".input")
+        x = graph.op("Div", [x, graph.constant(np.float32(act.scale), f"{name}.unit")], f"{owner}.units")
+    values = _quantizer(graph, x, act.fmt, np.float32(act.scale if inside else 1), name)
+    return values, 1.0 if inside else act.scale
 
 
 def _wide(layer: QLayer) -> bool:

@@ -114,15 +114,28 @@ def quantizer(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, *, real
     return values
 
 
-def conv_attributes(layer: nn.Conv2d | QLayer) -> dict[str, Any]:
-    """Attributes of the Conv node of a convolution with zero padding."""
-    return {
+def conv_attributes(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | QLayer) -> dict[str, Any]:
+    """Attributes of the Conv or ConvTranspose node of a convolution with zero padding."""
+    attributes = {
         "strides": list(layer.stride),
-        "pads": [*layer.padding, *layer.padding],
+        "pads": _pads(layer),
         "dilations": list(layer.dilation),
         "group": layer.groups,
         "kernel_shape": list(layer.weight.shape[2:]),
     }
+    if isinstance(layer, nn.ConvTranspose2d) or (isinstance(layer, QLayer) and layer.op == "conv_transpose2d"):
+        attributes["output_padding"] = list(layer.output_padding)
+    return attributes
+
+
+def _pads(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | QLayer) -> list[int]:
+    """Zeros before every dimension, then behind; "same" pads an odd number one more behind, as torch does."""
+    if not isinstance(layer.padding, str):
+        return [*layer.padding, *layer.padding]
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.weight.shape[2:], strict=True)]
+    if layer.padding == "valid":
+        reach = [0] * len(reach)
+    return [*(r // 2 for r in reach), *(r - r // 2 for r in reach)]
 
 
 def _range(fmt: Int | Levels) -> tuple[int, int]:
