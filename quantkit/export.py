@@ -158,8 +158,9 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     out_batch: list[Any] = [batch]
     facts = {"values": ""}
     if isinstance(net, fx.GraphModule):
+        graph.four_bits = False
         x, walk = export_graph.translate(net, graph, source, to, model.example)
-        out_batch, out_shape = [], walk.output_shape(result, batch)
+        out_batch, out_shape = [], list(result.shape) if fpga else walk.output_shape()
         facts["values"] = canonical(walk.named())
     else:
         kind = TensorProto.UINT8 if kind == TensorProto.UINT8 else TensorProto.FLOAT
@@ -183,6 +184,8 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     )
     opset = _opset(graph, to)
     opsets = [helper.make_opsetid("", opset)]
+    for function in graph.functions.values():
+        function.opset_import[0].version = opset  # what they use has not changed since 13, and a mixture is refused
     if graph.functions:
         opsets.append(helper.make_opsetid(export_qonnx.QONNX if fpga else DOMAIN, 1))
     result = helper.make_model(

@@ -74,9 +74,13 @@ def check(gm: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class Fact:
-    """What a node gives: shape (None: depends on the batch) and dtype of a tensor, a number, or the parts of a tuple."""
+    """What a node gives: shape and dtype of a tensor, a number, or the parts of a tuple.
+
+    None in a shape, and a number of None, depend on the batch. of_two: the shape for a batch of 2.
+    """
 
     shape: tuple[int | None, ...] = ()
+    of_two: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     number: int | float | bool | None = None
     parts: tuple[Fact, ...] = ()
@@ -117,7 +121,7 @@ def _light(value: Any) -> Any:
 
 def _fact(value: Any) -> Fact:
     if isinstance(value, Tensor):
-        return Fact(tuple(value.shape), value.dtype)
+        return Fact(tuple(value.shape), tuple(value.shape), value.dtype)
     if isinstance(value, list | tuple):
         return Fact(parts=tuple(_fact(v) for v in value))
     return Fact(number=value)
@@ -126,7 +130,7 @@ def _fact(value: Any) -> Fact:
 def _merged(a: Fact, b: Fact) -> Fact:
     shape = tuple(x if x == y else None for x, y in zip(a.shape, b.shape, strict=True))
     number = a.number if a.number == b.number else None
-    return Fact(shape, a.dtype, number, tuple(_merged(x, y) for x, y in zip(a.parts, b.parts, strict=True)))
+    return Fact(shape, a.of_two, a.dtype, number, tuple(_merged(x, y) for x, y in zip(a.parts, b.parts, strict=True)))
 
 
 def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
@@ -195,13 +199,11 @@ class Walk:
         kept = {output for node in self.graph.nodes for output in node.output}
         return {key: name for key, name in (tensors | self.inner).items() if name in kept}
 
-    def output_shape(self, result: Tensor, batch: int | str) -> list[int | str | None]:
-        """The output's shape: `batch` for a dimension of 1 in the result of one input that depends on the batch."""
+    def output_shape(self) -> list[int | str | None]:
+        """The output's shape: "batch" for that dimension, None for another that depends on it."""
         (node,) = self.gm.graph.output_node().args
-        return [
-            size if known is not None or batch == 1 else batch if size == 1 else None
-            for size, known in zip(result.shape, self.shape(node), strict=True)
-        ]
+        fact = self.facts[node]
+        return [known or ("batch" if two == 2 else None) for known, two in zip(fact.shape, fact.of_two, strict=True)]
 
     def reshaped(self, x: str, shape: Sequence[int | None], name: str, exact: Sequence[Any] | None = None) -> str:
         """x in another shape, with -1 for the one dimension that depends on the batch; `exact`: where several do."""
@@ -328,7 +330,7 @@ Operation = Callable[[Walk, fx.Node, dict[str, Any]], Any]
 
 
 def _unary(kind: str, **options: str) -> Operation:
-    """One ONNX node; options: ONNX attribute -> argument."""
+    """One ONNX node of one input; options: ONNX attribute -> argument."""
 
     def nodes(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
         x = t.value(n.args[0], _result(t, n), n.name)
@@ -373,6 +375,18 @@ def _comparison(kind: str, *, negated: bool = False) -> Operation:
         dtype = torch.result_type(*samples)
         y = t.graph.op(kind, [t.value(v, dtype, n.name) for v in n.args[:2]], n.name)
         return t.graph.op("Not", [y], f"{n.name}.negated") if negated else y
+
+    return nodes
+
+
+def _logical(kind: str) -> Operation:
+    """An operation on truth values; InputError for the same on the bits of integers."""
+
+    def nodes(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
+        kinds = {t.facts[v].dtype for v in n.args if isinstance(v, fx.Node)}
+        if kinds != {torch.bool}:
+            raise InputError(f"node {n.name!r}: {n.target} of integers cannot be exported; accepted: of Booleans")
+        return t.graph.op(kind, [t.names[v] for v in n.args], n.name)  # type: ignore[index]
 
     return nodes
 
@@ -485,7 +499,7 @@ def _spatial(values: Any, count: int) -> list[int]:
     return found * count if len(found) == 1 else found
 
 
-def _pool(t: Walk, n: fx.Node, a: dict[str, Any]) -> Any:
+def _pool(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     average = "avg" in str(n.target)
     count = 1 if "1d" in str(n.target) else 2
     kernel = _spatial(a["kernel_size"], count)
@@ -493,8 +507,7 @@ def _pool(t: Walk, n: fx.Node, a: dict[str, Any]) -> Any:
     options: dict[str, Any] = {"kernel_shape": kernel, "strides": _spatial(a["stride"] or kernel, count)}
     options |= {"pads": [*padding, *padding], "ceil_mode": int(a["ceil_mode"])}
     if not average:
-        y = t.graph.op("MaxPool", [t.names[a["self"]]], n.name, dilations=_spatial(a["dilation"], count), **options)
-        return [y] if t.facts[n].parts else y
+        return t.graph.op("MaxPool", [t.names[a["self"]]], n.name, dilations=_spatial(a["dilation"], count), **options)
     if a.get("divisor_override") is not None or a["ceil_mode"]:
         raise InputError(f"node {n.name!r}: {n.target} with ceil_mode or a divisor cannot be exported; accepted: without")
     options["count_include_pad"] = int(a["count_include_pad"])
@@ -554,17 +567,20 @@ def _slice(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     )
 
 
+def _at(t: Walk, x: str, dim: int, i: int, name: str) -> str:
+    """x[..., i, ...] as Slice and Squeeze: onnxruntime 1.31 fails on several Gathers of one tensor with numbers."""
+    axis = t.ints([dim], f"{name}.axis")
+    end = _END if i == -1 else i + 1
+    x = t.graph.op("Slice", [x, t.ints([i], f"{name}.start"), t.ints([end], f"{name}.end"), axis], f"{name}.part")
+    return t.graph.op("Squeeze", [x, axis], name)
+
+
 def _select(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
-    index = t.graph.constant(t.number(a["index"], n), f"{n.name}.index", TensorProto.INT64)
-    return t.graph.op("Gather", [t.names[a["self"]], index], n.name, axis=a["dim"])
+    return _at(t, t.names[a["self"]], a["dim"], t.number(a["index"], n), n.name)
 
 
 def _unbind(t: Walk, n: fx.Node, a: dict[str, Any]) -> list[str]:
-    x = t.names[a["self"]]
-    return [
-        t.graph.op("Gather", [x, t.graph.constant(i, f"{n.name}.index", TensorProto.INT64)], n.name, axis=a["dim"])
-        for i in range(len(t.facts[n].parts))
-    ]
+    return [_at(t, t.names[a["self"]], a["dim"], i, n.name) for i in range(len(t.facts[n].parts))]
 
 
 def _split(t: Walk, n: fx.Node, a: dict[str, Any]) -> list[str]:
@@ -624,7 +640,17 @@ def _expand(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
 def _full(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     fill = a.get("fill_value", 1 if "ones" in str(n.target) else 0)
     value = t.graph.constant(t.number(fill, n), f"{n.name}.fill", TYPES[_result(t, n)])
+    if "_like" in str(n.target):
+        return _as(t, n, value, a["self"])
     return t.graph.op("Expand", [value, t.sizes(a["size"], n.name)], n.name)
+
+
+def _as(t: Walk, n: fx.Node, x: str, other: fx.Node) -> str:
+    return t.graph.op("Expand", [x, t.graph.op("Shape", [t.names[other]], f"{n.name}.shape")], n.name)
+
+
+def _expand_as(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
+    return _as(t, n, t.names[a["self"]], a["other"])
 
 
 def _repeat(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
@@ -668,12 +694,11 @@ def _batch_norm(t: Walk, n: fx.Node, a: dict[str, Any]) -> Any:
     return [y] if t.facts[n].parts else y
 
 
-def _layer_norm(t: Walk, n: fx.Node, a: dict[str, Any]) -> Any:
+def _layer_norm(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     shape = a["normalized_shape"]
     weight = t.graph.constant(np.ones(shape), f"{n.name}.weight") if a["weight"] is None else t.names[a["weight"]]
     inputs = [t.names[a["input"]], weight, *([] if a["bias"] is None else [t.names[a["bias"]]])]
-    y = t.graph.op("LayerNormalization", inputs, n.name, axis=-len(shape), epsilon=float(a["eps"]))
-    return [y] if t.facts[n].parts else y
+    return t.graph.op("LayerNormalization", inputs, n.name, axis=-len(shape), epsilon=float(a["eps"]))
 
 
 def _group_norm(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
@@ -708,10 +733,10 @@ def _size(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
 
 
 _TABLE: dict[Any, Operation] = {
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _binary("Add")),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _binary("Sub")),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _binary("Mul")),
-    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _binary("Div")),
+    aten.add.Tensor: _binary("Add"),
+    aten.sub.Tensor: _binary("Sub"),
+    aten.mul.Tensor: _binary("Mul"),
+    aten.div.Tensor: _binary("Div"),
     **dict.fromkeys((aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar), _binary("Pow")),
     aten.rsub.Scalar: _rsub,
     aten.maximum.default: _binary("Max"),
@@ -722,9 +747,9 @@ _TABLE: dict[Any, Operation] = {
     **dict.fromkeys((aten.le.Tensor, aten.le.Scalar), _comparison("LessOrEqual")),
     **dict.fromkeys((aten.gt.Tensor, aten.gt.Scalar), _comparison("Greater")),
     **dict.fromkeys((aten.ge.Tensor, aten.ge.Scalar), _comparison("GreaterOrEqual")),
-    aten.logical_not.default: _unary("Not"),
-    aten.logical_and.default: _binary("And"),
-    aten.logical_or.default: _binary("Or"),
+    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), _logical("Not")),
+    **dict.fromkeys((aten.logical_and.default, aten.__and__.Tensor), _logical("And")),
+    **dict.fromkeys((aten.logical_or.default, aten.__or__.Tensor), _logical("Or")),
     **{
         getattr(aten, name).default: _unary(kind)
         for name, kind in {
@@ -746,9 +771,7 @@ _TABLE: dict[Any, Operation] = {
     aten.hardsigmoid.default: _hardsigmoid,
     aten.softplus.default: _softplus,
     aten.prelu.default: _prelu,
-    **dict.fromkeys(
-        (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default), _softmax
-    ),
+    **dict.fromkeys((aten.softmax.int, aten.log_softmax.int), _softmax),
     **dict.fromkeys((aten.mean.dim, aten.mean.default), _reduce("ReduceMean")),
     **dict.fromkeys((aten.sum.dim_IntList, aten.sum.default), _reduce("ReduceSum")),
     aten.amax.default: _reduce("ReduceMax"),
@@ -758,44 +781,46 @@ _TABLE: dict[Any, Operation] = {
     aten.max.dim: _max_dim,
     **dict.fromkeys(
         (
-            aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default,
-            aten.avg_pool1d.default, aten.avg_pool2d.default,
+            aten.max_pool1d.default, aten.max_pool2d.default, aten.avg_pool1d.default, aten.avg_pool2d.default,
         ),
         _pool,
     ),
     **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default), _adaptive_pool),
-    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
+    aten.pad.default: _pad,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.unbind.int: _unbind,
     **dict.fromkeys(
-        (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes), _split
+        (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default), _split
     ),
     operator.getitem: _getitem,
     **dict.fromkeys(
-        (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int), _reshape
+        (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int), _reshape
     ),
     aten.unsqueeze.default: _unsqueeze,
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),
-    **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default), _permute),
+    **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),
     aten.expand.default: _expand,
-    **dict.fromkeys((aten.full.default, aten.zeros.default, aten.ones.default), _full),
+    aten.expand_as.default: _expand_as,
+    **dict.fromkeys((
+            aten.full.default, aten.zeros.default, aten.ones.default, aten.new_full.default, aten.new_zeros.default,
+            aten.new_ones.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+        ),
+        _full,
+    ),
     aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
-    aten.where.self: _where,
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), _where),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
     aten.embedding.default: _lookup,
     **dict.fromkeys((aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default), _batch_norm),
-    **dict.fromkeys((aten.layer_norm.default, aten.native_layer_norm.default), _layer_norm),
+    aten.layer_norm.default: _layer_norm,
     aten.group_norm.default: _group_norm,
     **dict.fromkeys((aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec), _upsample),
-    **dict.fromkeys((aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout), _cast),
-    **dict.fromkeys(
-        (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.dropout.default),
-        _identity,
-    ),
+    **dict.fromkeys((aten.to.dtype, aten._to_copy.default), _cast),
+    aten.clone.default: _identity,
     aten.sym_size.int: _size,
     operator.add: _size_arithmetic("Add"),
     operator.sub: _size_arithmetic("Sub"),

@@ -35,13 +35,15 @@ OPSET = 21  # the first with 4-bit types, 16-bit QuantizeLinear and blocked Dequ
 class Graph:
     """A growing ONNX graph: nodes, constants, and the model-local functions they call.
 
-    dot: what stands for the dots of layer names.
+    dot: what stands for the dots of layer names. four_bits: whether activations of 4 bits have a 4-bit type and
+    not 8 bits with a Clip; onnxruntime moves quantizers over pooling and then lacks a pooling of 4-bit numbers.
     """
 
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
     functions: dict[str, FunctionProto] = field(default_factory=dict)
     dot: str = "."
+    four_bits: bool = True
     _names: set[str] = field(default_factory=set)
 
     def op(self, kind: str, inputs: list[str], name: str, *, domain: str = "", **attributes: Any) -> str:
@@ -95,7 +97,7 @@ def quantizer(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, *, real
     if isinstance(fmt, Float) or (isinstance(fmt, Levels) and fmt.name == "binary"):
         values = graph.call(quantize_function(fmt), [x, scale], f"{name}.values")
         return graph.op("Mul", [values, scale], f"{name}.real") if real else values
-    native = fmt in (Int(4), Int(4, signed=False))  # Clip knows 8 bits but not 4, so only full-range formats
+    native = graph.four_bits and fmt in (Int(4), Int(4, signed=False))  # Clip knows 8 bits but not 4, so only full-range formats
     width = 4 if native else 16 if formats.bits(fmt) == 16 else 8
     kind = _TYPES[width, formats.is_signed(fmt)]
     low, high = _range(fmt)
