@@ -147,7 +147,7 @@ class Walk:
     """One translation: the growing ONNX graph, and the name (of a tuple: names) that holds each node's value.
 
     names: of a size that depends on the batch the name of an int64 tensor (1,). inner: values within an
-    `Attention`, by "node/part".
+    `Attention`, by "layer_name/part".
     """
 
     gm: fx.GraphModule
@@ -194,7 +194,7 @@ class Walk:
         return self.graph.op("Concat", parts, f"{name}.sizes", axis=0)
 
     def named(self) -> dict[str, str]:
-        """The ONNX tensor of every node that gives one, by the node's name; within an `Attention` by "node/part"."""
+        """The ONNX tensor of every node that gives one, by the node's name; within an `Attention` by "layer_name/part"."""
         tensors = {n.name: name for n, name in self.names.items() if isinstance(name, str) and n.op.startswith("call")}
         kept = {output for node in self.graph.nodes for output in node.output}
         return {key: name for key, name in (tensors | self.inner).items() if name in kept}
@@ -306,7 +306,7 @@ def _attention(t: Walk, n: fx.Node, layer: Attention, inputs: list[str]) -> str:
     turned = graph.op("Transpose", [k], f"{name}.turned", perm=[*range(rank - 2), rank - 1, rank - 2])
     width = _known(t, n.args[0], -1, n)
     x = matmul_nodes(graph, q, turned, layer.scores, f"{name}.scores", t.to, width)
-    t.inner[f"{n.name}/scores"] = x
+    t.inner[f"{name.replace('.', '_')}/scores"] = x
     scale = width**-0.5 if layer.scale is None else layer.scale
     x = graph.op("Mul", [x, graph.constant(scale, f"{name}.scale")], f"{name}.scaled")
     lowest = graph.constant(-np.inf, f"{name}.lowest")
@@ -320,7 +320,7 @@ def _attention(t: Walk, n: fx.Node, layer: Attention, inputs: list[str]) -> str:
             "Add", [x, inputs[3]], f"{name}.masked"
         )  # fmt: skip
     x = graph.op("Softmax", [x], f"{name}.softmax", axis=-1)
-    t.inner[f"{n.name}/softmax"] = x
+    t.inner[f"{name.replace('.', '_')}/softmax"] = x
     return matmul_nodes(graph, x, v, layer.values, f"{name}.values", t.to, keys)
 
 

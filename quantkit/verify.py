@@ -7,10 +7,15 @@ first. Such a difference of one part in 10^7 is invisible, unless it falls on th
 two grid values: then one value rounds the other way and the output moves by what one step of that
 layer is worth. Every state that deviates is checked for this. A deviation with no value near a
 boundary has no innocent explanation: the file is wrong, and `ok` is False.
+
+A network that is no policy is deep and may flip somewhere in every input. Its file is compared node by node
+(`quantkit.verify_graph`) on the first inputs and on all that deviate: exact sums bit for bit, everything else within
+float rounding, each node on the file's own values. There an input is explained if no node is wrong.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,16 +26,17 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hwmodel import formats
 from quantkit.errors import InputError
-from quantkit.export import canonical, open_session
+from quantkit.export import canonical, input_dtype, open_session
 from quantkit.model import Model
 from quantkit.policy import Head, Policy
 from quantkit.qlayers import QLayer
 from quantkit.rounding import round_to
 from quantkit.simulate import compile_policy
+from quantkit.verify_graph import stepper
 
 Act = Callable[[np.ndarray], np.ndarray]
 Progress = Callable[[str, int, int], None]
@@ -44,6 +50,7 @@ BOUNDARY = 2.0**-19
 MIN_AGREEMENT, MAX_FLIPS = 0.99, 0.05
 """How many states must keep their action, and how many may deviate by boundaries, for `ok`."""
 _BATCH = 1024
+_FIRST = 4  # inputs that are always compared node by node
 
 
 class Evaluate(Protocol):
@@ -63,11 +70,13 @@ class Agreement:
     sides or actions were compared.
     action_agreement: fraction of states with the same action (continuous: within 1e-4 of the range).
     first_mismatch: first state with another action or with outputs beyond float rounding, or None.
-    flips: such states that a value on a rounding boundary explains. unexplained: those without.
+    flips: such states that a value on a rounding boundary explains; of a network that is no policy, those with no
+    wrong node. unexplained: those without.
     mean, mean_torch: mean return of whole episodes on the same seeds through onnxruntime and torch,
     None without episodes. equal_returns: how many episodes returned exactly the same.
     ok: no unexplained state, at least 99 % equal actions, at most 5 % flips, and returns equal within
-    3 standard errors of their paired differences. reason: one line that says what is not ok.
+    3 standard errors of their paired differences; where nodes were compared, no wrong node. reason: one line that
+    says what is not ok. nodes: how many were compared one by one, exact_nodes: how many of them bit for bit.
     """
 
     n: int
@@ -85,6 +94,8 @@ class Agreement:
     equal_returns: int | None
     ok: bool
     reason: str
+    nodes: int = 0
+    exact_nodes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; a number that is not finite becomes None."""
@@ -111,12 +122,13 @@ def verify(
     as_actions = facts["postprocess"] == "true"
     runtime = _runner(session, Path(onnx_path))
     inputs = _states(model, session, states)
+    batch = _BATCH if head else 64
     outputs, others = [], []
-    for start in range(0, len(inputs), _BATCH):
+    for start in range(0, len(inputs), batch):
         if progress:
             progress("states", start, len(inputs))
-        outputs.append(_torch(model.module, inputs[start : start + _BATCH]))
-        others.append(runtime(inputs[start : start + _BATCH]))
+        outputs.append(_torch(model.module, inputs[start : start + batch]))
+        others.append(runtime(inputs[start : start + batch]))
     if progress:
         progress("states", len(inputs), len(inputs))
     out, other = np.concatenate(outputs), np.concatenate(others)
@@ -136,7 +148,8 @@ def verify(
     else:
         same = _same_actions(head, head.actions(out), other if as_actions else head.actions(other))
     rows = np.flatnonzero(deviates | ~same)
-    explained = _at_boundary(model.module, inputs[rows])
+    wrong, nodes, exact_nodes = _nodes(model, Path(onnx_path), facts, inputs, rows)
+    explained = _at_boundary(model.module, inputs[rows]) if wrong is None else ~np.isin(rows, list(wrong))
     if head is not None:
         near_tie = _near_tie(head, out[rows], OUTPUT_TOLERANCE * float(np.abs(out).max(initial=1e-30)))
         explained |= near_tie & (as_actions | ~deviates[rows])
@@ -146,9 +159,14 @@ def verify(
 
     agreement = float(same.mean())
     reason = ""
-    if unexplained:
+    if wrong:
+        first = min(wrong)
+        reason = f"{len(wrong)} of the states compared node by node have a wrong one, first {first}: {wrong[first]}"
+    elif unexplained:
         first = rows[~explained][0]
         reason = f"{unexplained} of {len(out)} states differ with no value at a rounding boundary, first {first}"
+    elif nodes:
+        pass  # every deviation has its proof
     elif agreement < MIN_AGREEMENT:
         reason = f"only {agreement:.2%} of the states keep their action"
     elif len(rows) > MAX_FLIPS * len(out):
@@ -173,7 +191,27 @@ def verify(
         equal_returns=int((pair[0] == pair[1]).sum()) if pair else None,
         ok=not reason,
         reason=reason,
+        nodes=nodes,
+        exact_nodes=exact_nodes,
     )
+
+
+def _nodes(
+    model: Model, path: Path, facts: dict[str, str], inputs: np.ndarray, rows: np.ndarray
+) -> tuple[dict[int, str] | None, int, int]:
+    """Inputs with a wrong node (the first, by row), and how many nodes were compared and how many of them bit for bit.
+
+    None for the first if the file does not say where its nodes are, that is, if it holds a chain.
+    """
+    if "values" not in facts or not isinstance(model.module, fx.GraphModule):
+        return None, 0, 0
+    compare = stepper(model.module, path, json.loads(facts["values"]), facts["target"])
+    wrong: dict[int, str] = {}
+    for row in sorted({*range(min(_FIRST, len(inputs))), *rows.tolist()}):
+        steps = compare(inputs[row : row + 1])
+        if steps.wrong:
+            wrong[row] = steps.wrong[0]
+    return wrong, steps.compared, steps.exact
 
 
 def onnx_act(path: Path, head: Head) -> Act:
@@ -223,7 +261,7 @@ def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[
 
 def _runner(session: onnxruntime.InferenceSession, path: Path) -> Act:
     entry, name = session.get_inputs()[0], session.get_outputs()[0].name
-    dtype = np.uint8 if entry.type == "tensor(uint8)" else np.float32
+    dtype = input_dtype(entry.type)
     single = entry.shape[0] == 1  # a file for FPGA tools takes one state at a time
 
     def run(x: np.ndarray) -> np.ndarray:
@@ -239,7 +277,7 @@ def _runner(session: onnxruntime.InferenceSession, path: Path) -> Act:
 
 def _states(model: Model, session: onnxruntime.InferenceSession, states: np.ndarray) -> np.ndarray:
     entry = session.get_inputs()[0]
-    array = np.asarray(states, np.uint8 if entry.type == "tensor(uint8)" else np.float32)
+    array = np.asarray(states, input_dtype(entry.type))
     if array.ndim == 0 or len(array) == 0 or list(array.shape[1:]) != entry.shape[1:]:
         raise InputError(
             f"states of shape {array.shape} given; accepted: (n, {', '.join(map(str, entry.shape[1:]))}), n >= 1"
@@ -302,13 +340,21 @@ def _at_boundary(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
 
 def _lsb(model: Model) -> np.ndarray | None:
     """The step of the last layer's products, one number per output, or None where there is no such grid."""
-    layers = list(model.layers().values())
-    last = layers[-1] if layers else None
+    last = _last(model)
     if not isinstance(last, QLayer) or last.op != "linear" or last.q is None or last.act is None:
         return None
     steps = formats.unit(last.act.fmt) * formats.unit(last.q.fmt) * last.act.scale
     scale = last.q.scale.double().amin(dim=1).numpy()
     return steps * np.broadcast_to(scale, (last.weight.shape[0],))
+
+
+def _last(model: Model) -> nn.Module | None:
+    """The module that gives the output."""
+    if not isinstance(model.module, fx.GraphModule):
+        return next(reversed(model.layers().values()), None)
+    (node,) = model.module.graph.output_node().args
+    named = isinstance(node, fx.Node) and node.op == "call_module"
+    return model.module.get_submodule(str(node.target)) if named else None  # type: ignore[union-attr]
 
 
 def _returns(
@@ -364,6 +410,8 @@ def summary(agreement: Agreement) -> str:
     if agreement.max_lsb is not None:
         parts.append(f"{agreement.max_lsb:.3g} LSB")
     parts.append(f"{agreement.action_agreement:.2%} equal actions")
+    if agreement.nodes:
+        parts.append(f"{agreement.nodes} nodes compared one by one, {agreement.exact_nodes} bit for bit")
     if agreement.flips:
         parts.append(f"{agreement.flips} at rounding boundaries")
     if agreement.mean is not None and agreement.mean_torch is not None:
