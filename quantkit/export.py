@@ -156,12 +156,12 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     out_kind, out_shape = int(export_graph.TYPES[result.dtype]), list(result.shape[1:])
     batch: int | str = 1 if fpga else "batch"
     out_batch: list[Any] = [batch]
-    facts = {"values": ""}
+    values: dict[str, str] = {}
     if isinstance(net, fx.GraphModule):
         graph.four_bits = False
         x, walk = export_graph.translate(net, graph, source, to, model.example)
         out_batch, out_shape = [], list(result.shape) if fpga else walk.output_shape()
-        facts["values"] = canonical(walk.named())
+        values = walk.named()
     else:
         kind = TensorProto.UINT8 if kind == TensorProto.UINT8 else TensorProto.FLOAT
         x = graph.op("Cast", [source], "stage.float", to=TensorProto.FLOAT) if kind == TensorProto.UINT8 else source
@@ -172,6 +172,7 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
         x, out_kind, out_shape = _head(graph, x, policy.head)
     if fpga and graph.nodes and graph.nodes[-1].output[0] == x:
         graph.nodes[-1].output[0] = target  # hls4ml loses the output behind an Identity
+        values = {node: target if tensor == x else tensor for node, tensor in values.items()}
     else:
         graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
     proto = helper.make_graph(
@@ -197,8 +198,8 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
         producer_version=quantkit.__version__,
         doc_string=_doc(model, to, postprocess),
     )
-    facts = {key: text for key, text in facts.items() if text}
-    helper.set_model_props(result, metadata(model, to, postprocess) | {"opset": str(opset)} | facts)
+    facts = metadata(model, to, postprocess) | {"opset": str(opset)}
+    helper.set_model_props(result, facts | ({"values": canonical(values)} if values else {}))
     onnx.checker.check_model(result, full_check=True)
     return onnx.shape_inference.infer_shapes(result) if fpga or to == "qcdq" else result
 
@@ -218,7 +219,10 @@ def network_of(model: Model, to: Target) -> list[tuple[str, nn.Module]] | fx.Gra
         return [(f"net.{name}", layer) for name, layer in module.net.named_children()]
     if not isinstance(module, fx.GraphModule):
         reason = model.meta.get("untraced", "it was quantized without being captured")
-        raise InputError(f"this network cannot be exported, since its graph is not known: {reason}")
+        raise InputError(
+            f"this network cannot be exported, since its graph is not known: {reason}; accepted: what "
+            "torch.export follows, without a loop over time"
+        )
     return export_graph.as_chain(module) if to == "finn" else module
 
 

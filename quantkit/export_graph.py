@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from quantkit.errors import InputError
 from quantkit.export_layers import Target, layer_nodes, matmul_nodes
 from quantkit.onnx_formats import Graph
-from quantkit.qlayers import Attention, MatMul, Point, QLayer
+from quantkit.qlayers import Attention, MatMul, QLayer
 
 aten = torch.ops.aten
 
@@ -228,7 +228,9 @@ def translate(gm: fx.GraphModule, graph: Graph, source: str, to: Target, example
                 break
             case _ if n in values:
                 tensor = values[n].detach()
-                walk.names[n] = graph.constant(tensor.numpy(), str(n.target) if n.op == "get_attr" else n.name, _type(n, tensor))
+                walk.names[n] = graph.constant(
+                    tensor.numpy(), str(n.target) if n.op == "get_attr" else n.name, _type(n, tensor)
+                )
             case "call_module":
                 walk.names[n] = _module(walk, n)
             case "call_function" if facts[n].number is None or facts[n].parts:
@@ -350,7 +352,9 @@ def _binary(kind: str) -> Operation:
         dtype = _result(t, n)
         x, y = (t.value(v, dtype, n.name) for v in n.args[:2])
         if a.get("alpha", 1) != 1:
-            y = t.graph.op("Mul", [y, t.graph.constant(a["alpha"], f"{n.name}.alpha", TYPES[dtype])], f"{n.name}.scaled")
+            y = t.graph.op(
+                "Mul", [y, t.graph.constant(a["alpha"], f"{n.name}.alpha", TYPES[dtype])], f"{n.name}.scaled"
+            )
         return t.graph.op(kind, [x, y], n.name)
 
     return nodes
@@ -509,7 +513,9 @@ def _pool(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     if not average:
         return t.graph.op("MaxPool", [t.names[a["self"]]], n.name, dilations=_spatial(a["dilation"], count), **options)
     if a.get("divisor_override") is not None or a["ceil_mode"]:
-        raise InputError(f"node {n.name!r}: {n.target} with ceil_mode or a divisor cannot be exported; accepted: without")
+        raise InputError(
+            f"node {n.name!r}: {n.target} with ceil_mode or a divisor cannot be exported; accepted: without"
+        )
     options["count_include_pad"] = int(a["count_include_pad"])
     return t.graph.op("AveragePool", [t.names[a["self"]]], n.name, **options)
 
@@ -540,7 +546,9 @@ def _pad(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
         begin[rank - 1 - i], end[rank - 1 - i] = edges[2 * i], edges[2 * i + 1]
     mode = _PADS[a.get("mode", "constant")]
     if mode == "wrap" and t.to not in ("qdq", "qdq-real"):
-        raise InputError(f"node {n.name!r}: target {t.to} has no circular padding; accepted: constant, reflect, replicate")
+        raise InputError(
+            f"node {n.name!r}: target {t.to} has no circular padding; accepted: constant, reflect, replicate"
+        )
     fill = t.graph.constant(a["value"] or 0, f"{n.name}.fill", TYPES[dtype])
     return t.graph.op("Pad", [x, t.ints([*begin, *end], f"{n.name}.pads"), fill], n.name, mode=mode)
 
@@ -590,7 +598,9 @@ def _split(t: Walk, n: fx.Node, a: dict[str, Any]) -> list[str]:
     for part in t.facts[n].parts:
         size = part.shape[a["dim"]]
         if size is None:
-            raise InputError(f"node {n.name!r}: {n.target} along a dimension that depends on the batch; accepted: others")
+            raise InputError(
+                f"node {n.name!r}: {n.target} along a dimension that depends on the batch; accepted: others"
+            )
         bounds = [t.ints([first], f"{n.name}.start"), t.ints([first + size], f"{n.name}.end")]
         found.append(t.graph.op("Slice", [x, *bounds, axis], n.name))
         first += size
@@ -662,7 +672,9 @@ def _repeat(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
 
 def _repeat_interleave(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     if a["dim"] is None:
-        raise InputError(f"node {n.name!r}: repeat_interleave without a dimension cannot be exported; accepted: with one")
+        raise InputError(
+            f"node {n.name!r}: repeat_interleave without a dimension cannot be exported; accepted: with one"
+        )
     times = t.number(a["repeats"], n)
     index = t.ints([i // times for i in range(_known(t, a["self"], a["dim"], n) * times)], f"{n.name}.index")
     return t.graph.op("Gather", [t.names[a["self"]], index], n.name, axis=a["dim"])
@@ -720,7 +732,9 @@ def _group_norm(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
 def _upsample(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
     have, want = t.shape(a["input"])[2:], t.shape(n)[2:]
     if None in have or None in want or any(w % h for h, w in zip(have, want, strict=True)):  # type: ignore[operator]
-        raise InputError(f"node {n.name!r}: upsampling from {have} to {want} cannot be exported; accepted: whole factors")
+        raise InputError(
+            f"node {n.name!r}: upsampling from {have} to {want} cannot be exported; accepted: whole factors"
+        )
     factors = [1.0, 1.0, *(w / h for h, w in zip(have, want, strict=True))]  # type: ignore[operator]
     scales = t.graph.constant(factors, f"{n.name}.scales")
     options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}

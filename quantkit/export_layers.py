@@ -138,7 +138,9 @@ def _turned(graph: Graph, w: str, layer: QLayer, name: str) -> str:
     out, inner, *kernel = layer.weight.shape
     split = graph.constant([layer.groups, out // layer.groups, inner, *kernel], f"{name}.split", TensorProto.INT64)
     joined = graph.constant([layer.groups * inner, -1, *kernel], f"{name}.joined", TensorProto.INT64)
-    w = graph.op("Transpose", [graph.op("Reshape", [w, split], f"{name}.groups")], f"{name}.swapped", perm=[0, 2, 1, 3, 4])
+    w = graph.op(
+        "Transpose", [graph.op("Reshape", [w, split], f"{name}.groups")], f"{name}.swapped", perm=[0, 2, 1, 3, 4]
+    )
     return graph.op("Reshape", [w, joined], f"{name}.turned")
 
 

@@ -97,7 +97,10 @@ def quantizer(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, *, real
     if isinstance(fmt, Float) or (isinstance(fmt, Levels) and fmt.name == "binary"):
         values = graph.call(quantize_function(fmt), [x, scale], f"{name}.values")
         return graph.op("Mul", [values, scale], f"{name}.real") if real else values
-    native = graph.four_bits and fmt in (Int(4), Int(4, signed=False))  # Clip knows 8 bits but not 4, so only full-range formats
+    native = graph.four_bits and fmt in (
+        Int(4),
+        Int(4, signed=False),
+    )  # Clip knows 8 bits but not 4, so only full-range formats
     width = 4 if native else 16 if formats.bits(fmt) == 16 else 8
     kind = _TYPES[width, formats.is_signed(fmt)]
     low, high = _range(fmt)

@@ -395,44 +395,63 @@ class Chain(nn.Module):
         return self.last(self.body(x))
 
 
-class Residual(Chain):
-    """A chain with something between its layers."""
+class Branches(Chain):
+    """The same with a functional activation, a second path and something after the layers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.relu(self.body(x)))
+        y = self.body(x)
+        return 2 * self.last(torch.relu(y) + y)
 
 
-class Scaled(Chain):
-    """A chain with something after its layers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_plain_modules_that_are_chains(tmp_path: Path) -> None:
-    """Any module whose layers run as a chain is exported in the order they run."""
-    for module in (Chain(), nn.Sequential(nn.Linear(INPUTS, 8), nn.Sequential(nn.SiLU(), nn.Linear(8, 3)))):
+def test_plain_modules(tmp_path: Path) -> None:
+    """Any module that can be followed is exported, with the names of its layers."""
+    for module in (Chain(), Branches(), nn.Sequential(nn.Linear(INPUTS, 8), nn.Sequential(nn.SiLU(), nn.Linear(8, 3)))):
         model = Model(module.eval().requires_grad_(False), states(2), meta={"kind": "module"})
         assert worst(both(model, tmp_path / "m.onnx", states(50))) < 1e-6
         q = quantized(model, "int8", "int8")
         found, expected = both(q, tmp_path / "m.onnx", states(50))
         assert (np.abs(found - expected).max(axis=1) > 1e-5).mean() <= 0.1
+        names = {tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+        assert {f"{name}.weight.codes" for name in q.qlayers()} <= names
     session = open_session(tmp_path / "m.onnx")
     assert (session.get_inputs()[0].name, session.get_outputs()[0].name) == ("input", "output")
 
 
+def test_finn_takes_modules_that_are_chains(tmp_path: Path) -> None:
+    """A captured chain of linear layers and ReLU is exported for FINN with the rules of policies; a branch is not."""
+    net = nn.Sequential(nn.Linear(INPUTS, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = quantized(Model(net.eval(), states(2), meta={"kind": "module"}), "int4", "int4")
+    found, expected = both(model, tmp_path / "m.onnx", states(1), to="finn")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(InputError, match=r"layer '0': FINN does not take weights e2m1"):
+        build_onnx(quantized(Model(net, states(2)), "e2m1", "int4"), to="finn")
+    with pytest.raises(InputError, match=r"node 'tanh': aten\.tanh\.default has no place in a chain"):
+        build_onnx(quantized(Model(Branches().eval(), states(2)), "int4", "int4"), to="finn")
+
+
+def test_gelu_is_exported_quantized_for_fpga_tools(tmp_path: Path) -> None:
+    """GELU needs opset 20, and the quantizers' functions then use it, too."""
+    model = quantized(mlp(nn.GELU), "int4", "int6")
+    export_onnx(model, tmp_path / "m.onnx", to="qonnx")
+    one = states(1)
+    with torch.inference_mode():
+        np.testing.assert_allclose(run(tmp_path / "m.onnx", one), model.module(one).numpy(), rtol=1e-4)
+
+
 def test_what_cannot_be_exported_is_refused_by_name() -> None:
-    """Unknown layers, branches and misfits are InputErrors that name the place."""
-    with pytest.raises(InputError, match=r"layer 'last'.*after layer 'body\.2'"):
-        build_onnx(Model(Residual().eval(), states(2)))
-    with pytest.raises(InputError, match="after layer 'last'"):
-        build_onnx(Model(Scaled().eval(), states(2)))
+    """Networks that cannot be followed and misfits are InputErrors that name the place."""
+
+    class Undecided(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(InputError, match="its graph is not known: "):
+        build_onnx(Model(Undecided().eval(), states(2)))
     with pytest.raises(InputError, match="postprocess needs a policy"):
         build_onnx(Model(Chain().eval(), states(2)), postprocess=True)
     with pytest.raises(InputError, match="unknown export target 'tflite'"):
         build_onnx(mlp(), to="tflite")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="layer '0': its input has 3 dimensions"):
-        build_onnx(Model(nn.Sequential(nn.Linear(4, 4)).eval(), torch.zeros(2, 3, 4)))
-    circular = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")).eval()
-    with pytest.raises(InputError, match=r"layer '0'.*circular"):
-        build_onnx(Model(circular, torch.zeros(2, 1, 5, 5)))
+    circular = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"))
+    policy = Policy(InputStage(), circular, Head("discrete", nvec=(25,)), (1, 5, 5)).eval()
+    with pytest.raises(InputError, match=r"layer 'net\.0'.*circular"):
+        build_onnx(Model(policy, torch.zeros(2, 1, 5, 5)))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import test_capture
 import torch
@@ -18,7 +17,6 @@ from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export import build_onnx, export_onnx, open_session
 from quantkit.model import Calib, Model
-from quantkit.qlayers import ActQuant, Attention, MatMul
 from quantkit.recipe import quantize, uniform
 
 STEPS: tuple = (("act_scales", {"scale": "absmax"}), ("rtn", {"scale": "absmax"}))

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.errors import InputError
 from quantkit.export import export_onnx
@@ -261,3 +262,68 @@ def test_plain_modules_are_verified_too(tmp_path: Path) -> None:
     assert (found.ok, found.max_lsb, found.action_agreement) == (True, 0.0, 1.0)
     with pytest.raises(InputError, match="need a policy"):
         verify(model, tmp_path / "m.onnx", states=STATES, episodes=1)
+
+
+class Attending(nn.Module):
+    """Convolution, attention by torch and by hand, normalization, GELU and a residual sum: images -> 4 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(1, 8, 2, 2), nn.LayerNorm(8)
+        self.attention, self.qkv = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 24)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.patch(x).flatten(2).transpose(1, 2))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + torch.softmax(q @ k.transpose(1, 2) / 8**0.5, -1) @ v
+        return self.head((x + self.down(F.gelu(self.up(x)))).mean(1))
+
+
+def attending(fmt: str) -> tuple[Model, np.ndarray]:
+    torch.manual_seed(17)
+    x = torch.randn(400, 1, 6, 6)
+    model = Model(Attending().eval(), x[:2], None, {"kind": "module", "sha256": "34" * 32})
+    return quantize(model, uniform(fmt, fmt, "row", STEPS), Calib(x[:100])), x.numpy()
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "e4m3", "e2m1"])
+@pytest.mark.parametrize("to", ["qdq", "qdq-real", "qonnx"])
+def test_graphs_are_compared_node_by_node(fmt: str, to: str, tmp_path: Path) -> None:
+    """Every module and operation of a network is compared on the file's own values; exact sums must be equal bits."""
+    model, x = attending(fmt)
+    export_onnx(model, tmp_path / "m.onnx", to=to)  # type: ignore[arg-type]
+    found = verify(model, tmp_path / "m.onnx", states=x)
+    assert found.ok and found.unexplained == 0, found
+    assert found.nodes > 30
+    if to == "qdq":  # all layers and the two products of each attention, but for a convolution summed beyond 2^24
+        assert found.exact_nodes == len(model.qlayers()) + 4 - (1 if fmt == "e4m3" else 0), found
+        assert "compared one by one" in summary(found)
+    if to == "qdq-real":
+        assert found.exact_nodes == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("down.weight.codes", one_more),
+        ("qkv.gain", lambda v: v * 1.0001),
+        ("attention.attention.scores.left.scale", lambda v: v * 1.01),
+        ("matmul.gain", lambda v: v * 1.0001),
+        ("patch.bias", lambda v: v + 0.01),
+        ("norm.weight", lambda v: v * 1.001),
+        ("head.bias", lambda v: v * 1.001),
+    ],
+)
+def test_a_corrupt_node_is_named(name: str, change: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
+    """Sabotage: one constant of a graph changed a little is found at its node, though every input has values
+    near a boundary that would have explained it."""
+    model, x = attending("int8")
+    export_onnx(model, tmp_path / "m.onnx")
+    assert verify(model, tmp_path / "m.onnx", states=x[:20]).ok
+    corrupt(tmp_path / "m.onnx", name, change)
+    found = verify(model, tmp_path / "m.onnx", states=x[:20])
+    assert not found.ok and found.reason
+    layer = name.removesuffix(".weight.codes").rpartition(".")[0] if "codes" not in name else "down"
+    assert layer.split(".")[0] in found.reason
