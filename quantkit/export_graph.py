@@ -185,7 +185,7 @@ class Walk:
 
     def sizes(self, values: Sequence[Any], name: str) -> str:
         """A tensor of sizes, each a number or a node."""
-        known = [self.facts[v].number if isinstance(v, fx.Node) else v for v in values]
+        known: list[Any] = [self.facts[v].number if isinstance(v, fx.Node) else v for v in values]
         if all(k is not None for k in known):
             return self.ints(known, f"{name}.sizes")
         parts = [
@@ -194,7 +194,7 @@ class Walk:
         return self.graph.op("Concat", parts, f"{name}.sizes", axis=0)
 
     def named(self) -> dict[str, str]:
-        """The ONNX tensor of every node that gives one, by the node's name; within an `Attention` by "layer_name/part"."""
+        """The ONNX tensor of every node that gives one, by the node's name; in an `Attention` by "layer_name/part"."""
         tensors = {n.name: name for n, name in self.names.items() if isinstance(name, str) and n.op.startswith("call")}
         kept = {output for node in self.graph.nodes for output in node.output}
         return {key: name for key, name in (tensors | self.inner).items() if name in kept}
@@ -202,7 +202,7 @@ class Walk:
     def output_shape(self) -> list[int | str | None]:
         """The output's shape: "batch" for that dimension, None for another that depends on it."""
         (node,) = self.gm.graph.output_node().args
-        fact = self.facts[node]
+        fact = self.facts[node]  # type: ignore[index]
         return [known or ("batch" if two == 2 else None) for known, two in zip(fact.shape, fact.of_two, strict=True)]
 
     def reshaped(self, x: str, shape: Sequence[int | None], name: str, exact: Sequence[Any] | None = None) -> str:
@@ -236,8 +236,9 @@ def translate(gm: fx.GraphModule, graph: Graph, source: str, to: Target, example
             case "call_function" if facts[n].number is None or facts[n].parts:
                 walk.names[n] = _TABLE[n.target](walk, n, _arguments(n))
     (result,) = gm.graph.output_node().args
-    _prune(graph, walk.names[result])
-    return walk.names[result], walk
+    output: str = walk.names[result]  # type: ignore[index]
+    _prune(graph, output)
+    return output, walk
 
 
 def _type(n: fx.Node, tensor: Tensor) -> int:
@@ -278,7 +279,7 @@ def _module(t: Walk, n: fx.Node) -> str:
     if isinstance(layer, Attention):
         return _attention(t, n, layer, inputs)
     if isinstance(layer, MatMul):
-        return matmul_nodes(t.graph, *inputs, layer, name, t.to, _known(t, n.args[0], -1, n))
+        return matmul_nodes(t.graph, inputs[0], inputs[1], layer, name, t.to, _known(t, n.args[0], -1, n))
     flat = isinstance(layer, nn.Linear) or (isinstance(layer, QLayer) and layer.op == "linear" and t.to != "qonnx")
     shape = t.shape(n.args[0])
     if not flat or len(shape) == 2:
@@ -372,7 +373,7 @@ def _size_arithmetic(kind: str) -> Operation:
 
 def _comparison(kind: str, *, negated: bool = False) -> Operation:
     def nodes(t: Walk, n: fx.Node, a: dict[str, Any]) -> str:
-        samples = [
+        samples: list[Any] = [
             torch.empty([1] * len(t.shape(v)), dtype=t.facts[v].dtype) if isinstance(v, fx.Node) else v
             for v in n.args[:2]
         ]

@@ -349,7 +349,7 @@ def test_constants_are_folded() -> None:
 
 def test_input_types(tmp_path: Path) -> None:
     """Tokens stay int64 and images uint8; the first dimension is called batch, in the output wherever it is."""
-    model, x = network("by hand")
+    model, _ = network("by hand")
     export_onnx(model, tmp_path / "m.onnx")
     (entry,) = open_session(tmp_path / "m.onnx").get_inputs()
     assert (entry.type, entry.shape) == ("tensor(int64)", ["batch", 5])
