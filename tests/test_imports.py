@@ -141,7 +141,16 @@ def test_loaders_and_tasks_do_not_know_each_other() -> None:
 
 def test_exports_import_no_method() -> None:
     """Export and verification see a model, not how it was made."""
-    exporters = ("export", "export_qonnx", "export_qcdq", "verify", "onnx_formats")
+    exporters = (
+        "export",
+        "export_graph",
+        "export_layers",
+        "export_qonnx",
+        "export_qcdq",
+        "verify",
+        "verify_graph",
+        "onnx_formats",
+    )
     names = [n for e in exporters if (n := f"quantkit.{e}") in sources()]
     assert broken(dict.fromkeys(names, {"quantkit.methods", "quantkit.recipe", "quantkit.shelves"} | TOP)) == []
 
@@ -162,8 +171,11 @@ def test_third_party_libraries_stay_in_their_files() -> None:
     """gymnasium is for tasks, onnx for exports, pandas and matplotlib for reports, typer for the command line."""
     homes = {
         "gymnasium": ("quantkit.tasks", "quantkit.loaders"),
-        "onnx": (*(f"quantkit.{n}" for n in ("export", "export_qonnx", "export_qcdq", "verify", "onnx_formats")),),
-        "onnxruntime": ("quantkit.export", "quantkit.verify", "quantkit.onnx_formats"),
+        "onnx": (
+            *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_qonnx", "_qcdq")),
+            *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_formats")),
+        ),
+        "onnxruntime": ("quantkit.export", "quantkit.verify", "quantkit.verify_graph", "quantkit.onnx_formats"),
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures",),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),
