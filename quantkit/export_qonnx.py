@@ -171,8 +171,8 @@ def layer_nodes(graph: Graph, x: str, layer: QLayer, name: str, *, to: Target, f
         x = graph.op("Mul", [x, graph.constant(channels, f"{name}.in_scale")], f"{name}.scaled")
     gain = np.ones(1)
     if layer.act is not None:
-        x, factor = input_values(graph, x, layer.act, f"{name}.input", to=to)
-        gain = gain * np.float64(factor)
+        x, missing = input_values(graph, x, layer.act, f"{name}.input", to=to)
+        gain = gain * np.float64(missing)
     if flatten:
         x = graph.op("Flatten", [x], f"{flatten}.out", axis=1)
     if layer.q is None:
