@@ -57,7 +57,7 @@ from quantkit.export_layers import Target, layer_nodes
 from quantkit.model import Model
 from quantkit.onnx_formats import DOMAIN, OPSET, Graph
 from quantkit.policy import Head, InputStage, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import BlockAct, QLayer
 
 IR_VERSION = 10  # the one released with opset 21
 _OLD_IR_VERSION = 8  # the first with model-local functions; released before opset 21, for older tools
@@ -131,6 +131,12 @@ def check(model: Model, to: Target, postprocess: bool = False) -> None:
         raise InputError(f"unknown export target {to!r}; accepted: {', '.join(get_args(Target))}")
     if postprocess and not isinstance(model.module, Policy):
         raise InputError("postprocess needs a policy: this module has no head that says what its outputs mean")
+    for name, part in model.quantizers().items():
+        if isinstance(part.act, BlockAct):
+            raise InputError(
+                f"layer {name!r}: inputs in {part.act.fmt} are scaled at run time, which no export carries yet; "
+                f"accepted: formats with one scale such as {part.act.fmt.elem} (weights may be in blocks)"
+            )
     net = network_of(model, to)
     if isinstance(net, fx.GraphModule):
         export_graph.check(net)

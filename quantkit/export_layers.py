@@ -15,7 +15,7 @@ from hwmodel import formats
 from quantkit import export_qcdq, export_qonnx
 from quantkit.errors import InputError
 from quantkit.onnx_formats import Graph, conv_attributes, quantizer, weight
-from quantkit.qlayers import ActQuant, MatMul, Point, QLayer
+from quantkit.qlayers import ActQuant, BlockAct, MatMul, Point, QLayer
 
 Target = Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn"]
 
@@ -153,8 +153,9 @@ def _lookup(graph: Graph, x: str, layer: QLayer, name: str, to: Target) -> str:
     return graph.op("Add", [graph.constant(layer.bias.detach().numpy(), f"{name}.bias"), x], f"{name}.out")
 
 
-def _grid(graph: Graph, x: str, act: ActQuant, name: str, to: Target) -> str:
+def _grid(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, to: Target) -> str:
     """Quantize `x`: grid values for target qdq, real values for qdq-real and qcdq."""
+    assert isinstance(act, ActQuant)  # `export.check` has refused the others
     if to == "qcdq":
         return export_qcdq.quantizer(graph, x, act, name)
     return quantizer(graph, x, act, name, real=to != "qdq")
@@ -172,6 +173,7 @@ def _operand(graph: Graph, x: str, point: Point, name: str, to: Target) -> tuple
     """A quantized operand and the factor that its values still lack."""
     if point.act is None:
         return x, 1.0
+    assert isinstance(point.act, ActQuant)
     if to == "qonnx" or to == "finn":
         return export_qonnx.input_values(graph, x, point.act, name, to=to)
     return _grid(graph, x, point.act, name, to), point.act.scale if to == "qdq" else 1.0

@@ -170,7 +170,7 @@ def layer_nodes(graph: Graph, x: str, layer: QLayer, name: str, *, to: Target, f
         channels = layer.in_scale.detach().numpy().reshape(-1, *tail)
         x = graph.op("Mul", [x, graph.constant(channels, f"{name}.in_scale")], f"{name}.scaled")
     gain = np.ones(1)
-    if layer.act is not None:
+    if isinstance(layer.act, ActQuant):
         x, missing = input_values(graph, x, layer.act, f"{name}.input", to=to)
         gain = gain * np.float64(missing)
     if flatten:
@@ -255,7 +255,7 @@ def _quantizer(graph: Graph, x: str, fmt: Format, scale: np.ndarray | np.float32
         flags = {"has_inf": fmt.special == "ieee", "has_nan": fmt.special != "none", "has_subnormal": True}
         attributes = {key: int(value) for key, value in flags.items()} | {"saturation": 1}
         return _call(graph, "FloatQuant", [x, scales, *facts], f"{name}.values", **attributes, rounding_mode="ROUND")
-    narrow = isinstance(fmt, Levels) or fmt.narrow
+    narrow = isinstance(fmt, Levels) or (isinstance(fmt, Int) and fmt.narrow)
     facts = [number(0, "zeropt"), number(formats.bits(fmt), "bitwidth")]
     return _call(
         graph,

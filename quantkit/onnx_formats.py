@@ -24,7 +24,7 @@ from hwmodel import formats
 from hwmodel.formats import Block, Float, Format, Int, Levels
 from hwmodel.spec import PerGroup
 from quantkit.errors import InputError
-from quantkit.qlayers import ActQuant, BlockAct, QLayer
+from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, values_of
 
 DOMAIN = "quantkit"
@@ -84,15 +84,9 @@ _TYPES = {
 }
 
 
-def quantizer(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, *, real: bool = False) -> str:
+def quantizer(graph: Graph, x: str, act: ActQuant, name: str, *, real: bool = False) -> str:
     """Quantize the float value `x`: grid values of `act.fmt`, or those times the scale if `real`."""
     fmt = act.fmt
-    if isinstance(fmt, Block):
-        layer = name.removesuffix(".input")
-        raise InputError(
-            f"layer {layer!r}: inputs in {fmt} are scaled at run time, which no export carries yet; "
-            f"accepted: formats with one scale such as {fmt.elem} (weights may be in blocks)"
-        )
     scale = graph.constant(np.float32(act.scale), f"{name}.scale")
     if isinstance(fmt, Float) or (isinstance(fmt, Levels) and fmt.name == "binary"):
         values = graph.call(quantize_function(fmt), [x, scale], f"{name}.values")
@@ -101,6 +95,7 @@ def quantizer(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, *, real
         Int(4),
         Int(4, signed=False),
     )  # Clip knows 8 bits but not 4, so only full-range formats
+    assert not isinstance(fmt, Block)  # an element format has one scale
     width = 4 if native else 16 if formats.bits(fmt) == 16 else 8
     kind = _TYPES[width, formats.is_signed(fmt)]
     low, high = _range(fmt)
