@@ -422,9 +422,9 @@ def test_the_first_page_lists_the_commands() -> None:
 
 def test_sabotage_a_chatty_command_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line printed beside the document breaks the JSON law."""
-    import quantkit.cli
+    from quantkit.cli import look
 
-    real: Callable[[Any], None] = quantkit.cli.print_json
-    monkeypatch.setattr(quantkit.cli, "print_json", lambda d: (print("hello"), real(d)))
+    real: Callable[[Any], None] = look.print_json
+    monkeypatch.setattr(look, "print_json", lambda d: (print("hello"), real(d)))
     with pytest.raises(json.JSONDecodeError):
         document("inspect", AGENT)

@@ -1,0 +1,172 @@
+"""Commands that choose among designs: sweep, pareto."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.cli.options import (
+    _CHOOSE,
+    _HW,
+    _NUM,
+    _OUT,
+    _PRESETS,
+    Checkpoint,
+    Env,
+    Episodes,
+    Exceptions,
+    Json,
+    Normalize,
+    Seed,
+    app,
+    exceptions,
+    listed,
+    load,
+)
+from quantkit.console import guarded, note, print_json, print_table, progress_bar, say
+from quantkit.errors import InputError
+
+
+@app.command(
+    rich_help_panel=_CHOOSE,
+    epilog="Example: quantkit sweep agent.zip -o study --weights int3,int4,e2m1 --acts int4,e3m2 "
+    "--step rtn --step equalize+gptq --episodes 20 --device xc7a35t --jobs 2",
+)
+@guarded
+def sweep(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
+    ],
+    weights: Annotated[str, typer.Option("--weights", metavar="F,F,..", help="Weight formats.", rich_help_panel=_NUM)],
+    acts: Annotated[
+        str, typer.Option("--acts", metavar="F,F,..", help="Formats of layer inputs.", rich_help_panel=_NUM)
+    ],
+    granularity: Annotated[
+        str, typer.Option(metavar="G,G,..", help="Weight scales: tensor, row, group<size>.", rich_help_panel=_NUM)
+    ] = "row",
+    step: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--step",
+            metavar="STEP[+STEP..]",
+            help="A pipeline of methods to try; repeat for alternatives.",
+            rich_help_panel=_NUM,
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help=f"One more pipeline: {_PRESETS}. Repeat for alternatives.", rich_help_panel=_NUM
+        ),
+    ] = None,
+    layer: Exceptions = None,
+    episodes: Episodes = 20,
+    seed: Seed = 1000,
+    device: Annotated[
+        str, typer.Option(help="FPGA part (see hwmodel devices), or none.", rich_help_panel=_HW)
+    ] = "xc7a35t",
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Fold the hardware to this latency.", rich_help_panel=_HW)
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.", rich_help_panel=_OUT)] = 0,
+    env: Env = None,
+    normalize: Normalize = "stage",
+    json: Json = False,
+) -> None:
+    """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front."""
+    from hwmodel.devices import find_device
+    from quantkit.presets import preset_steps
+    from quantkit.recipe import check, parse_step
+    from quantkit.sweep import Space
+
+    if latency_us is not None and luts is not None:
+        raise InputError("give --latency-us or --luts, not both")
+    for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
+        if not listed(text):
+            raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
+    pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or [])
+    pipelines = (*pipelines, *(preset_steps(name) for name in preset or [])) or ((),)
+    space = Space(
+        listed(weights), listed(acts), listed(granularity), pipelines, exceptions(layer, listed(granularity)[0])
+    )
+    recipes = space.recipes()
+    part = None if device == "none" else find_device(device)
+    model = load(checkpoint, env, None, normalize)
+
+    from quantkit.report import write_report
+    from quantkit.study import Settings
+    from quantkit.sweep import open_study, run
+
+    for recipe in recipes:
+        check(model, recipe)
+    settings = Settings(episodes, seed, part, latency_us, luts)
+    with progress_bar("float and random policy", "episodes") as update:
+        study = open_study(output, model, settings, update)
+    with progress_bar("designs", "designs") as update:
+        rows = run(
+            study,
+            recipes,
+            output,
+            jobs=jobs or os.cpu_count() or 1,
+            progress=lambda done, total, _: update(done, total),
+        )
+    report = write_report(output)
+    for row in rows:
+        if "error" in row:
+            names = ", ".join((row["weights"], row["acts"], row["granularity"], row["steps"]))
+            note(f"left out: {names}: {row['error']}")
+    _show_report(report, json)
+
+
+@app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")
+@guarded
+def pareto(
+    study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
+    x: Annotated[
+        str, typer.Option(help="Cost: luts, ffs, dsps, bram18, latency_us, weight_kib, bits_per_weight.")
+    ] = "luts",
+    y: Annotated[str, typer.Option(help="Quality: mean, iqm, agreement, ...")] = "mean",
+    json: Json = False,
+) -> None:
+    """Show the Pareto front of a study and redraw its figures for other axes."""
+    from quantkit.report import write_report
+
+    stem = "pareto" if (x, y) == ("luts", "mean") else f"pareto_{y}_{x}"
+    _show_report(write_report(study, x=x, y=y, stem=stem), json)
+
+
+def _show_report(report: dict[str, Any], json: bool) -> None:
+    from quantkit.pareto import COLUMNS, value
+
+    if json:
+        print_json(report)
+        return
+    x, y = report["x"], report["y"]
+    reference = report["reference"]
+    say(
+        f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; "
+        f"margin {report['margin']:.2f}; {report['designs']} designs"
+    )
+    shown = list(dict.fromkeys((x, "luts", "weight_kib", "latency_us")))
+    rows = []
+    for row in report["front"]:
+        score = row["score"]
+        numbers = [(value(row, c), c) for c in shown]
+        cells = ["-" if v is None else f"{v:,.0f}" if c in ("luts", "ffs") else f"{v:,.4g}" for v, c in numbers]
+        names = [row["weights"], row["acts"], row["granularity"], row["steps"]]
+        rows.append([*names, f"{score['mean']:.2f} ± {score['stderr'] or 0.0:.2f}", row["verdict"]["verdict"], *cells])
+    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left")
+    columns |= {"return": "right", "against float": "left"} | {COLUMNS[c][1]: "right" for c in shown}
+    knee = report["knee"]
+    highlight = next((i for i, row in enumerate(report["front"]) if knee and row["id"] == knee["id"]), None)
+    print_table(f"Pareto front of {COLUMNS[y][1]} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)
+    if knee:
+        say(f"take: weights {knee['weights']}, inputs {knee['acts']}, {knee['steps']}")
+    say("\n".join(f"wrote {path}" for path in report["files"]))

@@ -1,0 +1,103 @@
+"""The application and the arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.model import Model
+    from quantkit.qlayers import LayerPlan
+
+app = typer.Typer(
+    name="quantkit",
+    help="Quantize a trained policy, measure its return, price it on an FPGA, and take the best design away as ONNX.",
+    epilog="Start with: quantkit inspect agent.zip",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_IN, _NUM, _HW, _OUT = "Checkpoint", "Numbers", "Hardware", "Output"
+_LOOK, _MAKE, _CHOOSE = "Look", "Make", "Choose"
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="SB3 zip, rl-zoo folder, quantized directory, or safetensors with --factory.")
+]
+Env = Annotated[
+    str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=_IN)
+]
+Factory = Annotated[
+    str | None,
+    typer.Option(help="module:callable that builds the network of a .safetensors file.", rich_help_panel=_IN),
+]
+Inputs = Annotated[
+    Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=_IN)
+]
+Normalize = Annotated[
+    Literal["stage", "fold"],
+    typer.Option(
+        help="Observation normalization: a float input stage, or folded into the first layer.", rich_help_panel=_IN
+    ),
+]
+Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes to run.", rich_help_panel=_NUM)]
+Seed = Annotated[int, typer.Option(min=0, help="Episode i is seeded with SEED + i.", rich_help_panel=_NUM)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=_OUT)]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--step",
+        metavar="NAME[:k=v,..]",
+        help="A method: rtn, gptq, adaround, equalize, smoothquant, ...",
+        rich_help_panel=_NUM,
+    ),
+]
+_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; up to a minute)"
+Exceptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer", metavar="PATTERN=W/A", help="Other formats for some layers: first=int8/int8, 'fc*=e2m1/float'.",
+        rich_help_panel=_NUM,
+    ),
+]  # fmt: skip
+States = Annotated[
+    int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=_NUM)
+]
+
+
+def load(
+    checkpoint: Path,
+    env: str | None,
+    factory: str | None,
+    normalize: Literal["stage", "fold"],
+    inputs: Path | None = None,
+) -> Model:
+    """`load_checkpoint`, imported when a command needs it."""
+    from quantkit.loading import load_checkpoint
+
+    return load_checkpoint(checkpoint, env=env, normalize=normalize, factory=factory, inputs=inputs)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The names in a text that separates them by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def exceptions(texts: list[str] | None, granularity: str) -> tuple[tuple[str, LayerPlan], ...]:
+    """The entries of a recipe's plan that `--layer PATTERN=WEIGHTS/INPUTS` stand for; InputError for other texts."""
+    from quantkit.recipe import make_plan
+
+    found = []
+    for text in texts or []:
+        pattern, equals, formats = text.partition("=")
+        weight, slash, act = formats.partition("/")
+        if not (pattern and equals and weight and slash and act):
+            raise InputError(f"--layer {text!r} is not PATTERN=WEIGHTS/INPUTS, such as first=int8/int8")
+        found.append((pattern, make_plan(weight, act, granularity)))
+    return tuple(found)

@@ -1,0 +1,55 @@
+"""Commands of the hardware that is written out: rtl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import _HW, _MAKE, _OUT, Force, Json, app
+from quantkit.console import guarded, print_json, print_table, say
+
+
+@app.command(rich_help_panel=_MAKE, epilog="Example: quantkit rtl agent.q -o agent.rtl --device xc7a35t --latency-us 2")
+@guarded
+def rtl(
+    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
+    device: Annotated[str, typer.Option(help="FPGA part (see hwmodel devices).", rich_help_panel=_HW)] = "xc7a35t",
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)
+    ] = None,
+    clock_mhz: Annotated[
+        float, typer.Option(min=1.0, help="Clock assumed; it is not predicted.", rich_help_panel=_HW)
+    ] = 100.0,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write the quantized policy as Verilog whose codes and sums equal the simulator's bit for bit."""
+    from hwmodel import emit
+    from hwmodel.devices import find_device
+    from hwmodel.plan import plan_network
+    from quantkit.artifact import load_artifact
+    from quantkit.files import check_new, new_directory
+    from quantkit.rtl_export import network_of
+
+    part = find_device(device)
+    check_new(output, force=force, marker="network.json")
+    network, _ = network_of(load_artifact(directory))
+    plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz)
+    with new_directory(output, force=force, marker="network.json") as folder:
+        emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
+    document = emit.summary(network, plans, part, clock_mhz)
+    if json:
+        print_json({"output": str(output), **document})
+        return
+    keys = ("name", "pe", "simd", "converters", "cycles", "luts", "ffs", "bram18")
+    rows = [[str(entry[key]) for key in keys] for entry in document["layers"]]
+    columns = {"layer": "left"} | dict.fromkeys(("PE", "SIMD", *keys[3:]), "right")
+    title = f"{output}: {document['latency_us']:g} us at {clock_mhz:g} MHz, about {document['luts']:,} LUTs"
+    print_table(title, columns, rows)
+    say(f"prove it with: hwmodel simulate {output}")
