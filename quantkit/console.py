@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,37 @@ def print_table(title: str, columns: dict[str, str], rows: list[list[str]], *, h
 def note(text: str) -> None:
     """A remark for people, one line on stderr."""
     print(f"note: {' '.join(text.split())}", file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """A warning, one yellow line on stderr (without color where that is no terminal)."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {' '.join(text.split())}", style="yellow"))
+
+
+def remarks(gaps: Mapping[str, Any]) -> list[str]:
+    """What `quantkit.loading.gaps` found, a sentence each.
+
+    >>> remarks({"float_layers": {"fc": "it has code of its own"}, "untraced": None, "idle": [], "silent_channels": 0})
+    ['fc stays in float: it has code of its own']
+    """
+    found = [f"{name} stays in float: {why}" for name, why in gaps["float_layers"].items()]
+    if gaps["untraced"]:
+        found.append(
+            "the network cannot be followed, so only layers found by their type are quantized, and products and"
+            f" normalizations in its code stay in float: {gaps['untraced']}"
+        )
+    if idle := gaps["idle"]:
+        names = ", ".join(idle[:6]) + (f" and {len(idle) - 6} more" if len(idle) > 6 else "")
+        found.append(f"{names} never ran on the calibration inputs: their inputs stay in float")
+    if silent := gaps["silent_channels"]:
+        found.append(
+            f"{silent} input channel{'s are' if silent > 1 else ' is'} zero on all calibration inputs:"
+            " no weight behind them can matter there (quantkit analyze tells the layers)"
+        )
+    return found
 
 
 def say(text: str) -> None:

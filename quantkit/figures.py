@@ -27,7 +27,7 @@ FAMILIES = {
     "minifloat": ("#d6604d", "D", "minifloat"),
     "mixed": ("#5aae61", "s", "integer × minifloat"),
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -57,7 +57,7 @@ def pareto_figure(
     policy is a line, the non-inferiority margin a dashed line, and the design to take (see
     `pareto.knee`) is labeled with its formats.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
         draw_pareto(axes, rows, reference, margin, x=x, y=y)
         if title:
@@ -171,7 +171,7 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     try:
         for suffix in (".png", ".svg"):
             path = stem.with_name(stem.name + suffix)
-            with new_file(path, force=True) as temporary, plt.rc_context(_STYLE):
+            with new_file(path, force=True) as temporary, plt.rc_context(STYLE):
                 figure.savefig(temporary, metadata={"Date": None} if suffix == ".svg" else None)
             written.append(path)
     finally:

@@ -52,6 +52,27 @@ def load_checkpoint(
     )
 
 
+def gaps(model: Model) -> dict[str, Any]:
+    """What stayed in float though it need not have, or was calibrated blindly: nothing of it may go unsaid.
+
+    float_layers: {name: reason}. untraced: why the network could not be followed, or None. idle: layers and points
+    whose input was to be quantized and that never ran on the calibration set. silent_channels: input channels that
+    were zero on all of it.
+    """
+    steps = model.meta.get("steps") or []
+    idle = [
+        name
+        for name, part in model.quantizers().items()
+        if part.plan.act is not None and part.act is None and not (isinstance(part, QLayer) and part.op == "embedding")
+    ]
+    return {
+        "float_layers": model.meta.get("float_layers", {}),
+        "untraced": model.meta.get("untraced"),
+        "idle": idle if steps else [],
+        "silent_channels": int(sum(step["diagnostics"].get("silent_channels", 0) for step in steps)),
+    }
+
+
 def describe_checkpoint(model: Model) -> dict[str, Any]:
     """What `quantkit inspect` shows: kind, algo, env, spaces, layers and the number of parameters."""
     layers = []
@@ -87,5 +108,6 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
         "untraced": meta.get("untraced"),
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "quantized": any(isinstance(layer, QLayer) for layer in model.layers().values()),
+        **{key: value for key, value in gaps(model).items() if key in ("idle", "silent_channels")},
         "sha256": meta.get("sha256"),
     }

@@ -104,11 +104,15 @@ def visited_states(model: Model, n: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(episodes_task.collect_states(episodes_task.act_of(policy), spec, n, seed=first, episodes=8))
 
 
-def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Path | None = None) -> Calib:
-    """A calibration set: the arrays of a .npy or .npz file, else `n` states from rollouts of the policy."""
+def calib_for(model: Model, n: int | None, progress: Progress | None = None, inputs: Path | None = None) -> Calib:
+    """A calibration set: the first `n` rows of a .npy or .npz file, else `n` states from rollouts of the policy.
+
+    n: None for all rows of the file, of a policy for CALIBRATION_STATES.
+    """
     if inputs is None:
         if not isinstance(model.module, Policy):
-            raise InputError("this network is not a policy; give calibration inputs with --inputs FILE.npy")
+            raise InputError("this network is not a policy; give inputs for it with --inputs FILE.npy")
+        n = CALIBRATION_STATES if n is None else n
         return Calib(torch.from_numpy(calibration_states(model, n, progress)), visit=visited_states)
     array = read_inputs(inputs)
     shape = tuple(model.example.shape[1:])
@@ -117,6 +121,19 @@ def calib_for(model: Model, n: int, progress: Progress | None = None, inputs: Pa
             f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})"
         )
     return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
+
+
+def fresh_states(model: Model, n: int | None, inputs: Path | None = None, *, behind: int = 0) -> torch.Tensor:
+    """`n` inputs to measure on: of episodes that calibration does not see, or rows of a file.
+
+    Of a file those behind the first `behind`, which calibrate; if there are none, the first ones. n: None is 2048 of
+    a policy and 256 of a file.
+    """
+    if inputs is None and isinstance(model.module, Policy):
+        return visited_states(model, CALIBRATION_STATES if n is None else n, 1)
+    rows = calib_for(model, None, inputs=inputs).inputs
+    rows = rows[behind:] if len(rows) > behind else rows
+    return rows[: 256 if n is None else n]
 
 
 def verify_export(
@@ -181,6 +198,7 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
         quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visited_states))
     except InputError as error:
         return row | {"error": str(error), "seconds": time.perf_counter() - began}
+    row["float_layers"] = quantized.meta.get("float_layers", {})
     policy, spec = policy_of(quantized)
     row["bits_per_weight"] = bits_per_weight(quantized)
     row["weight_kib"] = row["bits_per_weight"] * sum(m.weight.numel() for m in quantized.layers().values()) / 8192

@@ -26,7 +26,7 @@ from quantkit.cli.options import (
     listed,
     load,
 )
-from quantkit.console import guarded, note, print_json, print_table, progress_bar, say
+from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
 from quantkit.errors import InputError
 
 
@@ -122,6 +122,10 @@ def sweep(
         if "error" in row:
             names = ", ".join((row["weights"], row["acts"], row["granularity"], row["steps"]))
             note(f"left out: {names}: {row['error']}")
+    left = {name: why for row in rows for name, why in row.get("float_layers", {}).items()}
+    if not json:
+        for name, why in left.items():
+            warn(f"{name} stays in float: {why}")
     _show_report(report, json)
 
 

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from quantkit.cli.options import _LOOK, Checkpoint, Env, Episodes, Factory, Inputs, Json, Normalize, Seed, app, load
-from quantkit.console import guarded, print_json, print_table, progress_bar, say
+import typer
+
+from quantkit.cli.options import (
+    _IN,
+    _LOOK,
+    _NUM,
+    _OUT,
+    _PRESETS,
+    Checkpoint,
+    Env,
+    Episodes,
+    Exceptions,
+    Factory,
+    Force,
+    Inputs,
+    Json,
+    Normalize,
+    Seed,
+    States,
+    Steps,
+    app,
+    load,
+    recipe_of,
+)
+from quantkit.console import guarded, print_json, print_table, progress_bar, remarks, say, warn
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.analyze import Analysis
+    from quantkit.model import Model
 
 
 @app.command(rich_help_panel=_LOOK, epilog="Example: quantkit inspect ppo/LunarLander-v2_1")
@@ -33,7 +63,10 @@ def inspect(
     fields |= {"weight": "weights", "act": "input"}
     rows = [[_phrase(entry[key]) for key in fields] for entry in document["layers"]]
     justify = {"in": "right", "out": "right", "parameters": "right"}
+    rows += [[point["name"], "point", "", "", "", "", point["act"]] for point in document["points"]]
     print_table("", {heading: justify.get(heading, "left") for heading in fields.values()}, rows)
+    for remark in remarks(document):
+        warn(remark)
 
 
 def _phrase(fact: Any) -> str:
@@ -60,14 +93,35 @@ def evaluate(
     env: Env = None,
     episodes: Episodes = 20,
     seed: Seed = 1000,
+    factory: Factory = None,
+    inputs: Inputs = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help=".npy or .npz with a class for each input: measure accuracy.", rich_help_panel=_IN),
+    ] = None,
     normalize: Normalize = "stage",
     json: Json = False,
 ) -> None:
-    """Run deterministic episodes and report the return with its uncertainty."""
+    """Run deterministic episodes and report the return with its uncertainty; with --labels, the accuracy."""
+    from quantkit.policy import Policy
+
+    model = load(checkpoint, env, factory, normalize, inputs)
+    if isinstance(model.module, Policy) and labels is None:
+        _evaluate_policy(checkpoint, model, episodes, seed, json)
+    elif isinstance(model.module, Policy):
+        raise InputError(f"{checkpoint} is a policy: it is evaluated in episodes; --labels is for other networks")
+    elif labels is None or inputs is None:
+        raise InputError(
+            f"{checkpoint} is no policy: give --inputs FILE.npy and --labels FILE.npy to measure its accuracy"
+        )
+    else:
+        _evaluate_accuracy(checkpoint, model, inputs, labels, json)
+
+
+def _evaluate_policy(checkpoint: Path, model: Model, episodes: int, seed: int, json: bool) -> None:
     from quantkit.study import policy_of
     from quantkit.tasks.episodes import evaluate_policy
 
-    model = load(checkpoint, env, None, normalize)
     policy, spec = policy_of(model)
     with progress_bar("episodes", "episodes") as update:
         score = evaluate_policy(policy, spec, episodes=episodes, seed=seed, progress=update)
@@ -83,3 +137,148 @@ def evaluate(
     if score.n > 1:
         say(f"  std {score.std:.2f}, interquartile mean {score.iqm:.2f} [{score.iqm_low:.2f}, {score.iqm_high:.2f}]")
     say(f"  seeds {seed}..{seed + episodes - 1}, {sum(score.lengths):,} steps in {score.seconds:.1f} s")
+
+
+def _evaluate_accuracy(checkpoint: Path, model: Model, inputs: Path, labels: Path, json: bool) -> None:
+    from quantkit.study import calib_for
+    from quantkit.tasks.accuracy import evaluate as accuracy
+    from quantkit.tasks.accuracy import read_labels
+
+    classes = read_labels(labels)
+    states = calib_for(model, None, inputs=inputs).inputs
+    with progress_bar("inputs", "inputs") as update:
+        score = accuracy(model.module, states, classes, progress=update)
+    if json:
+        print_json(score.to_json())
+        return
+    say(
+        f"{checkpoint}: accuracy {score.mean:.2%} ± {score.stderr:.2%} (standard error of {score.n:,} inputs, "
+        f"{score.correct:,} right)"
+    )
+    say(f"  95 % interval [{score.low:.2%}, {score.high:.2%}], {score.seconds:.1f} s")
+
+
+@app.command(
+    rich_help_panel=_LOOK, epilog="Example: quantkit analyze agent.zip --weights int4 --acts int4 -o agent.analysis"
+)
+@guarded
+def analyze(
+    checkpoint: Checkpoint,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="FORMAT", help="Weight format.", rich_help_panel=_NUM)
+    ] = None,
+    acts: Annotated[
+        str | None, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs.", rich_help_panel=_NUM)
+    ] = None,
+    granularity: Annotated[
+        str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)
+    ] = "row",
+    step: Steps = None,
+    preset: Annotated[str | None, typer.Option(help=f"Methods put together: {_PRESETS}.", rich_help_panel=_NUM)] = None,
+    layer: Exceptions = None,
+    calibration: States = 2048,
+    states: Annotated[
+        int | None,
+        typer.Option(min=1, help="States to measure on; default 2048 of a policy, else 256.", rich_help_panel=_NUM),
+    ] = None,
+    attempts: Annotated[
+        bool,
+        typer.Option(
+            "--try/--no-try", help="Quantize once more for each option and keep those that help.", rich_help_panel=_NUM
+        ),
+    ] = True,
+    inputs: Inputs = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)] = 0,
+    env: Env = None,
+    factory: Factory = None,
+    normalize: Normalize = "stage",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for layers.csv, analysis.json and figures.", rich_help_panel=_OUT),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Tell what each layer loses to quantization, which layers matter, and which option to try."""
+    from quantkit.files import check_new
+
+    if output is not None:
+        check_new(output, force=force, marker="analysis.json")
+    stored = (checkpoint / "quantkit.json").is_file()
+    if stored and (weights or acts or step or preset or layer):
+        raise InputError(f"{checkpoint} is quantized already; give its checkpoint to try other formats and steps")
+    if not stored and (weights is None or acts is None):
+        raise InputError(f"{checkpoint} is not quantized; give formats: --weights int4 --acts int4")
+    recipe = None if stored else recipe_of(weights or "", acts or "", granularity, step, preset, layer, seed)
+    model = load(checkpoint, env, factory, normalize, inputs)
+
+    from quantkit import analyze as analysis
+    from quantkit.recipe import check
+    from quantkit.study import calib_for, fresh_states
+
+    if recipe is not None:
+        check(model, recipe)
+    with progress_bar("rollouts", "episodes") as update:
+        seen = fresh_states(model, states, inputs, behind=0 if stored else calibration)
+        calib = None if recipe is None else calib_for(model, calibration, update, inputs)
+    with progress_bar("analyze", "") as update:
+        if recipe is None or calib is None:
+            result = analysis.diagnose(model, seen, stored_sqnr=analysis.stored_sqnr(checkpoint), progress=update)
+        else:
+            result = analysis.analyze(model, recipe, calib, seen, attempts=attempts, progress=update)
+    files = [] if output is None else _write_analysis(result, output, str(checkpoint.name), force)
+    if json:
+        print_json(result.to_json() | {"files": files})
+        return
+    _show_analysis(result, checkpoint, stored, preset, attempts)
+    for path in files:
+        say(f"wrote {path}")
+
+
+def _write_analysis(result: Analysis, folder: Path, title: str, force: bool) -> list[str]:
+    from quantkit.analysis_figure import analysis_figure
+    from quantkit.analyze import write_tables
+    from quantkit.figures import save_figure
+    from quantkit.files import new_directory
+
+    with new_directory(folder, force=force, marker="analysis.json") as temporary:
+        names = [path.name for path in write_tables(result, temporary)]
+        names += [path.name for path in save_figure(analysis_figure(result, title), temporary / "layers")]
+    return [str(folder / name) for name in names]
+
+
+def _show_analysis(result: Analysis, checkpoint: Path, stored: bool, preset: str | None, attempts: bool) -> None:
+    from quantkit.analyze import phrase
+
+    columns = {"layer": "left", "weights": "left", "input": "left"}
+    columns |= dict.fromkeys(
+        ("weight dB", "input dB", "output dB", "clipped", "silent", "max/99.9 %", "only this layer", "share"), "right"
+    )
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else "exact" if value == math.inf else format(value, form)
+
+    rows = []
+    for place in result.places:
+        silent = "-" if place.silent is None else str(place.silent)
+        rows.append(
+            [
+                place.name, place.weight, place.act, number(place.weight_sqnr_db, ".1f"),
+                number(place.act_sqnr_db, ".1f"), number(place.output_sqnr_db, ".1f"),
+                number(place.saturation, ".2%"), silent, number(place.outliers, ".3g"),
+                number(place.only.error, ".2%"), number(place.share, ".0%"),
+            ]
+        )  # fmt: skip
+    worst = max(range(len(rows)), key=lambda i: result.places[i].share)
+    print_table(f"{checkpoint}: {phrase(result)}", columns, rows, highlight=worst if len(rows) > 1 else None)
+    if stored:
+        say("a quantized directory holds no float weights: errors are of inputs alone, on top of its weights")
+    for finding in result.findings:
+        names = ", ".join(finding.places[:4]) + (f" and {len(finding.places) - 4} more" * (len(finding.places) > 4))
+        instead = " instead of --preset" if preset and finding.option.startswith("--step") else ""
+        gain = "not tried" if finding.after is None else f"tried: {finding.before:.2%} -> {finding.after:.2%}"
+        say(f"{names}: {finding.problem}\n  -> {finding.option}{instead}   ({gain})")
+    if not result.findings and not stored:
+        say("nothing to advise" + (": no option that the measures suggest reduces the error" if attempts else ""))
+    for remark in remarks(result.gaps):
+        warn(remark)

@@ -25,11 +25,10 @@ from quantkit.cli.options import (
     States,
     Steps,
     app,
-    exceptions,
     load,
+    recipe_of,
 )
-from quantkit.console import guarded, print_json, print_table, progress_bar, say
-from quantkit.errors import InputError
+from quantkit.console import guarded, print_json, print_table, progress_bar, remarks, say, warn
 
 
 @app.command(
@@ -69,18 +68,15 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a directory; repeat --step to apply methods in order."""
     from quantkit.files import check_new
-    from quantkit.presets import preset_steps
-    from quantkit.recipe import Recipe, make_plan, parse_step
+    from quantkit.recipe import check
 
-    if preset is not None and step:
-        raise InputError("give --preset or --step, not both")
+    recipe = recipe_of(weights, acts, granularity, step, preset, layer, seed)
     check_new(output, force=force, marker="quantkit.json")
-    plan = (("*", make_plan(weights, acts, granularity)), *exceptions(layer, granularity))
-    steps = preset_steps(preset) if preset else tuple(parse_step(text) for text in step or [])
-    recipe = Recipe(plan, steps, seed)
     model = load(checkpoint, env, factory, normalize, inputs)
+    check(model, recipe)
 
     from quantkit.artifact import save_artifact, summary
+    from quantkit.loading import gaps
     from quantkit.recipe import quantize as run
     from quantkit.study import calib_for
 
@@ -89,7 +85,8 @@ def quantize(
     with progress_bar("quantize", "steps") as update:
         quantized = run(model, recipe, calib, lambda _name, done, total: update(done, total))
     save_artifact(quantized, output, force=force)
-    document = {"output": str(output), **summary(quantized)}
+    missing = gaps(quantized)
+    document = {"output": str(output), **summary(quantized), **missing}
     if json:
         print_json(document)
         return
@@ -105,6 +102,8 @@ def quantize(
     ]
     columns = {"layer": "left", "shape": "right", "weights": "left", "input": "left", "SQNR dB": "right"}
     print_table(f"{output}: {document['bits_per_weight']:.2f} bits per weight", columns, rows)
+    for remark in remarks(missing):
+        warn(remark)
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")

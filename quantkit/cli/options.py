@@ -12,6 +12,7 @@ from quantkit.errors import InputError
 if TYPE_CHECKING:
     from quantkit.model import Model
     from quantkit.qlayers import LayerPlan
+    from quantkit.recipe import Recipe
 
 app = typer.Typer(
     name="quantkit",
@@ -101,3 +102,23 @@ def exceptions(texts: list[str] | None, granularity: str) -> tuple[tuple[str, La
             raise InputError(f"--layer {text!r} is not PATTERN=WEIGHTS/INPUTS, such as first=int8/int8")
         found.append((pattern, make_plan(weight, act, granularity)))
     return tuple(found)
+
+
+def recipe_of(
+    weights: str,
+    acts: str,
+    granularity: str,
+    step: list[str] | None,
+    preset: str | None,
+    layer: list[str] | None,
+    seed: int,
+) -> Recipe:
+    """The recipe that the options of one design stand for; InputError before anything is loaded."""
+    from quantkit.presets import preset_steps
+    from quantkit.recipe import Recipe, make_plan, parse_step
+
+    if preset is not None and step:
+        raise InputError("give --preset or --step, not both")
+    plan = (("*", make_plan(weights, acts, granularity)), *exceptions(layer, granularity))
+    steps = preset_steps(preset) if preset else tuple(parse_step(text) for text in step or [])
+    return Recipe(plan, steps, seed)

@@ -44,6 +44,8 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None, i
         )
     module = call_factory(factory)
     tensors = read_tensors(path)
+    counters = {n: t for n, t in module.state_dict().items() if n.endswith(".num_batches_tracked")}
+    tensors = {**counters, **tensors}  # many files leave them out; they mean nothing after training
     _check_shapes(module.state_dict(), tensors, path, factory)
     _check_values(dict(module.named_parameters()), tensors, path)
     try:
