@@ -19,11 +19,14 @@ The batch is the first dimension of the input; the graph holds for any.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -70,14 +73,26 @@ def _export(module: nn.Module, example: Tensor) -> fx.GraphModule:
             part.inplace = False  # type: ignore[assignment]
     if len(example) == 1 and example.dim():
         example = torch.cat([example, example])  # export takes a size of 1 for a constant
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         if any(_mutates(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
         graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, no log records and nothing on stderr: export prints whole graphs before it raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -96,7 +96,9 @@ def warn(text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text(f"warning: {' '.join(text.split())}", style="yellow"))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        Text(f"warning: {' '.join(text.split())}", style="yellow")
+    )
 
 
 def remarks(gaps: Mapping[str, Any]) -> list[str]:

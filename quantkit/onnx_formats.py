@@ -23,7 +23,6 @@ from torch import nn
 from hwmodel import formats
 from hwmodel.formats import Block, Float, Format, Int, Levels
 from hwmodel.spec import PerGroup
-from quantkit.errors import InputError
 from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, values_of
 

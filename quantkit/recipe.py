@@ -29,7 +29,7 @@ from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.observers import visit
-from quantkit.qlayers import LayerPlan, QLayer
+from quantkit.qlayers import LayerPlan, QLayer, shape_of
 from quantkit.qtensor import grouped
 
 Step = tuple[str, dict[str, Any]]
@@ -200,6 +200,7 @@ def quantize(
     """
     result = captured(model)
     check(result, recipe)
+    check_groups(result, recipe)
     _check_calibration(calib)
     layers = result.layers()
     left: dict[str, str] = dict(result.meta.get("float_layers", {}))
@@ -212,10 +213,6 @@ def quantize(
         except ValueError as error:
             left[name] = str(error)
             continue
-        try:
-            grouped(wrapped.weight.detach().flatten(1), plan.granularity)  # refuses groups that do not fit
-        except ValueError as error:
-            raise InputError(f"layer {name!r}: {error}") from None
         result.replace(name, wrapped)
     if left:
         result.meta["float_layers"] = left
@@ -291,7 +288,8 @@ def check(model: Model, recipe: Recipe) -> None:
         if pattern not in ("first", "last") and not any(fnmatch.fnmatchcase(n, pattern) for n in names):
             raise InputError(f"no layer matches {pattern!r}; layers: {', '.join(names)}")
     for index, (name, layer) in enumerate(layers.items()):
-        _check_range(name, recipe.plan_for(name, index, len(layers)), layer.weight[0].numel())
+        plan = recipe.plan_for(name, index, len(layers))
+        _check_range(name, plan, layer.weight[0].numel())
         parameters = [("weight", layer.weight), ("bias", getattr(layer, "bias", None))]
         for kind, tensor in parameters:
             if tensor is not None and not torch.isfinite(tensor).all():
@@ -310,6 +308,22 @@ def _check_range(name: str, plan: LayerPlan, columns: int) -> None:
             f"layer {name!r}: sums of {plan.weight} x {plan.act} products can exceed float32; "
             "take fewer exponent bits on one side"
         )
+
+
+def check_groups(model: Model, recipe: Recipe) -> None:
+    """Raise InputError for groups that do not fit a layer: apart from `check`, as a sweep goes on with other designs."""
+    layers = model.layers()
+    for index, (name, layer) in enumerate(layers.items()):
+        plan, shape = recipe.plan_for(name, index, len(layers)), shape_of(layer)
+        rows, columns = shape.outputs, shape.inputs // shape.groups * math.prod(shape.kernel)
+        if shape.op == "embedding":
+            rows, columns = shape.inputs, shape.outputs
+        if plan.weight is None and plan.act is None:
+            continue
+        try:
+            grouped(torch.empty(rows, columns, device="meta"), plan.granularity)
+        except InputError as error:
+            raise InputError(f"layer {name!r}: {error}") from None
 
 
 def _check_calibration(calib: Calib) -> None:

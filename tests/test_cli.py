@@ -360,6 +360,94 @@ def test_a_usage_mistake_is_one_line_too(mistake: str) -> None:
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
 
 
+# --- nothing is silent, nothing is done in vain ---------------------------------------------------
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    example_input = torch.ones(2, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.odd = nn.Linear(4, 4), nn.Linear(4, 2), nn.Bilinear(4, 4, 4)
+
+    def forward(self, x):
+        return self.b(self.odd(x, x)) if x.sum() > 0 else self.b(self.a(x))
+"""
+
+
+def test_what_stays_in_float_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """quantize, inspect and analyze warn on stderr of a float layer, an untraced network and an idle layer; with
+    --json the document says it and stderr is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "branching_net.py").write_text(NET)
+    torch.manual_seed(1)
+    from branching_net import Net  # type: ignore[import-not-found]
+
+    torch.save(Net().state_dict(), "net.pt")
+    np.save("x.npy", np.abs(np.random.default_rng(0).normal(size=(40, 4))).astype(np.float32))
+    given = ("--factory", "branching_net:Net", "--inputs", "x.npy")
+    result = call("quantize", "net.pt", "-o", "q", *FOUR, *given)
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 0 and len(lines) == 3 and all(line.startswith("warning: ") for line in lines)
+    for words in ("odd stays in float", "cannot be followed", "a never ran"):
+        assert sum(words in line for line in lines) == 1, lines
+    assert call("analyze", "net.pt", *FOUR, *given).stderr == result.stderr
+    assert call("inspect", "q", *given[:2]).stderr == result.stderr
+    for found in (
+        document("quantize", "net.pt", "-o", "q", "--force", *FOUR, *given),
+        document("inspect", "q", *given[:2]),
+        document("analyze", "net.pt", *FOUR, *given)["gaps"],
+    ):
+        assert list(found["float_layers"]) == ["odd"] and found["untraced"] and found["idle"] == ["a"]
+
+
+def test_rows_of_a_sweep_name_float_layers(work: Path) -> None:
+    """Every row has `float_layers`, here an empty one."""
+    rows = [json.loads(line) for line in (work / "s/rows.jsonl").read_text().splitlines()]
+    assert [row["float_layers"] for row in rows] == [{}, {}]
+
+
+IN_VAIN = [name for name in MISTAKES if "quantize" in MISTAKES[name][0] and name != "calibration file of text"]
+
+
+@pytest.mark.parametrize("mistake", IN_VAIN)
+def test_a_design_is_refused_before_any_work(mistake: str, work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """What `quantize` refuses, it refuses without a rollout, a calibration or a step; `analyze` as well."""
+    import quantkit.recipe
+    import quantkit.study
+
+    def spied(*_: Any, **__: Any) -> None:
+        pytest.fail("work was done for a design that is refused")
+
+    monkeypatch.setattr(quantkit.recipe, "quantize", spied)
+    for name in ("calibration_states", "visited_states"):
+        monkeypatch.setattr(quantkit.study, name, spied)
+    monkeypatch.chdir(tmp_path)
+    places = {"AGENT": AGENT, "OUT": tmp_path / "out", "Q": work / "q"} | bad_files(tmp_path)
+    arguments = [places.get(a, a) for a in MISTAKES[mistake][0]]
+    line = error(*arguments)
+    if "Q" not in MISTAKES[mistake][0] and "no/such/q" not in arguments:
+        assert error("analyze", *arguments[1:]) == line
+
+
+@pytest.mark.parametrize("target", ["qonnx", "finn", "qcdq"])
+def test_an_export_is_refused_before_any_work(target: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A format that the target cannot carry is refused before a graph is begun, and no file is left."""
+    import quantkit.export
+
+    refused = {"qonnx": ("int1", "int4"), "finn": ("e2m1", "e2m1"), "qcdq": ("e2m1", "int4")}[target]
+    call("quantize", AGENT, "-o", tmp_path / "q", "--weights", refused[0], "--acts", refused[1], *QUICK)
+    monkeypatch.setattr(quantkit.export, "Graph", lambda **_: pytest.fail("a graph was begun"))
+    monkeypatch.setattr(quantkit.export, "open_session", lambda _: pytest.fail("a session was opened"))
+    line = error("export", tmp_path / "q", "-o", tmp_path / "x.onnx", "--to", target)
+    assert refused[0] in line and "accepted" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
 # --- real processes and help --------------------------------------------------------------------
 
 
@@ -386,7 +474,7 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert done.stderr == ""
 
 
-COMMANDS = ("inspect", "evaluate", "quantize", "export", "verify", "sweep", "pareto")
+COMMANDS = ("inspect", "evaluate", "analyze", "quantize", "export", "rtl", "verify", "sweep", "pareto")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

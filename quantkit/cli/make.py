@@ -68,12 +68,13 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a directory; repeat --step to apply methods in order."""
     from quantkit.files import check_new
-    from quantkit.recipe import check
+    from quantkit.recipe import check, check_groups
 
     recipe = recipe_of(weights, acts, granularity, step, preset, layer, seed)
     check_new(output, force=force, marker="quantkit.json")
     model = load(checkpoint, env, factory, normalize, inputs)
     check(model, recipe)
+    check_groups(model, recipe)
 
     from quantkit.artifact import save_artifact, summary
     from quantkit.loading import gaps

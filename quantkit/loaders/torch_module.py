@@ -56,7 +56,16 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None, i
     spec = EnvSpec(env) if isinstance(env, str) else env
     kind = "policy" if isinstance(module, Policy) else "module"
     meta = {"kind": kind, "algo": "module", "source": path.name, "sha256": sha256_of(path), "factory": factory}
-    return captured(Model(module, _example(module, factory, inputs), spec, meta))
+    example = _example(module, factory, inputs)
+    try:
+        with torch.inference_mode():
+            module(example)
+    except Exception as error:  # whatever the module's own Python does with inputs that it is not made for
+        where = factory if inputs is None else inputs
+        raise InputError(
+            f"{where}: the network cannot take inputs of shape {tuple(example.shape)} ({one_line(error)})"
+        ) from None
+    return captured(Model(module, example, spec, meta))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def summary(correct: int, n: int, seconds: float = 0.0) -> Accuracy:
     p, z2 = correct / n, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    low, high = middle - half if correct else 0.0, middle + half if correct < n else 1.0
     return Accuracy("accuracy", p, math.sqrt(p * (1 - p) / n), n, correct, low, high, seconds)
 
 
