@@ -62,29 +62,26 @@ def _largest(places: Sequence[Place], limit: int) -> list[Place]:
 
 def _draw_bars(axes: Axes, places: Sequence[Place], analysis: Analysis) -> None:
     errors = [p.only.error for p in places]
-    colors = [_CLIP if p.share > 0.5 and len(places) > 1 else _INK for p in places]
-    axes.barh(range(len(places)), errors, color=colors, height=0.62)
-    axes.set_yticks(range(len(places)), [f"{p.name}\n{p.weight} × {p.act}" for p in places], fontsize=8)
+    axes.barh(range(len(places)), errors, color=_INK, height=0.62)
+    axes.set_yticks(range(len(places)), [f"{_short(p.name)}\n{p.weight} × {p.act}" for p in places], fontsize=8)
     if len(places) > 14:
-        axes.set_yticks(range(len(places)), [p.name for p in places], fontsize=7)
+        axes.set_yticks(range(len(places)), [_short(p.name) for p in places], fontsize=7)
     axes.invert_yaxis()
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    top = max([*errors, analysis.whole.error, 1e-9])
-    axes.set_xlim(0, 1.16 * top)
-    axes.axvline(analysis.whole.error, color="#333333", linewidth=1.1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"all quantized: {analysis.whole.error:.2%}", (analysis.whole.error, 1.0), xytext=(-3, 3),
-        xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if
-        analysis.whole.error > 0.5 * top else "left", fontsize=8.5, color="#333333",
-    )  # fmt: skip
+    top, whole = max([*errors, 1e-9]), analysis.whole.error
+    if whole <= 1.5 * top:  # a line, where it does not squeeze the bars
+        top = max(top, whole)
+        axes.axvline(whole, color="#333333", linewidth=1.1, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1.18 * top)
+    axes.text(1.0, 1.005, f"all quantized: {whole:.2%}", transform=axes.transAxes, ha="right", fontsize=8.5)
     for index, place in enumerate(places):
         text = f"{place.only.error:.2%}"
         axes.text(place.only.error + 0.012 * top, index, text, va="center", fontsize=7.5, color="#333333",
                   bbox={"fc": "white", "ec": "none", "pad": 0.6, "alpha": 0.8})  # fmt: skip
-    axes.set_xlabel(f"{LABELS[analysis.metric]},\nonly this layer quantized")
+    axes.set_xlabel(f"{LABELS[analysis.metric]},\nonly this layer quantized", fontsize=9, loc="left")
 
 
 def _draw_histogram(axes: Axes, place: Place) -> None:

@@ -562,7 +562,7 @@ def _wider(place: Place) -> LayerPlan | None:
 
     old = [parse_format(name) for name in (place.weight, place.act)]
     same = all(fmt is None or formats.bits(fmt) >= 8 for fmt in old)
-    plan = LayerPlan(*map(widened, old))
+    plan = LayerPlan(widened(old[0]), widened(old[1]))
     if place.op == "point" and plan.act is not None:
         plan = LayerPlan(plan.act, plan.act)  # a point has no weight; the option wants two formats
     return None if same else plan

@@ -311,7 +311,7 @@ def _check_range(name: str, plan: LayerPlan, columns: int) -> None:
 
 
 def check_groups(model: Model, recipe: Recipe) -> None:
-    """Raise InputError for groups that do not fit a layer: apart from `check`, as a sweep goes on with other designs."""
+    """Raise InputError for groups that do not fit a layer. Apart from `check`: a sweep goes on with other designs."""
     layers = model.layers()
     for index, (name, layer) in enumerate(layers.items()):
         plan, shape = recipe.plan_for(name, index, len(layers)), shape_of(layer)
