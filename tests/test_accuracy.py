@@ -141,12 +141,16 @@ def test_a_network_is_diagnosed_end_to_end(classifier: Path) -> None:
         (("net.pt", *NET), "--labels"),
         (("net.pt", *NET, "--labels", "missing.npy"), "missing.npy"),
         (("net.pt", *NET, "--labels", "x.npy"), "(300, 6)"),
+        (("net.pt", *NET, "--labels", "few.npy"), "few.npy for x.npy: 7 labels for 300 inputs"),
+        (("net.pt", *NET, "--labels", "high.npy"), "high.npy for x.npy: labels lie in 3..3, the network has 3 classes"),
         (("net.pt", "--factory", "accurate_nets:make", "--inputs", "wide.npy", "--labels", "y.npy"), "wide.npy"),
         ((str(Path(__file__).parents[1] / "benchmarks/agents/sac/Pendulum-v1.zip"), "--labels", "y.npy"), "policy"),
     ],
 )
 def test_mistakes_are_one_line(classifier: Path, arguments: tuple[str, ...], words: str) -> None:
     """Exit code 2 and one line that names the file or what is missing."""
+    np.save("few.npy", np.zeros(7, int))
+    np.save("high.npy", np.full(300, 3))
     np.save("wide.npy", np.zeros((300, 9), np.float32))
     result = call("evaluate", *arguments)
     assert result.exit_code == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

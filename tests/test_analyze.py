@@ -156,6 +156,34 @@ def test_points_are_places() -> None:
         assert 3 < (place.act_sqnr_db or 0) < 30 and 0 < place.only.error < 1
 
 
+class Remembering(nn.Module):
+    """An embedding and a recurrent cell, which runs once for each of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.cell, self.out = nn.Embedding(11, 6), nn.GRU(6, 7, batch_first=True), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(self.words(x))[0][:, -1])
+
+
+def test_layers_that_look_up_or_run_often_are_measured() -> None:
+    """An embedding has no input to measure; a layer of a recurrent cell is measured over all its steps."""
+    torch.manual_seed(5)
+    x = torch.randint(0, 11, (30, 5))
+    model = Model(Remembering(), x[:2], None, {"kind": "module"})
+    quantized = quantize(model, uniform("int3", "int4"), Calib(x))
+    found = {p.name: p for p in diagnose(quantized, x).places}
+    assert set(found) == set(quantized.quantizers())
+    words = found["words"]
+    assert (
+        words.op == "embedding"
+        and words.act_sqnr_db is None
+        and words.output_sqnr_db == pytest.approx(words.weight_sqnr_db, abs=2)
+    )
+    assert all(p.only.error > 0 and p.output_sqnr_db is not None for p in found.values())
+
+
 def test_refusals() -> None:
     """A float model and states of another shape are refused with what would be accepted."""
     model, calib = tiny_models.mlp()

@@ -147,7 +147,10 @@ def _evaluate_accuracy(checkpoint: Path, model: Model, inputs: Path, labels: Pat
     classes = read_labels(labels)
     states = calib_for(model, None, inputs=inputs).inputs
     with progress_bar("inputs", "inputs") as update:
-        score = accuracy(model.module, states, classes, progress=update)
+        try:
+            score = accuracy(model.module, states, classes, progress=update)
+        except InputError as error:
+            raise InputError(f"{labels} for {inputs}: {error}") from None
     if json:
         print_json(score.to_json())
         return
