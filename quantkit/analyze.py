@@ -569,7 +569,7 @@ def _wider(place: Place) -> LayerPlan | None:
 
 
 def _linked(model: Model) -> frozenset[str]:
-    return frozenset(link.producer for link in find_links(model) if link.kind == "layer")
+    return frozenset(name for link in find_links(model) if link.kind == "layer" for name in link.producers)
 
 
 # --- output ------------------------------------------------------------------------------------
