@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from hwmodel import formats
+from quantkit.advice import candidates
 from quantkit.analysis_figure import analysis_figure
 from quantkit.analyze import (
     GAIN,
     NEGLIGIBLE,
     Analysis,
     analyze,
-    candidates,
     clip_range,
     damage,
     diagnose,
@@ -309,7 +309,7 @@ def test_a_clean_network_gets_no_advice() -> None:
 def test_sabotage_useless_advice_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that suggests wider inputs to a network that suffers from its weights is listed and not kept."""
     model, calib = network(), Calib(states(1))
-    monkeypatch.setattr("quantkit.analyze.SATURATED", -1.0)
+    monkeypatch.setattr("quantkit.advice.SATURATED", -1.0)
     recipe = uniform("int2", "int8")
     listed = analyze(model, recipe, calib, states(2), attempts=False).findings
     kept = analyze(model, recipe, calib, states(2)).findings
