@@ -35,7 +35,7 @@ from quantkit.loading import gaps
 from quantkit.model import Calib, Model
 from quantkit.observers import Sample
 from quantkit.policy import Head, Policy
-from quantkit.qlayers import Point, QLayer
+from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
 from quantkit.recipe import Recipe, format_name, quantize
 from quantkit.rounding import round_to
 from quantkit.specs import sqnr_db
@@ -80,9 +80,9 @@ class Place:
 
     weight_sqnr_db, act_sqnr_db, output_sqnr_db: signal to quantization noise of weight, input and output, inf where
     exact. weight_spread, act_spread: the largest row (input channel) over the geometric mean of those that are not
-    zero. saturation: fraction of inputs that are clipped. silent: input channels that are zero on all states.
-    outliers: largest magnitude over the 99.9 percentile. only: the network's damage when this place alone is
-    quantized. share: of its noise in the sum over all places.
+    zero. saturation: fraction of inputs that are clipped, None of blocks, whose scales follow the inputs. silent:
+    input channels that are zero on all states. outliers: largest magnitude over the 99.9 percentile. only: the
+    network's damage when this place alone is quantized. share: of its noise in the sum over all places.
     """
 
     name: str
@@ -289,7 +289,7 @@ class _Seen:
         self.sample = Sample(65536, batches)
         self.signal = self.noise = 0.0
         self.clipped = self.count = 0
-        self.low, self.high = (-math.inf, math.inf) if part.act is None else clip_range(part.act.fmt)
+        self.low, self.high = clip_range(part.act.fmt) if isinstance(part.act, ActQuant) else (-math.inf, math.inf)
 
     def __call__(self, part: QLayer | Point, x: Tensor) -> None:
         self.sample(part, x)
@@ -297,8 +297,12 @@ class _Seen:
             return
         if part.in_scale is not None:
             x = x * part.per_channel(part.in_scale)  # type: ignore[union-attr]
-        u = x / part.act.scale
-        error = ((round_to(u, part.act.fmt) - u) * part.act.scale).double()
+        if isinstance(part.act, BlockAct):
+            axis = 1 if isinstance(part, QLayer) and part.spatial else -1
+            u, error = x, (part.act.values(x, axis) - x).double()
+        else:
+            u = x / part.act.scale
+            error = ((round_to(u, part.act.fmt) - u) * part.act.scale).double()
         self.signal += float(x.double().square().sum())
         self.noise += float(error.square().sum())
         self.clipped += int(((u < self.low) | (u > self.high)).sum())
@@ -315,7 +319,7 @@ class _Seen:
         return {
             "act_sqnr_db": _db(self.signal, self.noise) if known else None,
             "act_spread": spread_of(top),
-            "saturation": self.clipped / self.count if known else None,
+            "saturation": self.clipped / self.count if isinstance(part.act, ActQuant) else None,
             "silent": int((top == 0).sum()),
             "outliers": (float(values.abs().max()) / tail if tail > 0 else math.inf) if values.any() else None,
             "histogram": _histogram(part, values.numpy()),
@@ -338,7 +342,7 @@ def _histogram(part: QLayer | Point, values: np.ndarray) -> Histogram:
     grid: tuple[float, ...] = ()
     low = high = math.nan
     edge_low, edge_high = float(values.min()), float(values.max())
-    if part.act is not None:
+    if isinstance(part.act, ActQuant):  # blocks have no grid of their own: it moves with the inputs
         levels = formats.levels(part.act.fmt)
         low, high = (v * part.act.scale for v in clip_range(part.act.fmt))
         grid = tuple(v * part.act.scale for v in levels) if len(levels) <= 64 else ()

@@ -107,6 +107,18 @@ def test_clipping_starts_where_the_error_exceeds_half_a_step(name: str) -> None:
         assert formats.nearest(outer + 2 * (edge - outer), fmt) == outer
 
 
+def test_inputs_in_blocks_are_measured_by_what_the_layer_sees() -> None:
+    """The input's SQNR is that of the blocks' values; no fraction is clipped, as scales follow the inputs."""
+    model, calib = tiny_models.MODELS["mlp"]()
+    done = quantize(model, uniform("int4", "e2m1/e8m0x2"), calib)
+    name, layer = next(iter(done.qlayers().items()))
+    x = calib.inputs[:40]
+    noise = (layer.real_input(x) - x).double().square().sum() / x.double().square().sum()
+    place = next(p for p in diagnose(done, x).places if p.name == name)
+    assert place.act_sqnr_db == pytest.approx(float(-10 * noise.log10()), abs=1e-3)
+    assert place.saturation is None and place.histogram is not None and place.histogram.grid == ()
+
+
 def test_damage_by_hand() -> None:
     """Fractions of changed actions, RMS over the range, and relative RMS, worked out by hand."""
     reference = torch.tensor([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
