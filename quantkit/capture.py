@@ -14,7 +14,8 @@ reason stands in `meta["untraced"]`. A network with a loop over time is not foll
 hold for one length only. Its recurrent cells are replaced by those of `quantkit.recurrent`, whose products and
 states can be quantized.
 
-The batch is the first dimension of the input; the graph holds for any.
+The batch is the first dimension of the input; the graph holds for any, and one of token ids for any length. Of a
+Hugging Face language model the graph gives the logits: a cache of keys and values cannot be traced and is turned off.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def captured(model: Model) -> Model:
         return model.copy()
     meta = copy.deepcopy(model.meta)
     module = copy.deepcopy(model.module).eval()
+    if getattr(getattr(module, "config", None), "use_cache", False):
+        module.config.use_cache = False  # type: ignore[union-attr]
     cells = recurrent.substitute(module)
     module = cells.pop("", module)
     problem = "it loops over time" if recurrent.has_loop(module) else None
@@ -73,8 +76,11 @@ def _export(module: nn.Module, example: Tensor) -> fx.GraphModule:
             part.inplace = False  # type: ignore[assignment]
     if len(example) == 1 and example.dim():
         example = torch.cat([example, example])  # export takes a size of 1 for a constant
+    free = {0: torch.export.Dim.DYNAMIC}
+    if example.dim() == 2 and not example.is_floating_point():
+        free[1] = torch.export.Dim.AUTO  # tokens; a network that holds for one length only stays so
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        program = torch.export.export(module, (example,), dynamic_shapes=(free,))
         if any(_mutates(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
         graph = program.module(check_guards=False)
@@ -163,7 +169,21 @@ def _plain(gm: fx.GraphModule, parts: _Parts) -> fx.GraphModule:
     gm.graph._tracer_cls = None  # export's own cannot be pickled
     result = fx.GraphModule({**tensors, **parts.modules}, gm.graph).eval()
     result.graph.lint()
+    _sort(result)
     return result
+
+
+def _sort(gm: fx.GraphModule) -> None:
+    """Submodules in the order of their first call, as `first` and `last` of a recipe mean it."""
+    seen: set[str] = set()
+    for node in gm.graph.nodes:
+        path = str(node.target).split(".") if node.op == "call_module" else []
+        for depth, leaf in enumerate(path):
+            owner = ".".join(path[:depth])
+            if f"{owner}.{leaf}" not in seen:
+                seen.add(f"{owner}.{leaf}")
+                siblings = gm.get_submodule(owner)._modules
+                siblings[leaf] = siblings.pop(leaf)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
