@@ -218,7 +218,7 @@ def apply(
     train those of the layers. others: train what has no ternary weight, too: layers left in float, normalizations.
     rounds: with `calib.visit`, how often the policy acts to find `states` more states to be trained on.
 
-    Returns the loss on up to 1,024 calibration samples before and after, the fraction of dead weights before and
+    Returns the loss on the first four batches of samples before and after, the fraction of dead weights before and
     after, that of weights whose code changed, and the root mean square of C over that of the layers' outputs.
     """
     wanted = unquantized(model)
@@ -237,8 +237,8 @@ def apply(
         return {"loss_before": 0.0, "loss_after": 0.0}
     with torch.no_grad():
         teacher = _teacher(model)
-        first = calib.inputs[:1024]
-        example = torch.cat([teacher.module(x) for x in first[:256].split(batch)])
+        first = calib.inputs[: 4 * batch]
+        example = torch.cat([teacher.module(x) for x in first.split(batch)])
         loss = _loss(model, example, calib.inputs, distill)
     student, trainees = _student(model, quantizer, reactivate)
     start = {name: t.codes()[0] for name, t in trainees.items() if t.w is not None}
