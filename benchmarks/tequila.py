@@ -1,0 +1,194 @@
+"""Tequila against AbsMean (BitNet), TWN and LSQ from the same start, data, order of batches and number of steps.
+
+    python benchmarks/tequila.py --data ../shared/data/lm
+
+Language: the linear layers of the blocks of stories260k (embedding, head and normalizations stay as they are, inputs
+in float), one scale per output channel; trained on windows of 64 tokens of 400 TinyStories by KL to the float logits.
+Perplexity is of the first 40 of 400 other stories, each cut at 256 tokens; `ratio` is that to AbsMean of the same
+seed, with its standard error paired by document. Policy: a PPO agent of LunarLander, all layers ternary with int8
+inputs, distilled on 2,048 states of its own rollouts; return of 20 episodes from seed 1000, and the share of 2,048
+states of other episodes on which the action is the float policy's. `ratio` is then the return less AbsMean's.
+
+"+ bias" trains a bias in every layer besides, which asks how much of the gain is just a bias. RTN rounds without
+training, at the ternary scale of least squared error. The seed sets the order of the batches; its stderr column is over
+documents or episodes, and rows with seed "all" give the mean over seeds with the standard error over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from report import REPORTS, publish
+from torch import Tensor, nn
+
+from quantkit.capture import captured
+from quantkit.loaders import hf
+from quantkit.loading import load_checkpoint
+from quantkit.model import Calib, Model
+from quantkit.recipe import Recipe, make_plan, quantize
+from quantkit.study import calib_for, policy_of, visited_states
+from quantkit.tasks import episodes, perplexity
+
+AGENT = Path(__file__).parent / "agents" / "ppo" / "LunarLander-v3.zip"
+WINDOW, CUT = 64, 256
+METHODS: dict[str, dict[str, Any]] = {
+    "Tequila": {"biases": False},
+    "AbsMean": {"biases": False, "reactivate": 0.0},
+    "TWN": {"biases": False, "reactivate": 0.0, "quantizer": "twn"},
+    "LSQ": {"biases": False, "reactivate": 0.0, "quantizer": "lsq"},
+    "AbsMean + bias": {"reactivate": 0.0},
+    "Tequila + bias": {},
+}
+
+
+class Logits(nn.Module):
+    """A captured language model, called as transformers' are."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.graph(ids))
+
+
+def steps(method: str, options: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The recipe's steps for a method of the table."""
+    return (("rtn", {}),) if method == "RTN" else (("tequila", METHODS[method] | options),)
+
+
+def seeds_of(method: str, seeds: int) -> range:
+    """RTN draws nothing."""
+    return range(1 if method == "RTN" else seeds)
+
+
+def row(subject: str, method: str, seed: int, options: dict[str, Any], model: Model, seconds: float) -> dict[str, Any]:
+    """What both subjects say of a trained model; the columns of the result follow."""
+    report = model.meta["steps"][-1]["diagnostics"]
+    return {
+        "subject": subject,
+        "method": method,
+        "seed": seed,
+        "steps": 0 if method == "RTN" else options["steps"],
+        "lr": "" if method == "RTN" else options["lr"],
+        "loss": round(report.get("loss_after", math.nan), 5),
+        "dead_percent": round(100 * report.get("dead_after", math.nan), 2),
+        "changed_percent": round(100 * report.get("changed", math.nan), 2),
+        "bias_share": round(report.get("bias_share", math.nan), 6),
+        "seconds": round(seconds, 1),
+    }
+
+
+def language(data: Path, methods: list[str], seeds: int, options: dict[str, Any], documents: int) -> list[dict]:
+    """Perplexities of stories260k."""
+    folder = data / "stories260k"
+    model, tokenizer = captured(hf.load(folder)), hf.read_tokenizer(folder)
+
+    def read(name: str) -> list[Tensor]:
+        return perplexity.encode(tokenizer, perplexity.read_documents(data / "text" / f"tinystories_{name}.txt"), 512)
+
+    stream = torch.cat(read("calib400"))
+    windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    held = [d[:CUT] for d in read("eval400")[:documents]]
+    reference = perplexity.evaluate(Logits(model.module), held, batch=20)
+    rows: list[dict[str, Any]] = []
+    base: dict[int, perplexity.Perplexity] = {}
+    for method in methods:
+        for seed in seeds_of(method, seeds):
+            began = time.perf_counter()
+            plan = (("model.layers.*", make_plan("ternary", "float", "row")),)
+            recipe = Recipe(plan, steps(method, options), seed)
+            done = quantize(model, recipe, Calib(windows, batch=64))
+            found = row("stories260k", method, seed, options, done, time.perf_counter() - began)
+            score = perplexity.evaluate(Logits(done.module), held, batch=20)
+            if method == "AbsMean":
+                base[seed] = score
+            ratio, error = perplexity.compare(base[seed], score) if seed in base else (math.nan, math.nan)
+            found |= {"metric": "perplexity", "float": round(reference.mean, 4), "value": round(score.mean, 4)}
+            found |= {"stderr": round(score.stderr, 4), "ratio": round(ratio, 4), "ratio_stderr": round(error, 4)}
+            found["agreement_percent"] = math.nan
+            rows.append(found)
+            print(found, flush=True)
+    return rows
+
+
+def policy(methods: list[str], seeds: int, options: dict[str, Any]) -> list[dict]:
+    """Returns and agreement of the LunarLander policy."""
+    model = load_checkpoint(AGENT)
+    actor, spec = policy_of(model)
+    states = calib_for(model, 2048).inputs
+    fresh = visited_states(model, 2048, 9).numpy()
+    wanted = episodes.act_of(actor)(fresh)
+    reference = episodes.evaluate(episodes.act_of(actor), spec)
+    rows: list[dict[str, Any]] = []
+    base: dict[int, episodes.Score] = {}
+    for method in methods:
+        for seed in seeds_of(method, seeds):
+            began = time.perf_counter()
+            recipe = Recipe((("*", make_plan("ternary", "int8", "row")),), steps(method, options), seed)
+            done = quantize(model, recipe, Calib(states))
+            found = row("LunarLander-v3", method, seed, options, done, time.perf_counter() - began)
+            act = episodes.act_of(policy_of(done)[0])
+            score = episodes.evaluate(act, spec)
+            if method == "AbsMean":
+                base[seed] = score
+            gains = [a - b for a, b in zip(score.returns, base[seed].returns, strict=True)] if seed in base else []
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if gains else math.nan
+            found |= {"metric": "return", "float": round(reference.mean, 2), "value": round(score.mean, 2)}
+            found |= {"stderr": round(score.stderr, 2), "ratio": round(statistics.mean(gains or [math.nan]), 2)}
+            found |= {"ratio_stderr": round(error, 2)}
+            found["agreement_percent"] = round(100 * float((act(fresh) == wanted).mean()), 2)
+            rows.append(found)
+            print(found, flush=True)
+    return rows
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and behind those of a method their mean with the standard error over seeds."""
+    result = []
+    for key in dict.fromkeys((r["subject"], r["method"]) for r in rows):
+        some = [r for r in rows if (r["subject"], r["method"]) == key]
+        result += some
+        if len(some) < 2:
+            continue
+
+        def mean(name: str, some: list[dict[str, Any]] = some) -> float:
+            return statistics.mean(r[name] for r in some)
+
+        def error(name: str, some: list[dict[str, Any]] = some) -> float:
+            return statistics.stdev(r[name] for r in some) / len(some) ** 0.5
+
+        numbers = [k for k, v in some[0].items() if isinstance(v, float) and k not in ("lr", "float")]
+        mixed = {k: round(mean(k), 4) for k in numbers}
+        mixed |= {"seed": "all", "stderr": round(error("value"), 4), "ratio_stderr": round(error("ratio"), 4)}
+        result.append(some[0] | mixed)
+    return result
+
+
+def main() -> None:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with stories260k/ and text/")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100, help="of the language model, 16 windows each")
+    parser.add_argument("--lr", type=float, default=0.05, help="of the language model")
+    parser.add_argument("--documents", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    methods = ["RTN", "AbsMean", *(m for m in METHODS if m != "AbsMean")]
+    rows = policy(methods, args.seeds, {"steps": 1000, "batch": 64, "lr": 0.02})
+    small = {"steps": args.steps, "batch": 16, "lr": args.lr}
+    rows += language(args.data, methods, args.seeds, small, args.documents)
+    (REPORTS / "language").mkdir(parents=True, exist_ok=True)
+    publish("language/tequila", over_seeds(rows), packages=("torch", "transformers"), title="tequila")
+
+
+if __name__ == "__main__":
+    main()
