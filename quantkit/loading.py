@@ -21,7 +21,8 @@ def load_checkpoint(
     factory: str | None = None,
     inputs: Path | None = None,
 ) -> Model:
-    """The model at `path`: a Stable-Baselines3 zip, an rl-zoo folder, a module's tensors, or a quantized directory.
+    """The model at `path`: a Stable-Baselines3 zip, an rl-zoo folder, a module's tensors, a Hugging Face directory of
+    a causal language model, or a quantized directory.
 
     env: the environment to use instead of the checkpoint's. normalize: VecNormalize as an input
     "stage" or as a "fold" into the first layer. factory: `package.module:callable` that builds the
@@ -46,9 +47,16 @@ def load_checkpoint(
         return torch_module.load(path, factory=factory, env=env, inputs=inputs)
     if sb3.sniff(path):
         return sb3.load(path, env=env, normalize=normalize)
+    if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+        try:
+            from quantkit.loaders import hf
+        except ModuleNotFoundError as error:
+            raise InputError(f"{path}: a language model needs {error.name}: pip install 'quantkit[lm]'") from None
+        if hf.sniff(path):
+            return hf.load(path)
     raise InputError(
-        f"{path}: not a checkpoint; accepted: a Stable-Baselines3 .zip, an rl-zoo folder, a quantized directory,"
-        " or a .safetensors or .pt file with factory="
+        f"{path}: not a checkpoint; accepted: a Stable-Baselines3 .zip, an rl-zoo folder, a Hugging Face directory,"
+        " a quantized directory, or a .safetensors or .pt file with factory="
     )
 
 

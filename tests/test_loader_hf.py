@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_lm import transformers
 from torch import nn
 
+from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.loaders import hf
+from quantkit.loading import load_checkpoint
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "lm" / "stories260k"
 SMALL = {
@@ -90,6 +92,20 @@ def test_half_precision_becomes_float32(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = hf.load(tmp_path).module.state_dict()
     assert all(torch.equal(loaded[name], value.float()) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", hf.TYPES)
+def test_a_family_is_captured(kind, tmp_path):
+    """The front door loads it, and its graph gives the same logits for another batch and another length."""
+    model = load_checkpoint(folder(tmp_path, kind))
+    graph = captured(model)
+    assert "untraced" not in graph.meta and "float_layers" not in graph.meta
+    ids = torch.randint(0, 53, (3, 21), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(graph.module(ids), model.module(ids).logits, rtol=1e-5, atol=1e-6)
+    names = list(graph.layers())
+    assert names[-1] == "lm_head" and ("embed" in names[0] or "wte" in names[0]) and len(graph.points()) == 8
+    assert model.module.config.use_cache
 
 
 def test_sniffing(tmp_path):

@@ -161,7 +161,7 @@ def test_whole_networks_merge(build):
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("acts", ["float", "int8"])
+@pytest.mark.parametrize("acts", ["float", "int8", "mxint8"])
 def test_the_loss_falls(build, acts):
     """Training brings the ternary network nearer to the float one, on every tiny network."""
     model, calib = build()
@@ -232,6 +232,7 @@ def test_language_models(distill):
     [
         ("int4", {}, r"layer 'net\.0' is to be int4; accepted: ternary, int2n"),
         ("ternary", {"quantizer": "seq"}, r"quantizer='seq'; accepted: absmean, absmedian, twn, lsq"),
+        ("ternary:group1", {}, r"layer 'net\.0' has scales in a format; accepted: tensor, row, group<size>"),
         ("ternary", {"steps": 0}, "steps, batch, rounds and states must be 1 or more"),
         ("ternary", {"distill": 0.5}, "which only a language model does"),
     ],
@@ -240,7 +241,9 @@ def test_bad_input(weights, options, message):
     """Another format, an unknown quantizer, no steps and next tokens of a policy are refused by name."""
     model, calib = MODELS["policy"]()
     with pytest.raises(InputError, match=message):
-        quantize(model, uniform(weights, "float", steps=(("tequila", options),)), calib)
+        weights, _, group = weights.partition(":")
+        granularity = f"{group}:e8m0" if group else "row"
+        quantize(model, uniform(weights, "float", granularity, steps=(("tequila", options),)), calib)
 
 
 def test_groups_must_fit():

@@ -57,7 +57,8 @@ def apply(
         block_rule=block_rule,
     )
     seen = {name: Sample(samples, len(calib.batches())) for name in step.names}
-    collect(model, calib, seen)
+    if seen:
+        collect(model, calib, seen)
     layers = model.qlayers()
     for name in step.names:
         step.fit(name, layers[name], seen[name])
@@ -130,7 +131,7 @@ def each(
         fit(name, point, seen[name])
     layers = model.qlayers().items()
     names = {name for name, layer in layers if layer.plan.act is not None and layer.op != "embedding"}
-    return Fit(names, fit_layer, report, targets=True, fit=fit)
+    return Fit(names, fit_layer, report, targets=bool(names), inputs=bool(names), fit=fit)
 
 
 def _block(fmt: Block, rule: BlockRule | None, top: Tensor) -> BlockAct:

@@ -38,8 +38,8 @@ from quantkit.losses import loss_for
 from quantkit.model import Calib, Model
 from quantkit.observers import unquantized
 from quantkit.policy import Policy
-from quantkit.qlayers import ActQuant, QLayer
-from quantkit.qtensor import expand_scale, from_values, grouped
+from quantkit.qlayers import ActQuant, BlockAct, QLayer
+from quantkit.qtensor import expand_scale, from_values, grouped, scale_format
 from quantkit.rounding import round_to
 from quantkit.training import Straight, cosine, train
 
@@ -92,12 +92,16 @@ class _Learned(torch.autograd.Function):
         return grad * inside, grad * slope, None
 
 
-def rounded(act: ActQuant | None, x: Tensor) -> Tensor:
-    """The grid values of an input, with the gradient of x / scale inside the range and none outside."""
-    if act is None:
-        return x
-    u, grid = x / act.scale, levels(act.fmt)
-    values: Tensor = Straight.apply(u, round_to(u, act.fmt), (u >= grid[0]) & (u <= grid[-1]))
+def rounded(act: ActQuant | BlockAct | None, axis: int, x: Tensor) -> Tensor:
+    """What a QLayer or Point multiplies with, grid values of x, with the gradient of x / scale inside the range."""
+    match act:
+        case None:
+            return x
+        case BlockAct():
+            values: Tensor = Straight.apply(x, act.values(x, axis))
+        case ActQuant():
+            u, grid = x / act.scale, levels(act.fmt)
+            values = Straight.apply(u, round_to(u, act.fmt), (u >= grid[0]) & (u <= grid[-1]))
     return values
 
 
@@ -149,7 +153,7 @@ class Trainee(nn.Module):
         if layer.in_scale is not None:
             x = x * layer.per_channel(layer.in_scale)
         if layer.act is not None:
-            x = rounded(layer.act, x) * layer.act.scale
+            x = rounded(layer.act, layer.axis, x) * layer.act.scale
         return layer.product(x, weight) + layer.per_channel(bias)
 
     @torch.no_grad()
@@ -226,6 +230,10 @@ def apply(
         fmt = layer.plan.weight
         if name in wanted and fmt is not None and tuple(levels(fmt)) != TERNARY:
             raise InputError(f"step 'tequila': layer {name!r} is to be {fmt}; accepted: ternary, int2n")
+        if name in wanted and scale_format(layer.plan.granularity) is not None:
+            raise InputError(
+                f"step 'tequila': layer {name!r} has scales in a format; accepted: tensor, row, group<size>"
+            )
     if quantizer not in get_args(Quantizer):
         raise InputError(f"step 'tequila': quantizer={quantizer!r}; accepted: {', '.join(get_args(Quantizer))}")
     if min(steps, batch, rounds, states) < 1 or lr <= 0 or reactivate < 0 or not 0 <= distill <= 1:
@@ -300,7 +308,7 @@ def _student(model: Model, quantizer: Quantizer, reactivate: float) -> tuple[Mod
         trainees[name] = Trainee(layer, quantizer, reactivate)
         student.replace(name, trainees[name])
     for point in student.points().values():
-        point.input_values = functools.partial(rounded, point.act)  # type: ignore[method-assign]
+        point.input_values = functools.partial(rounded, point.act, point.axis)  # type: ignore[method-assign]
     return student, trainees
 
 
