@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with stories260k/ and text/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of the language model, 16 windows each")
+    parser.add_argument("--steps", type=int, default=150, help="of the language model, 16 windows each")
     parser.add_argument("--lr", type=float, default=0.05, help="of the language model")
     parser.add_argument("--documents", type=int, default=40)
     args = parser.parse_args()

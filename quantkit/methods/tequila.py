@@ -6,10 +6,9 @@ the authors' technical report (arXiv 2602.21233, section 2.2.1). A layer's weigh
     w^ = a t,  t = sign(w) where |w| >= D, else 0         AbsMean: a = mean |w|, D = a / 2, anew in every step
     y_j = sum_i w^_ji x_i + b_j + C_j,  C_j = lambda sum of the dead w_ji (t_ji = 0), over all groups of row j
 
-The gradient of w^ goes to w unchanged (straight through), and a dead weight has that of C_j besides: it is in use
-again, and leaves the dead zone in a direction that means something. C depends on no input, so that in the end it is
-added to b and what is left is an ordinary ternary layer, `a t` and a bias. The outputs are those of the trained
-network up to the float error of the sum of products.
+The gradient of w^ goes to w unchanged (straight through), and a dead weight has that of C_j besides. C depends on no
+input, so that in the end it is added to b and what is left is an ordinary ternary layer, `a t` and a bias. The outputs
+are those of the trained network up to the float error of the sum of products.
 
 Baselines in the same loop, for `reactivate=0`: quantizer "absmean" (BitNet b1.58, arXiv 2402.17764), "absmedian",
 "twn" (Li et al., arXiv 1605.04711: D = 0.75 mean |w|, a = mean |w| of what is live) and "lsq" (Esser et al.,
@@ -204,7 +203,7 @@ def apply(
     *,
     steps: int = 1000,
     batch: int = 64,
-    lr: float = 0.02,
+    lr: float = 0.05,
     reactivate: float = 1e-3,
     quantizer: Quantizer = "absmean",
     distill: float = 1.0,
