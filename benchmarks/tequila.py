@@ -11,10 +11,10 @@ Policy: a PPO agent of LunarLander, all layers ternary with int8 inputs, distill
 return of 20 episodes from seed 1000, and the share of 2,048 states of other episodes on which the action is the float
 policy's. `to_absmean` is the return less AbsMean's, paired by episode.
 
-Tequila's lambda is the paper's 1e-3 unless a row says so. "+ bias" trains a bias in every layer besides, which asks how
-much of the gain is just a bias. RTN rounds without training, at the ternary scale of least squared error. The seed sets
-the order of the batches. Standard errors are over documents or episodes; rows with seed "all" have the mean over seeds,
-with standard errors over seeds. `loss` is on the first four calibration batches.
+Tequila's lambda is the paper's 1e-3 and its scale AbsMean's unless a row says so. "+ bias" trains a bias in every layer
+besides, which asks how much of the gain is just a bias. RTN rounds without training, at the ternary scale of least
+squared error. The seed sets the order of the batches. Standard errors are over documents or episodes; rows with seed
+"all" have the mean over seeds, with standard errors over seeds. `loss` is on the first four calibration batches.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "AbsMean": {"biases": False, "reactivate": 0.0},
     "TWN": {"biases": False, "reactivate": 0.0, "quantizer": "twn"},
     "LSQ": {"biases": False, "reactivate": 0.0, "quantizer": "lsq"},
+    "Tequila on TWN": {"biases": False, "quantizer": "twn"},
     "Tequila, lambda 0.1": {"biases": False, "reactivate": 0.1},
-    "AbsMean + bias": {"reactivate": 0.0},
-    "Tequila + bias": {},
+    "AbsMean + bias": {"biases": True, "reactivate": 0.0},
+    "Tequila + bias": {"biases": True},
 }
 
 

@@ -16,8 +16,8 @@ arXiv 1902.08153: a learned, D = a / 2, no gradient of w outside [-a, a]; its gr
 divides by it).
 
 Differs from the paper: by default the float network's outputs are distilled instead of predicting the next token
-(`distill`), learning rates are relative to the size of what they change, and biases are trained (`biases`; the paper's
-networks have none). Embeddings are ternary without C, as what they sum is one row.
+(`distill`), learning rates are relative to the size of what they change, and biases, embeddings and normalizations stay
+unless `biases` and `others` ask for them. Embeddings are ternary without C, as what they sum is one row.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def apply(
     reactivate: float = 1e-3,
     quantizer: Quantizer = "absmean",
     distill: float = 1.0,
-    biases: bool = True,
+    biases: bool = False,
     others: bool = False,
     rounds: int = 4,
     states: int = 4096,
@@ -218,7 +218,7 @@ def apply(
     the sum of a row; warmed up over 5 % of the run, then along a cosine to zero. reactivate: lambda, 0 for the
     baselines. distill: 1 for the float network's outputs (of a policy: its actions, `quantkit.losses`; of a language
     model: KL of the next token), 0 for the next token of the calibration text itself, in between for both. biases:
-    train those of the layers. others: train what has no ternary weight, too: layers left in float, normalizations.
+    train those of the layers, too. others: train what has no ternary weight, too: layers left in float, normalizations.
     rounds: with `calib.visit`, how often the policy acts to find `states` more states to be trained on.
 
     Returns the loss on the first four batches of samples before and after, the fraction of dead weights before and
