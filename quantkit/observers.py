@@ -24,6 +24,22 @@ from quantkit.qlayers import Point, QLayer
 Observer = Callable[[Any, Tensor], None]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Arithmetic of torch on one thread, and the number of before afterwards.
+
+    How a product or sum is split among threads decides the order of additions and so the last bits, and a weight in
+    the middle of two codes is decided by these. `recipe.quantize` runs under it: codes and scales are the same bytes
+    whatever `torch.set_num_threads` says. Cores are for other designs meanwhile.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def collect(model: Model, calib: Calib, observers: Mapping[str, Observer]) -> None:
     """Run the model over the calibration inputs; `observers[name]` sees every input of the layer or point `name`.
 

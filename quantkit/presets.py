@@ -25,9 +25,19 @@ PRESETS: dict[str, tuple[Step, ...]] = {
 """fast: milliseconds. balanced: training on the calibration set, a second or two. best: the policy acts, too."""
 
 
-def preset_steps(name: str) -> tuple[Step, ...]:
-    """The steps of a preset, each time a fresh copy. InputError with the nearest name for an unknown one."""
+NETWORK_PRESETS: dict[str, tuple[Step, ...]] = {
+    "fast": (("gptq", {"act_order": True}), ("bias_correction", {})),
+    "balanced": (("adaround", {"steps": 300}), ("bias_correction", {})),
+    "best": (("adaround", {"steps": 300}), ("bias_correction", {})),
+}
+
+
+def preset_steps(name: str, policy: bool = True) -> tuple[Step, ...]:
+    """The steps of a preset, of a policy or of another network, each time a fresh copy.
+
+    InputError with the nearest name for an unknown one.
+    """
     if name not in PRESETS:
         near: Any = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
         raise InputError(f"unknown preset {name!r}; did you mean {near[0]!r}? Presets: {', '.join(PRESETS)}")
-    return tuple((step, dict(options)) for step, options in PRESETS[name])
+    return tuple((step, dict(options)) for step, options in (PRESETS if policy else NETWORK_PRESETS)[name])

@@ -28,7 +28,7 @@ from quantkit import shelves
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import visit
+from quantkit.observers import one_thread, visit
 from quantkit.qlayers import LayerPlan, QLayer, shape_of
 from quantkit.qtensor import grouped
 
@@ -196,7 +196,7 @@ def quantize(
 
     A layer that cannot be quantized stays in float, with the reason in `meta["float_layers"]`. Raises InputError for
     groups that do not fit a layer, a non-finite weight or input, and a plan that matches no layer.
-    `progress(step name, done, total)` is called before each step.
+    `progress(step name, done, total)` is called before each step. The result does not depend on the number of threads.
     """
     result = captured(model)
     check(result, recipe)
@@ -222,7 +222,7 @@ def quantize(
     calib.generator.manual_seed(recipe.seed)
     steps = full_steps(recipe)
     reports: list[StepReport] = []
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         for index, together in _groups(result, steps):
             if progress:
                 progress(steps[index][0], index, len(steps))

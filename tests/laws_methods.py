@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from strategies import WEIGHT_FORMATS
-from tiny_models import MODELS, SINGLES, single
+from tiny_models import MODELS, SINGLES, attention, correlated, generator, single
 from torch import nn
 
 from hwmodel import formats
@@ -17,6 +17,7 @@ from quantkit import shelves
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.policy import Policy
+from quantkit.presets import PRESETS, preset_steps
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import dequantize, values_of
 from quantkit.recipe import Recipe, make_plan, quantize, step_options, uniform
@@ -71,6 +72,7 @@ def facts(model: Model) -> dict[str, dict[str, object]]:
     for name, layer in model.qlayers().items():
         found["acts"][name] = layer.act
         found["weights"][name] = None if layer.q is None else (layer.q.codes.clone(), layer.q.scale.clone())
+    found["acts"] |= {name: point.act for name, point in model.points().items()}
     return found
 
 
@@ -126,6 +128,61 @@ def test_deterministic_and_pure(name, build):
     assert same(tuple(before.values()), tuple(model.module.state_dict().values()))
     assert not model.qlayers()
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+def wide() -> tuple[Model, Calib]:
+    """Layers of sizes at which torch and its libraries split sums among threads."""
+    net = nn.Sequential(nn.Linear(257, 300), nn.ReLU(), nn.Linear(300, 190), nn.GELU(), nn.Linear(190, 7))
+    inputs = correlated(1100, 257, seed=36)
+    return Model(net, inputs[:1]), Calib(inputs, batch=500)
+
+
+def wide_images() -> tuple[Model, Calib]:
+    """The same of convolutions, one of them depthwise."""
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.ReLU()),
+        *(nn.Conv2d(48, 64, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 9)),
+    )
+    inputs = torch.randn(90, 3, 24, 24, generator=generator(37))
+    return Model(net, inputs[:1]), Calib(inputs, batch=40)
+
+
+SPLIT = {
+    **{"policy": MODELS["policy"], "mlp": MODELS["mlp"], "cnn": MODELS["cnn"], "attention": attention},
+    **{"wide": wide, "wide images": wide_images, "wide attention": lambda: attention(128, 24, 100)},
+}
+
+
+def with_threads(threads: int, build, recipe: Recipe) -> tuple[dict, list]:
+    """What a recipe makes of a fresh model while torch may use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(3)
+        model, calib = build()
+        done = quantize(model, recipe, calib)
+        return facts(done), done.meta["steps"]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("build", SPLIT.values(), ids=SPLIT)
+@pytest.mark.parametrize("name", METHODS)
+def test_threads_change_nothing(name, build):
+    """Codes, scales, biases and diagnostics are the same bytes on one thread and on two."""
+    one, two = (with_threads(threads, build, recipe(name)) for threads in (1, 2))
+    assert not differences(one[0], two[0])
+    assert one[1] == two[1]
+
+
+@pytest.mark.parametrize("build", SPLIT.values(), ids=SPLIT)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_threads_change_no_preset(preset, build):
+    """The same of every preset, its training cut short."""
+    steps = preset_steps(preset, policy=isinstance(build()[0].module, Policy))
+    steps = tuple((name, {**given, **options(name)}) for name, given in steps)
+    one, two = (with_threads(threads, build, uniform("int4", "int4", steps=steps)) for threads in (1, 2))
+    assert not differences(one[0], two[0])
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)

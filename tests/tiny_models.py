@@ -119,6 +119,33 @@ def single(layer: nn.Module, seed: int = 45) -> tuple[Model, Calib]:
 
 MODELS = {"mlp": mlp, "cnn": cnn, "policy": policy, "tanh_policy": tanh_policy, "image_policy": image_policy}
 
+
+class TinyAttention(nn.Module):
+    """One block of a transformer on a sequence, with the mean over positions behind it."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        parts = self.qkv(self.norm(x)).reshape(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
+        return self.head((x + self.down(F.gelu(self.up(x)))).mean(dim=1))
+
+
+def attention(width: int = 16, length: int = 5, samples: int = 61) -> tuple[Model, Calib]:
+    """A transformer block on short sequences."""
+    inputs = correlated(samples * length, width, seed=35).reshape(samples, length, width)
+    return _wrap(TinyAttention(width), inputs, 46, "module")
+
+
 SINGLES = {
     "linear": lambda: single(nn.Linear(13, 7)),
     "row": lambda: single(nn.Linear(11, 1)),

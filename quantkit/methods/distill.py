@@ -38,6 +38,7 @@ from quantkit.errors import InputError
 from quantkit.links import find_links, scale_columns, scale_stage, shift_stage
 from quantkit.losses import Loss, loss_for
 from quantkit.model import Calib, Model
+from quantkit.observers import one_thread
 from quantkit.policy import Policy
 from quantkit.qlayers import ActQuant, BlockAct, QLayer
 from quantkit.qtensor import expand_scale, from_values, round_scale, scale_format, values_of
@@ -258,12 +259,8 @@ def apply(
             raise InputError(f"step 'distill': layer {name!r} has no quantized weight yet; put a step like gptq before")
     if not layers:
         return {"loss_before": 0.0, "loss_after": 0.0, "states": 0.0}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
-    try:
+    with one_thread():
         return _distill(model, calib, layers, steps, max(1, rounds), states, batch, lr)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _distill(

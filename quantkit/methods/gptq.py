@@ -40,7 +40,7 @@ from torch import Tensor
 from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
 from quantkit.model import Calib, Model
-from quantkit.observers import Gram, Site, Visit, layerwise, share, unquantized
+from quantkit.observers import Gram, Site, Visit, layerwise, one_thread, share, unquantized
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import (
     ScaleRule,
@@ -110,9 +110,7 @@ def solve(
     beyond them is one matrix product each time the columns double. It does not change the result
     beyond float noise. Runs on one thread: a column is too little work to share.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         Q = W.clone(memory_format=torch.contiguous_format)
         T = Q.clone()  # W plus the feedback received so far, then W - Q
         scales: list[Tensor] = []
@@ -127,8 +125,6 @@ def solve(
             T[group] *= s
             _feed(T[:edge], T[group], N[:, group, :edge])
         return Q, torch.stack(scales[::-1])
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _updated(W: Tensor, T: Tensor, N: Tensor) -> Tensor:
