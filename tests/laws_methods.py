@@ -132,9 +132,9 @@ def test_deterministic_and_pure(name, build):
 
 def wide() -> tuple[Model, Calib]:
     """Layers of sizes at which torch and its libraries split sums among threads."""
-    net = nn.Sequential(nn.Linear(257, 300), nn.ReLU(), nn.Linear(300, 190), nn.GELU(), nn.Linear(190, 7))
-    inputs = correlated(1100, 257, seed=36)
-    return Model(net, inputs[:1]), Calib(inputs, batch=500)
+    net = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 190), nn.GELU(), nn.Linear(190, 7))
+    inputs = correlated(4096, 64, seed=36)
+    return Model(net, inputs[:1]), Calib(inputs, batch=2048)
 
 
 def wide_images() -> tuple[Model, Calib]:
@@ -173,6 +173,20 @@ def test_threads_change_nothing(name, build):
     one, two = (with_threads(threads, build, recipe(name)) for threads in (1, 2))
     assert not differences(one[0], two[0])
     assert one[1] == two[1]
+
+
+def test_one_thread():
+    """Every step runs on one thread, as sums over 4,096 samples have other last bits on two."""
+    model, calib = MODELS["policy"]()
+    seen = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quantize(model, recipe("gptq"), calib, lambda *_: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen[:-1] and set(seen[:-1]) == {1}
 
 
 @pytest.mark.parametrize("build", SPLIT.values(), ids=SPLIT)
