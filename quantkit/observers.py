@@ -237,7 +237,7 @@ def walk(
     wanted = set(names)
     layers = model.qlayers()
     source = model if sequential else model.copy()
-    twin = _float_twin(model) if targets else None
+    twin = float_twin(model) if targets else None
     steps = _chain(source.module)
     with torch.no_grad():
         if steps is not None:
@@ -260,11 +260,13 @@ def layerwise(each: Callable[..., Visit]) -> Callable[..., dict[str, float]]:
     return apply
 
 
-def _float_twin(model: Model) -> Model:
+def float_twin(model: Model) -> Model:
+    """A copy that computes in float: no weight, input or operand of it is quantized."""
     twin = model.copy()
-    for layer in twin.qlayers().values():
-        layer.set_act(None)
-        layer.set_weight(None)
+    for part in twin.quantizers().values():
+        part.set_act(None)
+        if isinstance(part, QLayer):
+            part.set_weight(None)
     return twin
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, visit
+from quantkit.observers import Site, Visit, float_twin, visit
 
 CHANGES = frozenset({"bias"})
 
@@ -46,7 +46,7 @@ def mean_output(batches: Iterable[Tensor], spatial: int = 0) -> Tensor:
 def apply(model: Model, calib: Calib, *, sequential: bool = True) -> dict[str, float]:
     """Correct the bias of every layer with a quantized weight or input; returns the largest change."""
     step = each(model, calib, sequential=sequential)
-    visit(model if sequential else _float_copy(model), calib, [step])
+    visit(model if sequential else float_twin(model), calib, [step])
     return step.report
 
 
@@ -68,11 +68,3 @@ def each(model: Model, calib: Calib, *, sequential: bool = True) -> Visit:
 
     names = {n for n, layer in layers.items() if layer.plan.weight is not None or layer.plan.act is not None}
     return Visit(names, correct, report, targets=True, sequential=sequential)
-
-
-def _float_copy(model: Model) -> Model:
-    copy = model.copy()
-    for layer in copy.qlayers().values():
-        layer.set_act(None)
-        layer.set_weight(None)
-    return copy

@@ -38,9 +38,9 @@ from quantkit.errors import InputError
 from quantkit.links import find_links, scale_columns, scale_stage, shift_stage
 from quantkit.losses import Loss, loss_for
 from quantkit.model import Calib, Model
-from quantkit.observers import one_thread
+from quantkit.observers import float_twin, one_thread
 from quantkit.policy import Policy
-from quantkit.qlayers import ActQuant, BlockAct, QLayer
+from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
 from quantkit.qtensor import expand_scale, from_values, round_scale, scale_format, values_of
 from quantkit.rounding import round_to
 
@@ -59,6 +59,24 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad * ctx.saved_tensors[0], None
+
+
+class _Quantize(torch.autograd.Function):
+    """a Q(x / a) with a = scale exp(log_a); the derivatives are the docstring's, in few passes over x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_a: Tensor, scale: float, fmt: Format) -> Tensor:
+        a = scale * log_a.exp()
+        u = x / a
+        q = round_to(u, fmt)
+        inside = u.clamp(*_limits(fmt)) == u
+        ctx.save_for_backward(inside, torch.where(inside, q - u, q), a)
+        return q.mul_(a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        inside, slope, a = ctx.saved_tensors
+        return grad * inside, slope.mul_(grad).sum() * a, None, None
 
 
 def _limits(fmt: Format) -> tuple[float, float]:
@@ -132,10 +150,9 @@ class Trainee(nn.Module):
             f, c = self.factors()
             x = x * f + c
         if layer.in_scale is not None:
-            x = x * (layer.in_scale if layer.op == "linear" else layer.in_scale[:, None, None])
+            x = x * layer.per_channel(layer.in_scale)
         if self.act is not None:
-            a = self.log_a.exp() * self.act.scale
-            x = _Round.apply(x / a, self.act.fmt) * a
+            x = _Quantize.apply(x, self.log_a, self.act.scale, self.act.fmt)
         if self.blocks is not None:
             x = x + (self.blocks.values(x, layer.axis) - x).detach()
         weight = layer.weight.detach()
@@ -147,7 +164,7 @@ class Trainee(nn.Module):
         bias = layer.bias + self.bias * self.unit
         if layer.op == "linear":
             return F.linear(x, weight, bias)
-        return layer.product(x, weight) + bias[:, None, None]
+        return layer.product(x, weight) + layer.per_channel(bias)
 
     @torch.no_grad()
     def bound(self) -> None:
@@ -174,6 +191,34 @@ class Trainee(nn.Module):
         if self.act is not None:
             layer.set_act(ActQuant(self.act.fmt, float(self.log_a.exp() * self.act.scale)))
         layer.bias.data = layer.bias + self.bias * self.unit
+
+
+class Operand(nn.Module):
+    """A quantized `Point` whose scale can be trained; what comes out are real values. Blocks scale themselves."""
+
+    act = None  # so that a product around it applies no scale
+
+    def __init__(self, point: Point) -> None:
+        super().__init__()
+        assert point.act is not None
+        self.quantizer, self.axis = point.act, point.axis
+        self.log_a = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.quantizer, BlockAct):
+            return x + (self.quantizer.values(x, self.axis) - x).detach()
+        return _Quantize.apply(x, self.log_a, self.quantizer.scale, self.quantizer.fmt)
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Keep the scale within a factor of 100 of where it began."""
+        self.log_a.clamp_(-4.6, 4.6)
+
+    @torch.no_grad()
+    def store(self, point: Point, policy: nn.Module) -> None:
+        """Make the point's scale what has been learned."""
+        if isinstance(self.quantizer, ActQuant):
+            point.set_act(ActQuant(self.quantizer.fmt, float(self.log_a.exp() * self.quantizer.scale)))
 
 
 @dataclass
@@ -218,7 +263,7 @@ def train(
     A step whose loss or gradient is not finite is skipped.
     """
     groups = optimizer.param_groups
-    trainees = [m for m in student.modules() if isinstance(m, Trainee)]
+    trainees = [m for m in student.modules() if isinstance(m, Trainee | Operand)]
     for t in steps:
         for group in groups:
             group["lr"] = group["base"] * rates(t)
@@ -253,7 +298,7 @@ def apply(
     a cosine. Returns the held-out loss before and after, both on the final states, the round whose model was kept
     (0: the start), with visits the distances of the docstring, and how many states there were in the end.
     """
-    layers = {n: layer for n, layer in model.qlayers().items() if layer.q is not None or layer.act is not None}
+    layers = {n: part for n, part in model.quantizers().items() if part.act is not None or getattr(part, "q", None)}
     for name, layer in model.qlayers().items():
         if layer.plan.weight is not None and layer.q is None:
             raise InputError(f"step 'distill': layer {name!r} has no quantized weight yet; put a step like gptq before")
@@ -266,7 +311,7 @@ def apply(
 def _distill(
     model: Model,
     calib: Calib,
-    layers: dict[str, QLayer],
+    layers: dict[str, QLayer | Point],
     steps: int,
     rounds: int,
     states: int,
@@ -274,7 +319,7 @@ def _distill(
     lr: float,
 ) -> dict[str, float]:
     with torch.no_grad():
-        teacher = _float_twin(model)
+        teacher = float_twin(model)
         pool = Pool.of(calib.inputs, teacher.module)
         loss = loss_for(model.module.head if isinstance(model.module, Policy) else None, _outputs(pool))
         start = model.copy()
@@ -325,31 +370,30 @@ def _outputs(pool: Pool) -> Tensor:
     return torch.cat([pool.train_target, pool.held_target])
 
 
-def _float_twin(model: Model) -> Model:
-    twin = model.copy()
-    for layer in twin.qlayers().values():
-        layer.set_act(None)
-        layer.set_weight(None)
-    return twin
-
-
-def _student(start: Model, layers: dict[str, QLayer], pool: Pool) -> tuple[nn.Module, dict[str, Trainee]]:
+def _student(
+    start: Model, layers: dict[str, QLayer | Point], pool: Pool
+) -> tuple[nn.Module, dict[str, Trainee | Operand]]:
     """A copy of the network with trainable layers, by name."""
     copy = start.copy()
-    links = [link for link in find_links(copy) if link.kind == "input"]
+    links = [link for link in find_links(copy) if link.kind == "input"] if isinstance(copy.module, Policy) else []
     fed = links[0].consumers if len(links) == 1 and len(links[0].consumers) == 1 else ()
-    trainees = {}
-    for name, layer in copy.qlayers().items():
+    trainees: dict[str, Trainee | Operand] = {}
+    for name, part in copy.quantizers().items():
         if name not in layers:
             continue
+        if isinstance(part, Point):
+            trainees[name] = Operand(part)
+            continue
         stage = None
-        if name in fed and layer.op == "linear" and layer.in_scale is None:
+        if name in fed and part.op == "linear" and part.in_scale is None:
             shape = copy.module.obs_shape  # type: ignore[union-attr]
-            stage = layer.weight.shape[1] if len(shape) == 1 else None  # type: ignore[arg-type]
-        trainees[name] = Trainee(layer, stage)  # type: ignore[arg-type]
+            stage = part.weight.shape[1] if len(shape) == 1 else None  # type: ignore[arg-type]
+        trainees[name] = Trainee(part, stage)
     spread: dict[str, Tensor] = {}
     handles = []
     for name, trainee in trainees.items():
+        if isinstance(trainee, Operand):
+            continue
 
         def note(_m: nn.Module, _a: object, y: Tensor, name: str = name) -> None:
             spread[name] = y.double().std(unbiased=False).float()
@@ -360,16 +404,17 @@ def _student(start: Model, layers: dict[str, QLayer], pool: Pool) -> tuple[nn.Mo
     for handle in handles:
         handle.remove()
     for name, trainee in trainees.items():
-        trainee.unit = spread.get(name, torch.ones(())).clamp_min(1e-12)
+        if isinstance(trainee, Trainee):
+            trainee.unit = spread.get(name, torch.ones(())).clamp_min(1e-12)
         copy.replace(name, trainee)
     return copy.module, trainees
 
 
-def _stored(start: Model, trainees: dict[str, Trainee]) -> Model:
+def _stored(start: Model, trainees: dict[str, Trainee | Operand]) -> Model:
     result = start.copy()
-    layers = result.qlayers()
+    parts = result.quantizers()
     for name, trainee in trainees.items():
-        trainee.store(layers[name], result.module)
+        trainee.store(parts[name], result.module)  # type: ignore[arg-type]
     return result
 
 
@@ -383,3 +428,5 @@ def _copy_into(model: Model, best: Model) -> None:
         layer.weight.data, layer.bias.data = found[name].weight.data, found[name].bias.data
         layer.set_weight(found[name].q)
         layer.set_act(found[name].act)
+    for name, point in best.points().items():
+        model.points()[name].set_act(point.act)
