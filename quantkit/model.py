@@ -91,6 +91,15 @@ class Calib:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     visit: Callable[[Model, int, int], Tensor] | None = None
 
+    def held(self) -> Tensor:
+        """Which inputs a method that trains judges itself by and never trains on: (samples,), true for every eighth."""
+        return torch.arange(len(self.inputs)) % 8 == 7
+
+    def rest(self) -> Calib:
+        """The calibration set without these; all of one with fewer than 16 inputs."""
+        kept = self.inputs[~self.held()] if len(self.inputs) >= 16 else self.inputs
+        return Calib(kept, self.batch, self.generator, self.visit)
+
     def batches(self) -> tuple[Tensor, ...]:
         """The inputs in batches."""
         return self.inputs.split(self.batch)

@@ -222,6 +222,8 @@ def quantize(
     calib.generator.manual_seed(recipe.seed)
     steps = full_steps(recipe)
     reports: list[StepReport] = []
+    trains = {name for name, _ in steps if "refined" in shelves.methods()[name].CHANGES}
+    shown = calib.rest() if trains and calib.visit is None else calib  # what training is judged by, no step has fitted
     with torch.no_grad(), one_thread():
         for index, together in _groups(result, steps):
             if progress:
@@ -229,10 +231,10 @@ def quantize(
             together = tuple((name, {**_scale_rule(recipe, name), **options}) for name, options in together)
             if len(together) == 1:
                 ((name, options),) = together
-                diagnostics = [shelves.methods()[name].apply(result, calib, **options)]
+                diagnostics = [shelves.methods()[name].apply(result, calib if name in trains else shown, **options)]
             else:
-                visits = [shelves.methods()[name].each(result, calib, **options) for name, options in together]
-                visit(result, calib, visits)
+                visits = [shelves.methods()[name].each(result, shown, **options) for name, options in together]
+                visit(result, shown, visits)
                 diagnostics = [step.report for step in visits]
             for (name, options), found in zip(together, diagnostics, strict=True):
                 reports.append(StepReport(name, dict(options), found))

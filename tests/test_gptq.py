@@ -11,14 +11,14 @@ from torch import nn
 
 from hwmodel.formats import nearest, parse
 from hwmodel.spec import PerGroup, PerRow, PerTensor
-from quantkit.methods import gptq
+from quantkit.methods import act_scales, gptq
 from quantkit.methods.gptq import factorize
 from quantkit.model import Calib
-from quantkit.observers import Gram
+from quantkit.observers import Gram, walk
 from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.qtensor import dequantize, fit_scale, quantize, values_of
+from quantkit.recipe import make_plan, uniform
 from quantkit.recipe import quantize as run
-from quantkit.recipe import uniform
 
 
 def paper(W, H, fmt, scale_of, size, damp=0.01):
@@ -117,7 +117,7 @@ def test_identity_hessian_is_nearest(weights, name, granularity):
     H = 2.7 * torch.eye(columns).expand(layer.groups, -1, -1).contiguous()
     expected = quantize(layer.weight, fit_scale(layer.weight, parse(weights), granularity), parse(weights), granularity)
     rule = {"rule": "mse", "percentile": 99.9, "pow2": False}
-    gptq._layer(layer, H, rule, 0.01, False, 16)
+    gptq._layer(layer, layer.weight.detach().flatten(1), H, rule, 0.01, False, 16)
     assert torch.equal(layer.q.codes, expected.codes)
     assert torch.equal(layer.q.scale, expected.scale)
 
@@ -217,3 +217,57 @@ def test_inputs_are_the_quantized_ones():
     fine = run(model, uniform("int4", "int8", steps=(("gptq", {}),)), calib)
     coarse = run(model, uniform("int4", "int2", steps=(("gptq", {}),)), calib)
     assert not torch.equal(fine.qlayers()["0"].q.codes, coarse.qlayers()["0"].q.codes)
+
+
+def drifted(build, acts):
+    """A layer alone with quantized inputs, as its site shows it: (site, Gram matrix)."""
+    model, calib = build()
+    for key, layer in list(model.layers().items()):
+        model.replace(key, QLayer(layer, make_plan("int4", acts)))
+    with torch.no_grad():
+        act_scales.apply(model, calib)
+        (site,) = walk(model, calib, ["0"], targets=True)
+    gram = Gram()
+    for x in site.inputs:
+        gram(site.layer, x)
+    return site, gram.total / gram.count
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "grouped", "depthwise"])
+def test_drift_aims_at_the_float_output(name):
+    """W* is the ridge regression of the float output on the quantized input around W, from numpy's least squares."""
+    site, H = drifted(SINGLES[name], "int3")
+    layer, damp = site.layer, 0.01
+    W = layer.weight.flatten(1)
+    got = gptq._aimed(site, W, H, 2**62, damp).reshape(layer.groups, -1, W.shape[1]).double().numpy()
+    for group in range(layer.groups):
+        X = torch.cat([layer.columns(x)[group] for x in site.inputs]).double().numpy()
+        Y = torch.cat([layer.output_rows(y)[group] for y in site.targets]).double().numpy()
+        w = W.reshape(got.shape)[group].double().numpy()
+        ridge = np.sqrt(len(X) * damp * np.mean(np.sum(X**2, axis=0)) / len(X)) * np.eye(X.shape[1])
+        missing = Y - layer.bias.reshape(layer.groups, -1)[group].double().numpy() - X @ w.T
+        moved = np.linalg.lstsq(np.vstack([X, ridge]), np.vstack([missing, 0 * w.T]), rcond=None)[0]
+        assert np.allclose(got[group], w + moved.T, atol=1e-4 * np.abs(w).max())
+
+
+def test_without_drift_nothing_to_aim_at():
+    """With float inputs W* is W."""
+    site, H = drifted(SINGLES["conv"], "float")
+    W = site.layer.weight.flatten(1)
+    assert torch.allclose(gptq._aimed(site, W, H, 2**62, 0.01), W, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "policy", "cnn"])
+def test_drift_lowers_the_output_error(name):
+    """Where inputs are coarse, aiming at the float output ends nearer to the float network: in the mean of formats."""
+    model, calib = MODELS[name]()
+    ratios = []
+    with torch.no_grad():
+        target = model.module(calib.inputs)
+        for acts in ("int2", "int3", "int4", "e2m1"):
+            plain, aimed = (
+                run(model, uniform("int4", acts, steps=(("gptq", {"drift": drift}),)), calib) for drift in (False, True)
+            )
+            errors = [float((done.module(calib.inputs) - target).square().mean()) for done in (plain, aimed)]
+            ratios.append(errors[1] / errors[0])
+    assert np.exp(np.mean(np.log(ratios))) < 0.95

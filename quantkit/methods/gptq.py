@@ -19,6 +19,17 @@ w being the original weights. That needs one Cholesky factor and no inverse, and
 vector with the errors so far in place of an update of everything still to come. Matrices are stored
 by columns, so that a column is contiguous; the groups of a convolution run side by side.
 
+`drift=True` also repairs what the layers before have done to the inputs. With x~ the layer's input
+now and y = W x what it put out in float, |W x - Q x~|^2 over the calibration set is |(W* - Q) x~|^2
+plus a constant for
+
+    W* = W + E[(y - W x~) x~^T] E[x~ x~^T]^-1,
+
+so W* is rounded in place of W; `ridge` times the mean diagonal of E[x~ x~^T] is added to it before the
+inversion, as few samples would be fitted by heart. The target is that of Zhang et al., "Qronos:
+Correcting the Past by Shaping the Future... in Post-Training Quantization", arXiv 2505.11695; there
+the first column is rounded before the others are corrected, here W* comes first.
+
 Differs from the paper: the arithmetic above; inputs that are never active round to nearest instead
 of becoming zero, as a policy visits states that calibration did not; the damping raises itself when
 the factorization fails, and what still fails is rounded to nearest; a row that would end with a
@@ -40,7 +51,7 @@ from torch import Tensor
 from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
 from quantkit.model import Calib, Model
-from quantkit.observers import Gram, Site, Visit, layerwise, one_thread, share, unquantized
+from quantkit.observers import Gram, Site, Visit, layerwise, one_thread, share, spread, unquantized
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import (
     ScaleRule,
@@ -182,15 +193,18 @@ def each(
     act_order: bool = False,
     block: int = 16,
     sequential: bool = True,
+    drift: bool = False,
+    ridge: float = 0.2,
     samples: int = 0,
 ) -> Visit:
     """Quantize every planned weight that is still float.
 
     sequential: a layer's inputs come from the layers before it as already quantized; otherwise all
-    inputs are collected first. samples: how many inputs of a layer (output positions of a convolution)
-    make H, spread evenly over the calibration set; 0: all of a linear layer, and of a convolution 16 per
-    column, at least 8,192. Reports how many inputs were never active, how many layers and rows
-    fell back to rounding to nearest, and the largest damping that was needed.
+    inputs are collected first. drift, ridge: aim at the float network's output of the layer, as above.
+    samples: how many inputs of a layer (output positions of a convolution) make H, spread evenly over
+    the calibration set; 0: all of a linear layer, and of a convolution 16 per column, at least 8,192.
+    Reports how many inputs were never active, how many layers and rows fell back to rounding to
+    nearest, and the largest damping that was needed.
     """
     report = {"dead_inputs": 0.0, "nearest_layers": 0.0, "nearest_rows": 0.0, "largest_damp": 0.0}
     rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
@@ -200,29 +214,50 @@ def each(
         for x in site.inputs:
             gram(site.layer, x)
         H = torch.zeros(0) if gram.total is None else gram.total.div_(gram.count)
-        for key, value in _layer(site.layer, H, rule, damp, act_order, block).items():
+        W = site.layer.weight.detach().float().flatten(1)
+        if drift and H.numel():
+            W = _aimed(site, W, H, gram.limit, ridge)
+        for key, value in _layer(site.layer, W, H, rule, damp, act_order, block).items():
             report[key] = max(report[key], value) if key == "largest_damp" else report[key] + value
 
-    return Visit(unquantized(model), quantize_layer, report, sequential=sequential)
+    return Visit(unquantized(model), quantize_layer, report, targets=drift, sequential=sequential)
 
 
 apply = layerwise(each)
 
 
+def _aimed(site: Site, W: Tensor, H: Tensor, limit: int, ridge: float) -> Tensor:
+    """W* of the docstring, (out, columns); W where H with the ridge cannot be inverted."""
+    layer, (groups, columns, _) = site.layer, H.shape
+    w, bias = W.reshape(groups, -1, columns), layer.bias.reshape(groups, 1, -1)
+    C, count = torch.zeros_like(w), 0
+    for x, y in zip(site.inputs, site.targets, strict=True):
+        at = spread(layer, x, limit)
+        rows = layer.columns(x, at)
+        missing = layer.output_rows(y, at) - bias - torch.bmm(rows, w.mT)
+        C.baddbmm_(missing.mT, rows)
+        count += rows.shape[1]
+    mean = H.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
+    L, info = torch.linalg.cholesky_ex(H + torch.eye(columns) * (ridge * mean)[:, None, None])
+    moved = torch.cholesky_solve(C.div_(count).mT, L).mT
+    if info.any() or not moved.isfinite().all():
+        return W
+    return (w + moved).reshape(W.shape)
+
+
 def _layer(
-    layer: QLayer, H: Tensor, rule: dict[str, Any], damp: float, act_order: bool, block: int
+    layer: QLayer, W: Tensor, H: Tensor, rule: dict[str, Any], damp: float, act_order: bool, block: int
 ) -> dict[str, float]:
     fmt, granularity = layer.plan.weight, layer.plan.granularity
     assert fmt is not None
-    W = layer.weight.detach().float().flatten(1)
     out, columns = W.shape
     groups, rows = layer.groups, out // layer.groups
     importance = None
     if H.numel() and rule["rule"] == "importance":
         importance = H.diagonal(dim1=1, dim2=2)  # (groups, columns)
         importance = (importance + 1e-3 * importance.mean()).repeat_interleave(rows, dim=0)
-    nearest = fit_scale(layer.weight, fmt, granularity, importance=importance, **rule)
-    S, base = expand_scale(nearest, columns), base_of(layer.weight, fmt, granularity)
+    nearest = fit_scale(W, fmt, granularity, importance=importance, **rule)
+    S, base = expand_scale(nearest, columns), base_of(W, fmt, granularity)
     dead = float((H.diagonal(dim1=1, dim2=2) == 0).sum()) if H.numel() else 0.0
 
     order = _order(H, act_order)
