@@ -7,7 +7,7 @@ import pytest
 import small_policies
 import torch
 from strategies import WEIGHT_FORMATS
-from tiny_models import MODELS, nearest_quantized
+from tiny_models import MODELS, attention, nearest_quantized
 
 from hwmodel import formats
 from hwmodel.formats import levels
@@ -223,3 +223,35 @@ def test_center_takes_the_mean_out_of_a_discrete_head():
                 assert rows.mean(0).abs().max() < 1e-5
             else:
                 assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_operands_are_trained():
+    """A transformer's student starts as the quantized network, and the scales of its attention's operands move."""
+    model, calib = attention()
+    start = quantize(model, uniform("int4", "int4", steps=RTN), calib)
+    pool = distill.Pool.of(calib.inputs, start.module)
+    student, _ = distill._student(start.copy(), start.quantizers(), pool)
+    expected = start.module(calib.inputs)
+    assert (student(calib.inputs) - expected).abs().median() <= 1e-5 * expected.abs().max()
+    steps = (*RTN, ("distill", {"steps": 60, "rounds": 1, "lr": 0.02}))
+    done = quantize(model, uniform("int4", "int4", steps=steps), calib)
+    before, after = ({n: point.act for n, point in m.points().items()} for m in (start, done))
+    assert len(after) == 4 and {n: a.fmt for n, a in before.items()} == {n: a.fmt for n, a in after.items()}
+    assert all(before[n].scale != after[n].scale for n in after)
+    with torch.no_grad():
+        target = model.module(calib.inputs)
+        error = [float((m.module(calib.inputs) - target).square().mean()) for m in (start, done)]
+    assert error[1] < error[0]
+
+
+def test_judged_by_what_no_step_has_seen():
+    """Without visits the steps before see seven eighths of the calibration set: the last is not their work, too."""
+    model, calib = MODELS["mlp"]()
+    steps = (("gptq", {}), ("distill", {"steps": 0, "rounds": 1}))
+    done = quantize(model, uniform("int3", "int4", steps=steps), calib)
+    alone = quantize(model, uniform("int3", "int4", steps=steps[:1]), calib.rest())
+    assert all(
+        torch.equal(a.q.codes, b.q.codes) and a.act == b.act
+        for a, b in zip(done.qlayers().values(), alone.qlayers().values(), strict=True)
+    )
+    assert len(calib.rest().inputs) == int((~calib.held()).sum())

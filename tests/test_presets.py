@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import small_policies
 import torch
+from tiny_models import MODELS, attention
 from typer.testing import CliRunner
 
 from quantkit.cli import app
 from quantkit.errors import InputError
-from quantkit.presets import PRESETS, preset_steps
+from quantkit.presets import NETWORK_PRESETS, PRESETS, preset_steps
 from quantkit.recipe import Recipe, full_steps, parse_step, quantize, step_text, uniform
 from quantkit.study import design_id
 
@@ -78,3 +79,17 @@ def test_command_line(tmp_path):
     assert result.exit_code == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "s" / "rows.jsonl").read_text().splitlines()]
     assert {row["steps"] for row in rows} == {"rtn", "+".join(step_text(s) for s in preset_steps("fast"))}
+
+
+@pytest.mark.parametrize("name", NETWORK_PRESETS)
+@pytest.mark.parametrize("build", [MODELS["cnn"], attention], ids=["cnn", "attention"])
+def test_networks(name, build):
+    """The presets of other networks are plain data, too, and end nearer to the float outputs than nearest rounding."""
+    steps = preset_steps(name, policy=False)
+    assert tuple(parse_step(step_text(step)) for step in steps) == steps
+    model, calib = build()
+    with torch.no_grad():
+        target = model.module(calib.inputs)
+        plain, done = (quantize(model, uniform("int3", "int4", steps=s), calib) for s in ((), steps))
+        errors = [float((m.module(calib.inputs) - target).square().mean()) for m in (plain, done)]
+    assert errors[1] < errors[0]
