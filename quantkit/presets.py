@@ -28,12 +28,12 @@ PRESETS: dict[str, tuple[Step, ...]] = {
 _AIMED: Step = ("gptq", {"act_order": True, "drift": True})
 
 NETWORK_PRESETS: dict[str, tuple[Step, ...]] = {
-    "fast": (_AIMED, ("bias_correction", {})),
+    "fast": (_AIMED,),
     "balanced": (_AIMED, ("distill", {"steps": 100, "rounds": 1, "batch": 32, "lr": 0.01})),
     "best": (_AIMED, ("distill", {"steps": 400, "rounds": 4, "batch": 32, "lr": 0.01})),
 }
-"""The same for networks that do not act: seconds; training of all layers together on the calibration set, some tens of
-seconds for a small network; and four times as long."""
+"""The same for networks that do not act. fast: aims at the float outputs, and so needs no bias correction. balanced:
+all layers are trained together on the calibration set. best: four times as long."""
 
 
 def preset_steps(name: str, policy: bool = True) -> tuple[Step, ...]:
