@@ -11,6 +11,7 @@ Per layer, with Q rounding to the format and d/du Q(u) taken as 1 inside its ran
 
 (Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153, for the gradient of a), and for
 the first layer of a policy x = f * stage(obs) + c with f and c per feature, which the float input stage absorbs.
+A network that does not act is trained on the calibration set alone, the scales of attention's operands included.
 
 The loss is that of `quantkit.losses`.
 
