@@ -27,6 +27,7 @@ from quantkit.cli.options import (
     States,
     Steps,
     app,
+    for_kind,
     load,
     recipe_of,
 )
@@ -220,6 +221,7 @@ def analyze(
     from quantkit.study import calib_for, fresh_states
 
     if recipe is not None:
+        recipe = for_kind(recipe, preset, model)
         check(model, recipe)
         check_groups(model, recipe)
     with progress_bar("rollouts", "episodes") as update:

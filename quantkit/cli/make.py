@@ -25,6 +25,7 @@ from quantkit.cli.options import (
     States,
     Steps,
     app,
+    for_kind,
     load,
     recipe_of,
 )
@@ -73,6 +74,7 @@ def quantize(
     recipe = recipe_of(weights, acts, granularity, step, preset, layer, seed)
     check_new(output, force=force, marker="quantkit.json")
     model = load(checkpoint, env, factory, normalize, inputs)
+    recipe = for_kind(recipe, preset, model)
     check(model, recipe)
     check_groups(model, recipe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -97,11 +98,33 @@ def exceptions(texts: list[str] | None, granularity: str) -> tuple[tuple[str, La
     found = []
     for text in texts or []:
         pattern, equals, formats = text.partition("=")
-        weight, slash, act = formats.partition("/")
-        if not (pattern and equals and weight and slash and act):
+        parts = formats.split("/")  # a block format has a slash of its own: int4/e4m3x32/int8
+        cuts = [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(1, len(parts))]
+        weight, act = next((cut for cut in cuts if all(map(_is_format, cut))), cuts[0] if cuts else ("", ""))
+        if not (pattern and equals and weight and act):
             raise InputError(f"--layer {text!r} is not PATTERN=WEIGHTS/INPUTS, such as first=int8/int8")
         found.append((pattern, make_plan(weight, act, granularity)))
     return tuple(found)
+
+
+def _is_format(text: str) -> bool:
+    from quantkit.recipe import parse_format
+
+    try:
+        parse_format(text)
+    except InputError:
+        return False
+    return True
+
+
+def for_kind(recipe: Recipe, preset: str | None, model: Model) -> Recipe:
+    """The recipe with the preset's steps for networks that do not act, where the model is one."""
+    from quantkit.policy import Policy
+    from quantkit.presets import preset_steps
+
+    if preset is None or isinstance(model.module, Policy):
+        return recipe
+    return replace(recipe, steps=preset_steps(preset, policy=False))
 
 
 def recipe_of(
