@@ -9,8 +9,8 @@ from dataclasses import replace
 import report
 
 from hwmodel.devices import find_device
-from hwmodel.estimate import estimate, predict
-from hwmodel.folding import layer_fold
+from hwmodel.estimate import estimate
+from hwmodel.folding import layer_fold, predict
 from hwmodel.formats import parse
 from hwmodel.mac import coefficients, forget
 from hwmodel.spec import LayerSpec

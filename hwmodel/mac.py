@@ -1,4 +1,4 @@
-"""LUTs, flip-flops and DSPs of one processing element: products, adder tree, accumulator.
+"""LUTs and flip-flops of one processing element: products, adder tree, accumulator.
 
 Every pair of formats goes through one structure (`rtl/mac.v`): an operand is significand,
 shift and sign; the product is the significands' product, shifted, negated; the sum is exact
@@ -8,7 +8,7 @@ in fixed point. The cost is composed from pieces that registers keep apart:
 
 where `product` is a table of what the mapper made of each pair (`coeffs.toml`, fitted by
 `hwmodel fit`) and a formula for pairs outside the table. Binary x binary is
-popcount of agreements (`rtl/popcount.v`).
+popcount of agreements (`rtl/popcount.v`). Products in DSPs are `packing`'s.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 from hwmodel.cost import Cost, HwError
 from hwmodel.formats import BINARY, TERNARY, Block, Float, Format, Int, Levels, bits, int_max
-
-Mapping = Literal["lut", "dsp", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +223,7 @@ def booth_rows(x: int, x_signed: bool, y: int, y_signed: bool) -> float:
     return 1.0 + min(rows(y, y_signed) * (x + 2), rows(x, x_signed) * (y + 2))
 
 
-def tree_cost(lanes: int, width: int, max_bits: int, owed: bool, absorbed_levels: int = 0) -> Cost:
+def tree_cost(lanes: int, width: int, max_bits: int, owed: bool) -> Cost:
     """Adders of a registered binary tree over `lanes` values of `width` bits, sums cut at `max_bits`.
 
     An adder takes one LUT per bit of its operands, one more where it takes in an owed one.
@@ -237,9 +235,8 @@ def tree_cost(lanes: int, width: int, max_bits: int, owed: bool, absorbed_levels
         level += 1
         pairs, single = divmod(count, 2)
         narrow, wide = min(width + level - 1, max_bits), min(width + level, max_bits)
-        if level > absorbed_levels:
-            luts += pairs * (narrow + owed)
-            ffs += pairs * (wide + owed)
+        luts += pairs * (narrow + owed)
+        ffs += pairs * (wide + owed)
         if single:
             age += 1
             ffs += odd_bits + owed
@@ -272,52 +269,17 @@ def tree_levels(lanes: int) -> int:
     return (lanes - 1).bit_length()
 
 
-def uses_dsp(weight: Format, act: Format) -> bool:
-    """Whether Yosys maps the significands' product to a DSP: W + A >= 9 and both at least 2 bits."""
-    w, a = operand(weight).sig, operand(act).sig
-    return w + a >= 9 and min(w, a) >= 2
-
-
 @cache
-def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1, mapping: Mapping = "lut") -> Cost:
-    """One element that adds `lanes` products per cycle into one accumulator of `acc_bits` bits.
-
-    mapping: "lut" never uses DSPs; "dsp" uses them wherever synthesis would (`uses_dsp`), one
-    product each, without packing; "auto" is the one with fewer LUTs.
-    """
+def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1) -> Cost:
+    """One element that adds `lanes` products per cycle, made of LUTs, into one accumulator of `acc_bits` bits."""
     if lanes < 1 or acc_bits < 1:
         raise ValueError(f"a MAC has at least 1 lane and 1 accumulator bit, not {lanes} and {acc_bits}")
-    match mapping:
-        case "auto":
-            both = [mac_cost(weight, act, acc_bits, lanes, m) for m in ("lut", "dsp")]
-            return min(both, key=lambda cost: (cost.luts, cost.dsps))
-        case "dsp" if uses_dsp(weight, act):
-            return _dsp(weight, act, acc_bits, lanes)
-        case "dsp" | "lut":
-            if weight == BINARY and act == BINARY:
-                return popcount_cost(acc_bits, lanes)
-            width = min(product_bits(weight, act), acc_bits)
-            owed = owes(weight, act)
-            end = Cost(luts=acc_bits + owed, ffs=2 * acc_bits)
-            return product_cost(weight, act) * lanes + tree_cost(lanes, width, acc_bits, owed) + end
-        case _:
-            raise ValueError(f"unknown mapping {mapping!r}; accepted: lut, dsp, auto")
-
-
-def _dsp(weight: Format, act: Format, acc_bits: int, lanes: int) -> Cost:
-    """Significands multiplied in DSPs; of integers, these also take the first adders or the only accumulator."""
-    w, a = operand(weight), operand(act)
+    if weight == BINARY and act == BINARY:
+        return popcount_cost(acc_bits, lanes)
     width = min(product_bits(weight, act), acc_bits)
     owed = owes(weight, act)
-    dsps = Cost(dsps=lanes)
-    if not owed:
-        absorbed = tree_cost(lanes, width, acc_bits, owed, absorbed_levels=1)
-        return dsps + absorbed + (Cost(ffs=acc_bits) if lanes == 1 else Cost(luts=acc_bits, ffs=2 * acc_bits))
-    whole = product_cost(weight, act)
-    rest = max(0.0, whole.luts - multiplier_luts(w.sig, w.signed, a.sig, a.signed))
-    product = Cost(luts=rest, ffs=max(0.0, whole.ffs - w.sig - a.sig))
     end = Cost(luts=acc_bits + owed, ffs=2 * acc_bits)
-    return dsps + product * lanes + tree_cost(lanes, width, acc_bits, owed) + end
+    return product_cost(weight, act) * lanes + tree_cost(lanes, width, acc_bits, owed) + end
 
 
 def popcount_cost(acc_bits: int, lanes: int) -> Cost:

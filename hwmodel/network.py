@@ -33,11 +33,15 @@ class Layer:
     spec: formats, accumulator bits, activation. codes: weights as bit patterns (rows, columns).
     thresholds: Python integers (rows, levels of `spec.out` - 1), ascending in each row; None in the last
     layer, whose sums leave. A level that no sum reaches has a threshold above the row's largest sum.
+    line: float64 (rows, 3), gain and bias that turn a sum into the activation's input, and the real value of one step
+    of the output format behind it: a hint to `affine`, which proves what it makes of it by the thresholds;
+    None if unknown.
     """
 
     spec: LayerSpec
     codes: np.ndarray
     thresholds: np.ndarray | None
+    line: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         name, shape = self.spec.name, (self.spec.out_features, self.spec.in_features)
@@ -63,6 +67,8 @@ class Layer:
             )
         if (self.thresholds is None) != (self.spec.out is None):
             raise HwError(f"layer {name!r}: thresholds go with an output format")
+        if self.line is not None and (self.line.shape != (shape[0], 3) or not np.isfinite(self.line).all()):
+            raise HwError(f"layer {name!r}: gain, bias and step are finite numbers of shape {(shape[0], 3)}")
         if self.thresholds is not None:
             want = (shape[0], len(levels(self.spec.out)) - 1)  # type: ignore[arg-type]
             if self.thresholds.shape != want:
@@ -133,6 +139,7 @@ class Network:
                 "spec": layer.spec.to_json(),
                 "codes": layer.codes.tolist(),
                 "thresholds": None if layer.thresholds is None else layer.thresholds.tolist(),
+                "line": None if layer.line is None else layer.line.tolist(),
             }
             for layer in self.layers
         ]
@@ -146,6 +153,7 @@ class Network:
                 LayerSpec.from_json(entry["spec"]),
                 np.array(entry["codes"], dtype=np.int64),
                 None if entry["thresholds"] is None else np.array(entry["thresholds"], dtype=object),
+                None if entry.get("line") is None else np.array(entry["line"], dtype=np.float64),
             )
             for entry in record["layers"]
         )

@@ -1,7 +1,7 @@
 """Seeded designs that no coefficient was fitted to: units, single layers and whole policies to synthesize.
 
 Weights are rounded normal draws and thresholds those of a real quantizer (scale, bias and activation per
-row), because memories in LUTs cost by what is in them.
+row), because memories in LUTs cost by what is in them. Scales are per row, powers of two, or one per tensor.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hwmodel.accumulator import exact_bits
-from hwmodel.folding import divisors
+from hwmodel.affine import solved_layer
 from hwmodel.formats import BINARY, TERNARY, Format, Int, bits, encode, levels, minifloats, unit
 from hwmodel.mac import product_bits, tree_levels
 from hwmodel.network import Layer
+from hwmodel.packing import WIDE_PORT, divisors
 from hwmodel.reference import to_units
-from hwmodel.spec import Activation, LayerSpec
+from hwmodel.spec import Activation, Granularity, LayerSpec, PerRow, PerTensor
 
 FAMILIES = ("int", "minifloat", "mixed", "ternary", "binary")
 _INTS = [Int(b) for b in range(2, 9)]
@@ -39,11 +40,12 @@ class UnitSample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DesignSample:
-    """Layers in order, and the rows and columns (PE, SIMD) that each works on at once."""
+    """Layers in order, the rows and columns (PE, SIMD) that each works on at once, the DSPs' port or None for LUTs."""
 
     family: str
     layers: tuple[Layer, ...]
     folds: tuple[tuple[int, int], ...]
+    port: int | None
 
 
 def _pair(family: str, rng: random.Random) -> tuple[Format, Format]:
@@ -86,7 +88,7 @@ def layer_samples(count: int, seed: int) -> list[DesignSample]:
         rows, columns = rng.choice((4, 8, 12, 16, 24, 32, 64)), rng.choice((4, 8, 12, 16, 24, 32, 64))
         out = rng.choice([None, act, act, Int(rng.randint(2, 4), signed=False)])
         layers = random_layers([weight], [act], (columns, rows), rng, out)
-        found.append(DesignSample(family, layers, _folds(layers, rng, 12)))
+        found.append(DesignSample(family, layers, _folds(layers, rng, 12), _port(family, rng)))
     return found
 
 
@@ -104,8 +106,13 @@ def policy_samples(count: int, seed: int) -> list[DesignSample]:
         first = Int(8) if rng.random() < 0.3 else act
         count_ = len(sizes) - 1
         layers = random_layers([weight] * count_, [first] + [act] * (count_ - 1), sizes, rng)
-        found.append(DesignSample(family, layers, _folds(layers, rng, 8)))
+        found.append(DesignSample(family, layers, _folds(layers, rng, 8), _port(family, rng)))
     return found
+
+
+def _port(family: str, rng: random.Random) -> int | None:
+    """Every second design of integers has its products in DSPs of 7-series parts."""
+    return WIDE_PORT["xc7"] if family == "int" and rng.random() < 0.5 else None
 
 
 def _folds(layers: Sequence[Layer], rng: random.Random, most: int) -> tuple[tuple[int, int], ...]:
@@ -131,6 +138,8 @@ def random_layers(
 ) -> tuple[Layer, ...]:
     """A chain of linear layers; relu before unsigned inputs, tanh before signed ones. out: format behind the last."""
     draw = np.random.default_rng(rng.getrandbits(32))
+    granularity: Granularity = rng.choice((PerRow(), PerRow(), PerTensor()))
+    pow2 = rng.random() < 0.25
     layers = []
     for i, (weight, act) in enumerate(zip(weights, acts, strict=True)):
         after = acts[i + 1] if i + 1 < len(acts) else out
@@ -139,10 +148,15 @@ def random_layers(
         signed = after is not None and levels(after)[0] < 0
         activation: Activation = "none" if after is None else "tanh" if signed else "relu"
         spec = LayerSpec(
-            f"layer{i}", "linear", sizes[i + 1], sizes[i], weight=weight, act=act, activation=activation, acc_bits=width
-        )
+            f"layer{i}", "linear", sizes[i + 1], sizes[i], weight=weight, act=act, activation=activation,
+            granularity=granularity, scale_pow2=pow2, acc_bits=width,
+        )  # fmt: skip
         bare = Layer(spec, codes, None)
-        layers.append(bare if after is None else Layer(replace(spec, out=after), codes, _thresholds(bare, after, draw)))
+        if after is None:
+            layers.append(bare)
+        else:
+            line, thresholds = _behind(bare, after, draw)
+            layers.append(solved_layer(Layer(replace(spec, out=after), codes, thresholds, line)))
     return tuple(layers)
 
 
@@ -158,22 +172,27 @@ def _codes(weight: Format, shape: tuple[int, int], draw: np.random.Generator) ->
     return np.array([encode(v, weight) for v in table])[nearest]
 
 
-def _thresholds(layer: Layer, out: Format, draw: np.random.Generator) -> np.ndarray:
-    """Smallest sums whose next code is above each level: of tanh or relu behind a scale and bias per row."""
+def _behind(layer: Layer, out: Format, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Line and thresholds (`network.Layer`) of tanh or relu behind random scales and biases."""
     table = np.array(levels(out), float)
-    middles = (table[1:] + table[:-1]) / 2
-    if layer.spec.activation == "tanh":
-        with np.errstate(all="ignore"):
-            wanted = np.arctanh(np.clip(middles / max(abs(table)), -0.999, 0.999))
-    else:
-        wanted = 2 * middles / max(abs(table))
+    top, spec = max(abs(table)), layer.spec
+    middles = (table[1:] + table[:-1]) / 2 / top
+    with np.errstate(all="ignore"):
+        wanted = np.arctanh(np.clip(middles, -0.999, 0.999)) if spec.activation == "tanh" else 2 * middles
     units = layer.units.astype(float)
-    step = unit_spread(layer.formats[1]) * np.sqrt((units**2).sum(axis=1)) + 1e-9
-    scale = step[:, None] * draw.uniform(0.8, 1.2, size=(len(units), 1))
-    bias = draw.normal(0, 0.3, size=(len(units), 1))
+    rows = len(units)
+    scale = unit_spread(layer.formats[1]) * np.sqrt((units**2).sum(axis=1)) + 1e-9
+    scale = np.full(rows, scale.mean()) if spec.granularity == PerTensor() else scale * draw.uniform(0.8, 1.2, rows)
+    if spec.scale_pow2:
+        scale = 2.0 ** np.rint(np.log2(scale))
+        if spec.activation == "relu":  # so that the factor in steps of the output is a power of two
+            scale *= top / unit(out) / 2.0 ** np.rint(np.log2(top / unit(out)))
+    bias = draw.normal(0, 0.3, rows)
     low, high = (np.array(side, float) for side in layer.sum_range)
-    found = np.clip(np.ceil((wanted - bias) * scale), low[:, None], high[:, None] + 1)
-    return np.vectorize(int, otypes=[object])(np.sort(found, axis=1))
+    found = np.clip(np.ceil((wanted - bias[:, None]) * scale[:, None]), low[:, None], high[:, None] + 1)
+    step = unit(out) / top * (1 if spec.activation == "tanh" else 2)
+    line = np.stack([1 / scale, bias, np.full(rows, step)], axis=1)
+    return line, np.vectorize(int, otypes=[object])(np.sort(found, axis=1))
 
 
 def unit_spread(fmt: Format) -> float:

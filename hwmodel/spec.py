@@ -7,7 +7,7 @@ process, or years later, without torch.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from hwmodel.formats import Format, FormatError, ScaleFormat, parse, parse_scale
@@ -70,7 +70,27 @@ def parse_granularity(text: str) -> Granularity:
     )
 
 
-Activation = Literal["none", "relu", "tanh", "sigmoid", "elu", "leaky_relu", "gelu", "silu", "hardtanh"]
+Activation = Literal["none", "relu", "tanh", "sigmoid", "elu", "leaky_relu", "gelu", "silu", "hardtanh", "other"]
+CURVED = ("tanh", "sigmoid", "elu", "leaky_relu", "gelu", "silu", "other")
+"""Activations that are not one straight line between two clips; "other" is a function of the caller's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """What hardware needs to know of the exact arithmetic behind a layer's sums (`hwmodel.affine`).
+
+    kind: "plain" (a constant power of two), "constant", "shift", "runtime", or "none" if only thresholds do.
+    factor_bits: of the factor; of a shift, of its amount. adds: adders that make the constant's product.
+    bits: of the sum times the factor plus the offset. shift: of these, the bits below one step of the output, 0 where
+    levels are searched. patches: listed sums per row.
+    """
+
+    kind: str
+    factor_bits: int = 0
+    adds: int = 0
+    bits: int = 0
+    shift: int = 0
+    patches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +113,8 @@ class LayerSpec:
     groups: convolution groups (depthwise: equal to out_features).
     out_factors: each output is multiplied by a factor of its own behind the activation (SmoothQuant
         factors of the next layer that could not be absorbed).
+    rescale: the arithmetic that reproduces what follows the sums exactly; None: not known, `hwmodel.convert`
+        assumes what is usual.
     """
 
     name: str
@@ -110,6 +132,7 @@ class LayerSpec:
     scale_pow2: bool = False
     groups: int = 1
     out_factors: bool = False
+    rescale: Rescale | None = None
 
     @property
     def macs(self) -> int:
@@ -122,6 +145,7 @@ class LayerSpec:
         for key in ("weight", "act", "out"):
             record[key] = None if record[key] is None else str(record[key])
         record["granularity"] = str(self.granularity)
+        record["rescale"] = None if self.rescale is None else asdict(self.rescale)
         return record
 
     @classmethod
@@ -131,4 +155,6 @@ class LayerSpec:
         for key in ("weight", "act", "out"):
             values[key] = None if values[key] is None else parse(values[key])
         values["granularity"] = parse_granularity(values["granularity"])
+        if values.get("rescale") is not None:
+            values["rescale"] = Rescale(**values["rescale"])
         return cls(**values)

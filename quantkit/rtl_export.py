@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from hwmodel.affine import solved
 from hwmodel.cost import HwError
 from hwmodel.formats import Format, levels, unit
 from hwmodel.network import Layer, Network
 from quantkit.errors import InputError
 from quantkit.model import Model
-from quantkit.policy import Head, InputStage, Policy
+from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import encode
 from quantkit.rounding import rounder
@@ -77,6 +78,8 @@ def network_of(model: Model) -> tuple[Network, Host]:
         for n, (i, layer) in enumerate(zip(places, qlayers, strict=True)):
             assert isinstance(layer, QLayer) and layer.q is not None
             spec = specs[f"net.{modules[i][0]}"]
+            if any(type(m) not in (*ACTIVATION_NAMES, nn.Hardtanh, nn.Identity, nn.Flatten) for m in parts[n]):
+                spec = replace(spec, activation="other")
             codes = layer.q.codes.numpy().astype(np.int64)
             plain = Layer(_last(spec), codes, None)
             if n + 1 == len(places):
@@ -85,8 +88,8 @@ def network_of(model: Model) -> tuple[Network, Host]:
             following = qlayers[n + 1]
             assert isinstance(following, QLayer)
             table = thresholds(_to_values(layer, parts[n], following), plain, _act(following))
-            layers.append(Layer(spec, codes, table.astype(object)))
-        network = Network(tuple(layers), _facts(policy, qlayers[0], qlayers[-1], parts[-1]))
+            layers.append(Layer(spec, codes, table.astype(object), _line(layer, following)))
+        network = solved(Network(tuple(layers), _facts(policy, qlayers[0], qlayers[-1], parts[-1])))
     except HwError as error:
         raise InputError(str(error)) from None
     before = _host_input(policy, [m for _, m in modules[: places[0]]], qlayers[0])
@@ -125,6 +128,16 @@ def _scaled(layer: QLayer) -> Step:
         return np.add(y, bias, y)
 
     return run
+
+
+def _line(layer: QLayer, following: QLayer) -> np.ndarray:
+    """Gain and bias that a sum meets before the activation, and the value of one step behind it: float64 (rows, 3)."""
+    assert following.act is not None
+    gain = _step(layer) * np.asarray(layer.kernel().gain, np.float64)
+    bias = layer.bias.detach().numpy().astype(np.float64)
+    factor = 1.0 if following.in_scale is None else following.in_scale.detach().numpy().astype(np.float64)
+    step = following.act.scale * unit(_act(following)) / factor
+    return np.stack([np.broadcast_to(column, bias.shape) for column in (gain, bias, step)], axis=1)
 
 
 def _between(modules: list[nn.Module]) -> Step:

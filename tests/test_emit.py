@@ -15,12 +15,15 @@ from typer.testing import CliRunner
 
 from hwmodel import emit, emit_layer, simulate, yosys
 from hwmodel.accumulator import exact_bits
+from hwmodel.affine import solved
 from hwmodel.cli import app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
+from hwmodel.estimate import estimate
+from hwmodel.folding import Fold, layer_fold
 from hwmodel.formats import Format, levels, parse
 from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
-from hwmodel.plan import Plan, plan_layer, plan_network, total
+from hwmodel.plan import plan_network, total
 from hwmodel.reference import to_units
 from hwmodel.simulate import SimulationError
 from hwmodel.spec import LayerSpec
@@ -47,7 +50,7 @@ def tiny_network(
         )  # fmt: skip
         bare = Layer(dataclasses.replace(spec, out=None), codes, None)
         layers.append(bare if out is None else Layer(spec, codes, random_thresholds(bare, out, rng, spread)))
-    return Network(tuple(layers))
+    return solved(Network(tuple(layers)))
 
 
 def random_thresholds(layer: Layer, out: Format, rng: np.random.Generator, spread: float) -> np.ndarray:
@@ -62,11 +65,11 @@ def random_thresholds(layer: Layer, out: Format, rng: np.random.Generator, sprea
     return np.sort(found, axis=1).astype(object)
 
 
-def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -> tuple[Plan, ...]:
+def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -> tuple[Fold, ...]:
     """Write the network with given (PE, SIMD, converters) per layer."""
     plans = []
     for spec, (pe, simd, units) in zip(network.specs, folds, strict=True):
-        plan = plan_layer(spec, pe, simd)
+        plan = layer_fold(spec, pe, simd)
         plans.append(
             dataclasses.replace(plan, units=units, cycles=plan.cycles - plan.share + pe // units)
         )  # fmt: skip
@@ -75,7 +78,7 @@ def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -
     return tuple(plans)
 
 
-def prove(folder: Path, plans: tuple[Plan, ...], n: int = 40, tool: str = "iverilog") -> None:
+def prove(folder: Path, plans: tuple[Fold, ...], n: int = 40, tool: str = "iverilog") -> None:
     """The simulation equals the reference on every vector and takes the planned cycles."""
     found = simulate.check(folder, sample_codes(read_network(folder), n, seed=5), tool)
     assert found.mismatch is None
@@ -159,10 +162,74 @@ def test_verilator_agrees_and_finds_nothing_to_say(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     plans = emitted(network, FOLDS["shared converters"], folder)
     files = sorted(str(path.relative_to(folder)) for path in (folder / "rtl").glob("*.v"))
-    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", "network.v", *files]
-    done = subprocess.run([*command, "--top-module", "policy"], cwd=folder, capture_output=True, text=True, check=False)
+    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", "network.v"]
+    command += ["policy_axis.v", *files]
+    done = subprocess.run(
+        [*command, "--top-module", "policy_axis"], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-2000:]
     prove(folder, plans, tool="verilator")
+
+
+STREAM = """
+module bench;
+  reg clk = 0, up = 0, valid = 0, last = 0, ready = 0;
+  wire s_ready, m_valid, m_last, bad;
+  reg [{width}-1:0] data = 0;
+  wire signed [{word}-1:0] sum;
+  policy_axis dut (clk, up, valid, s_ready, data, last, m_valid, ready, sum, m_last, bad);
+  always #5 clk = ~clk;
+  reg [7:0] code; integer got, i, j;
+  initial begin
+    repeat (3) @(negedge clk); up = 1; got = 1;
+    while (got == 1) begin
+      for (i = 0; i < {beats} && got == 1; i = i + 1) begin
+        for (j = 0; j < {simd}; j = j + 1) begin
+          got = $fscanf(32'h8000_0000, "%h", code); data[j*8 +: 8] = code;
+        end
+        if (got == 1) begin
+          repeat ($random & 3) @(negedge clk);
+          valid = 1; last = i == {beats} - 1 - {early};
+          @(posedge clk); while (!s_ready) @(posedge clk);
+          @(negedge clk); valid = 0; data = {{{width}{{1'b1}}}};
+        end
+      end
+    end
+    repeat (2000) @(negedge clk); $finish;
+  end
+  always @(negedge clk) ready = $random & 1;
+  always @(posedge clk) if (m_valid & ready) begin
+    $write("%0d ", sum); if (m_last) $write("%0d\\n", bad);
+  end
+endmodule
+"""
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("early", [0, 1])
+def test_the_stream_wrapper_loses_nothing(early: int, tmp_path: Path) -> None:
+    """AXI4-Stream with random pauses on both sides gives the reference's sums; a misplaced tlast is reported."""
+    network = tiny_network(["int3", "int4", "int3"], ["int4", "uint3", "int4n"])
+    folder = tmp_path / "x"
+    emitted(network, FOLDS["turning operands"], folder)
+    word = -(-network.layers[-1].acc_bits // 8) * 8
+    (folder / "bench.v").write_text(STREAM.format(width=2 * 8, word=word, beats=3, simd=2, early=early))
+    files = [
+        "bench.v",
+        "network.v",
+        "policy_axis.v",
+        *(str(p.relative_to(folder)) for p in (folder / "rtl").glob("*.v")),
+    ]
+    subprocess.run(["iverilog", "-g2005", "-s", "bench", "-o", "bench", *files], cwd=folder, check=True)
+    done = subprocess.run(
+        ["vvp", "-n", "bench"], cwd=folder, input=(folder / "vectors.txt").read_text(), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    got = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    want = np.loadtxt(folder / "expected.txt", dtype=np.int64)
+    assert [row[:-1] for row in got] == want.tolist()
+    assert {row[-1] for row in got} == {early}
 
 
 @pytest.mark.sim
@@ -234,12 +301,34 @@ def test_plans_meet_their_targets() -> None:
     slow = plan_network(network, DEVICE, latency_us=2)
     assert sum(p.cycles for p in fast) <= 40 < sum(p.cycles for p in slow) <= 200
     assert total(slow).luts < total(fast).luts
-    budget = math.ceil(total(fast).luts)
+    budget = int(total(fast).luts)
     assert sum(p.cycles for p in plan_network(network, DEVICE, luts=budget)) <= sum(p.cycles for p in fast)
     with pytest.raises(HwError, match=r"nearest is .* us .* bound by layer 'fc"):
         plan_network(network, DEVICE, latency_us=0.05)
     with pytest.raises(HwError, match=r"nearest is .* LUTs .* bound by layer 'fc"):
         plan_network(network, DEVICE, luts=10)
+
+
+@pytest.mark.parametrize(("mapping", "dsp"), [("lut", "none"), ("dsp", "all")])
+@pytest.mark.parametrize("target", [{}, {"latency_us": 0.6}, {"luts": 700}])
+def test_the_estimate_is_the_plan_is_what_is_written(
+    mapping: str, dsp: str, target: dict[str, float], tmp_path: Path
+) -> None:
+    """For every target and mapping: one fold, one converter, one count of every resource and of cycles."""
+    network = tiny_network(["int4", "int5", "int3"], ["int6", "uint4", "int4n"])
+    plans = plan_network(network, DEVICE, dsp=dsp, **target)  # type: ignore[arg-type]
+    found = estimate(network.specs, DEVICE, mapping=mapping, **target)  # type: ignore[arg-type]
+    written = emit.summary(network, plans, DEVICE, 100.0)
+    keys = ("luts", "ffs", "dsps", "bram18", "cycles", "latency_us", "fits")
+    assert {key: written[key] for key in keys} == {key: getattr(found, key) for key in keys}
+    keys = ("name", "pe", "simd", "converter", "luts", "ffs", "dsps", "bram18", "cycles")
+    for one, other in zip(written["layers"], found.layers, strict=True):
+        assert {key: one[key] for key in keys} == {key: getattr(other, key) for key in keys}
+    assert (found.dsps > 0) == (dsp == "all") and all((p.pack is not None) == (dsp == "all") for p in plans)
+    emit.write(network, plans, tmp_path, DEVICE)
+    if mapping == "lut" and not target:
+        result = CliRunner().invoke(app, ["estimate", str(tmp_path), "--device", "xc7a35t", "--json"])
+        assert json.loads(result.stdout)["luts"] == json.loads((tmp_path / "plan.json").read_text())["luts"]
 
 
 def test_an_accumulator_too_small_is_refused() -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
+import math
 from dataclasses import replace
 
 import pytest
 
-from hwmodel import folding
 from hwmodel.devices import find_device
 from hwmodel.estimate import Estimate, HwError, default_cycles, estimate
-from hwmodel.folding import cheapest, divisors, fastest, folds
+from hwmodel.folding import Fold, cheapest, divisors, fastest, folds, predict
 from hwmodel.formats import parse
 from hwmodel.spec import LayerSpec, PerGroup, PerRow, PerTensor
 
@@ -48,27 +47,43 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("mapping", ["lut", "dsp"])
-def test_folding_equals_brute_force(mapping: str) -> None:
-    """For every target, the search finds exactly what trying every combination finds."""
-    every = [folds(spec, mapping) for spec in MIXED]  # type: ignore[arg-type]
-    sums = [(sum(f.cycles for f in c), sum(f.cost.luts for f in c)) for c in itertools.product(*every)]
-    for limit in (80, 100, 137, 200, 400, 1000, 5000):
+CHAIN = [
+    LayerSpec("a", "linear", 6, 4, weight=parse("int4"), act=parse("int8"), out=parse("uint4"), activation="relu"),
+    LayerSpec("b", "linear", 8, 6, weight=parse("ternary"), act=parse("uint4"), out=parse("int5"), activation="tanh"),
+    LayerSpec("c", "linear", 3, 8, weight=parse("int6"), act=parse("int5")),
+]
+
+
+def counted(chosen: tuple[Fold, ...]) -> int:
+    """LUTs of all layers in the network, each rounded up."""
+    return sum(math.ceil(cost.luts - 1e-9) for cost in predict(chosen))
+
+
+@pytest.mark.parametrize("port", [None, 25])
+@pytest.mark.parametrize("specs", [MIXED, CHAIN], ids=["apart", "chain"])
+def test_folding_equals_brute_force(specs: list[LayerSpec], port: int | None) -> None:
+    """For every target, the search finds exactly what trying every combination finds, buffers between layers included.
+
+    Layers apart are a convolution between linear layers, which no stream connects.
+    """
+    ports = [port] * len(specs)
+    sums = [(sum(f.cycles for f in c), counted(c)) for c in itertools.product(*(folds(s, port) for s in specs))]
+    for limit in (20, 30, 60, 80, 100, 137, 200, 400, 1000, 5000):
         best = min((s[1] for s in sums if s[0] <= limit), default=None)
         if best is None:
             with pytest.raises(HwError):
-                cheapest(MIXED, limit, mapping=mapping)  # type: ignore[arg-type]
+                cheapest(specs, limit, ports=ports)
             continue
-        found = cheapest(MIXED, limit, mapping=mapping)  # type: ignore[arg-type]
-        assert sum(f.cost.luts for f in found) == pytest.approx(best)
-        assert sum(f.cycles for f in found) <= limit
-    for budget in (700, 900, 1500, 3000, 10000):
+        found = cheapest(specs, limit, ports=ports)
+        assert counted(found) == best and sum(f.cycles for f in found) <= limit
+    for budget in (300, 350, 500, 700, 900, 1500, 3000, 10000):
         best = min((s[0] for s in sums if s[1] <= budget), default=None)
         if best is None:
             with pytest.raises(HwError):
-                fastest(MIXED, budget, mapping=mapping)  # type: ignore[arg-type]
+                fastest(specs, budget, ports=ports)
             continue
-        assert sum(f.cycles for f in fastest(MIXED, budget, mapping=mapping)) == best  # type: ignore[arg-type]
+        found = fastest(specs, budget, ports=ports)
+        assert sum(f.cycles for f in found) == best and counted(found) <= budget
 
 
 def test_cycles_follow_the_formula() -> None:
@@ -81,16 +96,6 @@ def test_cycles_follow_the_formula() -> None:
     assert all(4 % f.simd == 0 for f in folds(MIXED[2])), "a group is never split across cycles"
 
 
-def test_a_policy_is_searched_in_20_ms() -> None:
-    """A three-layer policy is estimated from cold caches fast enough not to slow a sweep."""
-    estimate(policy(), SMALL)
-    for cached in (folding.folds, folding.layer_fold, folding.front):
-        cached.cache_clear()
-    start = time.perf_counter()
-    estimate(policy(), SMALL)
-    assert time.perf_counter() - start < 0.02 * 3  # three times the aim: other work shares the machine
-
-
 def test_default_target() -> None:
     """Without a target, the latency is 64 MACs per cycle but at least 1,000 cycles."""
     assert default_cycles(policy()) == 1000
@@ -99,12 +104,12 @@ def test_default_target() -> None:
 
 
 def test_targets_trade() -> None:
-    """A tighter latency costs more LUTs, a budget is kept, and both targets agree but for buffers between layers."""
+    """A tighter latency costs more LUTs, and the LUT target gives back the latency target's answer."""
     found = [estimate(policy(), SMALL, latency_us=t) for t in (2, 4, 8, 16, 32)]
     assert all(a.luts >= b.luts and a.latency_us <= t for a, b, t in zip(found, found[1:], (2, 4, 8, 16), strict=False))
     for one in found:
-        assert estimate(policy(), SMALL, luts=one.luts).luts <= one.luts
-        assert estimate(policy(), SMALL, luts=round(1.1 * one.luts)).cycles <= one.cycles
+        again = estimate(policy(), SMALL, luts=one.luts)
+        assert again.cycles <= one.cycles and again.luts <= one.luts
         assert estimate(policy(), SMALL, latency_us=one.latency_us * 2, clock_mhz=50.0).luts == one.luts
 
 
@@ -178,5 +183,5 @@ def test_divisors() -> None:
 
 def test_a_greedy_search_is_noticed() -> None:
     """Sabotage: giving every layer its own smallest fold misses targets that the search meets."""
-    fronts = [folding.front(spec) for spec in MIXED]
-    assert sum(f[-1].cycles for f in fronts) > 400 >= sum(f.cycles for f in cheapest(MIXED, 400))
+    smallest = [min(folds(spec), key=lambda f: f.cost.luts) for spec in MIXED]
+    assert sum(f.cycles for f in smallest) > 400 >= sum(f.cycles for f in cheapest(MIXED, 400))

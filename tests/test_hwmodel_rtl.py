@@ -122,29 +122,33 @@ def test_popcount_counts_agreements() -> None:
     assert got == [11 - (x ^ y).bit_count() for x, y in zip(w, a, strict=True)]
 
 
-@pytest.mark.parametrize("scale", [0, 1, 2, 3])
-@pytest.mark.parametrize("out_signed", [0, 1])
-def test_requantizer_rounds_half_to_even_and_clips(scale: int, out_signed: int) -> None:
-    """A requantizer is clip(round_half_even((sum + bias) * scale / 2^shift)) for all four kinds of scale."""
+FACTORS = {0: lambda m: 45, 1: lambda m: m, 2: lambda m: 4 << m}
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_affine_is_exact(scale: int) -> None:
+    """A sum times a constant, run-time or shifted factor, plus an offset, in two's complement of T bits."""
     rng = random.Random(scale)
-    acc, out, k = 12, 4, 3 if scale == 3 else 6
-    shift = {0: 5, 1: 9, 2: 9, 3: 10}[scale]
-    module = yosys.gates(
-        yosys.unit("requantize", ACC=acc, SCALE=scale, K=k, CONST=45, SHIFT=shift, OUT=out, OUT_SIGNED=out_signed)
+    acc, k, t = 12, 3 if scale == 2 else 6, 23
+    module = yosys.gates(yosys.unit("affine", ACC=acc, SCALE=scale, K=k, FACTOR=45, BASE=2, T=t))
+    sums = [rng.randint(-2000, 2000) for _ in range(96)]
+    offsets, factors = [rng.randint(-(10**5), 10**5) for _ in sums], [rng.randrange(2**k) for _ in sums]
+    words = {"sum": [s & 4095 for s in sums], "offset": [b & ((1 << t) - 1) for b in offsets], "factor": factors}
+    got = [signed(word, t) for word in simulate(module, words, 8)["t"]]
+    assert got == [s * FACTORS[scale](m) + b for s, b, m in zip(sums, offsets, factors, strict=True)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(-8, 7), (0, 15), (-7, 7), (0, 11)])
+def test_rounding_is_half_to_even_and_clips(low: int, high: int) -> None:
+    """`round_clip` is clip(round_half_even(x / 2^shift)), ties and both ends among the numbers tried."""
+    text = (
+        "module rounded (input clk, input [11:0] x, output [3:0] out);\n"
+        f"round_clip #(.T(12), .SHIFT(5), .OUT(4), .LOW({low}), .HIGH({high})) unit (clk, x, out);\nendmodule\n"
     )
-    sums, biases = ([rng.randint(-900, 900) for _ in range(96)] for _ in range(2))
-    scales = [rng.randrange(2**k) for _ in range(96)]
-    mask = (1 << acc) - 1
-    got = simulate(module, {"sum": [s & mask for s in sums], "bias": [b & mask for b in biases], "scale": scales}, 8)[
-        "out"
-    ]
-    factor = {0: lambda s: 1, 1: lambda s: s, 2: lambda s: 45, 3: lambda s: 1 << s}[scale]
-    low, high = (-8, 7) if out_signed else (0, 15)
-    want = [
-        min(max(round((s + b) * factor(m) / 2**shift), low), high) & 15
-        for s, b, m in zip(sums, biases, scales, strict=True)
-    ]
-    assert got == want
+    module = yosys.gates(yosys.Unit("rounded", (), text))
+    numbers = [*range(-272, 496, 8), -2048, 2047]
+    got = simulate(module, {"x": [x & 4095 for x in numbers]}, 8)["out"]
+    assert got == [min(max(round(x / 32), low), high) & 15 for x in numbers]
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e3m2", "e4m0", "e1m3"])
@@ -160,14 +164,13 @@ def test_float_converter_is_nearest(name: str) -> None:
     assert [decode(c, fmt) for c in got] == [formats.nearest(w * formats.unit(fmt) / 4, fmt) for w in words]
 
 
-def test_threshold_finds_the_interval() -> None:
-    """Stage by stage, the threshold unit compares the sum with the level it is given."""
-    module = yosys.gates(yosys.unit("threshold", ACC=8, OUT=3))
+def test_listed_sums_are_patched() -> None:
+    """Sums on the list leave with their own codes, all others with the arithmetic's."""
+    module = yosys.gates(yosys.unit("patch", ACC=8, OUT=3, N=2, STAGES=4))
     sums = list(range(-100, 100, 3))
-    levels = [-20, 5, 60]
-    packed = sum((level & 255) << (8 * i) for i, level in enumerate(levels))
-    got = simulate(module, {"sum": [s & 255 for s in sums], "levels": [packed] * len(sums)}, 6)["index"]
-    assert got == [sum((s >= level) << (2 - i) for i, level in enumerate(levels)) for s in sums]
+    entries = ((5 << 8 | (-40 & 255)) << 11) | (6 << 8 | 20)
+    words = {"sum": [s & 255 for s in sums], "entries": [entries] * len(sums), "code": [1] * len(sums)}
+    assert simulate(module, words, 8)["out"] == [{-40: 5, 20: 6}.get(s, 1) for s in sums]
 
 
 def test_a_broken_netlist_is_noticed() -> None:

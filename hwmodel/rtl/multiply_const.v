@@ -1,6 +1,8 @@
 // x * FACTOR for a positive constant: one add or subtract per digit of its canonical signed form,
 // at most every second bit. Written as a chain that hands its low bits on, so that no flow
 // merges the adds back into one multiplication.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module multiply_const #(
     parameter X_BITS = 16, parameter K = 8, parameter FACTOR = 179
 ) (
@@ -18,16 +20,18 @@ module multiply_const #(
   genvar i;
   generate
     for (i = 0; i <= K; i = i + 1) begin : digit
-      wire [N-1:0] before;
+      wire [N-1:0] prior;
       wire [N-1:0] after;
-      if (i == 0) assign before = {N{1'b0}};
-      else assign before = {digit[i-1].after[N-1], digit[i-1].after[N-1:1]};
-      if (PLUS[i]) assign after = before + wide;
-      else if (MINUS[i]) assign after = before - wide;
-      else assign after = before;
+      if (i == 0) assign prior = {N{1'b0}};
+      else assign prior = {digit[i-1].after[N-1], digit[i-1].after[N-1:1]};
+      if (PLUS[i]) assign after = prior + wide;
+      else if (MINUS[i]) assign after = prior - wide;
+      else assign after = prior;
       if (i == K) assign all[i +: N] = after;
       else assign all[i] = after[0];
     end
   endgenerate
   assign p = all[X_BITS+K-1:0];
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

@@ -1,6 +1,8 @@
 // One coded number as significand, left shift and sign: value = (neg ? -1 : 1) * sig << shift,
 // in units of the format's smallest step. Wires and, for minifloats, one small adder.
 // KIND 0 signed integer, 1 unsigned integer, 2 minifloat, 3 ternary, 4 binary.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module operand #(
     parameter KIND = 0, parameter BITS = 4, parameter EXP = 0,
     parameter SIG = 4,                               // bits of sig
@@ -27,3 +29,5 @@ module operand #(
     end
   endgenerate
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

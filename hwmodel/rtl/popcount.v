@@ -1,5 +1,7 @@
 // Dot product of N binary pairs as the number of agreements: three pairs fill two LUT6, a count 0..3.
 // The +-1 sum is 2 * out - terms; the correction is a constant of the layer.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module popcount #(
     parameter N = 16, parameter ACC = 12
 ) (
@@ -25,5 +27,7 @@ module popcount #(
     end
   endgenerate
   tree #(.N(GROUPS), .P(3), .MAX(ACC), .OWED(0)) adders (clk, counts, {GROUPS{1'b0}}, sum, owed);
-  accumulate #(.ACC(ACC), .IN(SUM), .OWED(0)) total (clk, last, sum, 1'b0, out);
+  accumulate #(.ACC(ACC), .IN(SUM), .OWED(0)) adder (clk, last, sum, 1'b0, out);
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

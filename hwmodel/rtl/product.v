@@ -1,6 +1,8 @@
 // Registered product of a weight and an activation, any pair of kinds, as v + c:
 // v is the fixed-point product (one's complement if negated), c the 1 that negation still owes.
 // Without a shifter one register stage; with one, a stage between multiplier and shifter.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module product #(
     parameter W_KIND = 0, parameter W_BITS = 4, parameter W_EXP = 0, parameter W_SIG = 4,
     parameter A_KIND = 0, parameter A_BITS = 4, parameter A_EXP = 0, parameter A_SIG = 4,
@@ -55,3 +57,5 @@ module product #(
     end
   endgenerate
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

@@ -1,6 +1,8 @@
 // Fixed point -> minifloat code: x counts half-steps, i.e. G bits below the smallest subnormal.
 // Magnitude; position of the leading one; shift; round half to even, whose carry runs into the
 // exponent field by itself; saturate.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module to_float #(
     parameter X = 14, parameter EXP = 2, parameter MAN = 1, parameter G = 2
 ) (
@@ -45,3 +47,5 @@ module to_float #(
     code <= {neg3, (over3 | packed_code[EXP+MAN]) ? {(EXP+MAN){1'b1}} : packed_code[EXP+MAN-1:0]};
   end
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

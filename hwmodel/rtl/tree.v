@@ -1,6 +1,8 @@
 // Registered binary adder tree over N values v + c. Each adder takes one owed 1 as its carry-in
 // and passes the other on, so N lanes need no adder beyond the N - 1 of the tree and the accumulator.
 // OWED 0: no lane ever owes (integers), and the carry-ins disappear.
+/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
+/* verilator lint_off UNUSED */  // ports and wires serve the general case
 module tree #(
     parameter N = 4, parameter P = 8, parameter MAX = 32, parameter OWED = 1,
     parameter LEVELS = $clog2(N),
@@ -62,3 +64,5 @@ module tree #(
   assign sum = level[LEVELS].value;
   assign owed = level[LEVELS].carry;
 endmodule
+/* verilator lint_on WIDTH */
+/* verilator lint_on UNUSED */

@@ -1,4 +1,4 @@
-"""Commands of the hardware that is written out: rtl."""
+"""Commands of the hardware that is written out: rtl, rtl-episodes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.options import _HW, _MAKE, _OUT, Force, Json, app
-from quantkit.console import guarded, print_json, print_table, say
+from quantkit.cli.options import _HW, _MAKE, _OUT, Env, Episodes, Factory, Force, Json, Seed, app
+from quantkit.console import guarded, print_json, print_table, progress_bar, say
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit rtl agent.q -o agent.rtl --device xc7a35t --latency-us 2")
@@ -26,6 +26,10 @@ def rtl(
     clock_mhz: Annotated[
         float, typer.Option(min=1.0, help="Clock assumed; it is not predicted.", rich_help_panel=_HW)
     ] = 100.0,
+    dsp: Annotated[
+        str,
+        typer.Option(help="Products in DSPs: none, all, or layers such as net.0,net.2.", rich_help_panel=_HW),
+    ] = "none",
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -40,16 +44,60 @@ def rtl(
     part = find_device(device)
     check_new(output, force=force, marker="network.json")
     network, _ = network_of(load_artifact(directory))
-    plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz)
+    plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
     with new_directory(output, force=force, marker="network.json") as folder:
         emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
     document = emit.summary(network, plans, part, clock_mhz)
     if json:
         print_json({"output": str(output), **document})
         return
-    keys = ("name", "pe", "simd", "converters", "cycles", "luts", "ffs", "bram18")
+    keys = ("name", "pe", "simd", "converter", "converters", "cycles", "luts", "ffs", "dsps", "bram18")
     rows = [[str(entry[key]) for key in keys] for entry in document["layers"]]
     columns = {"layer": "left"} | dict.fromkeys(("PE", "SIMD", *keys[3:]), "right")
     title = f"{output}: {document['latency_us']:g} us at {clock_mhz:g} MHz, about {document['luts']:,} LUTs"
     print_table(title, columns, rows)
-    say(f"prove it with: hwmodel simulate {output}")
+    say(f"prove it with: hwmodel simulate {output}, or quantkit rtl-episodes {directory} {output}")
+
+
+@app.command(
+    "rtl-episodes",
+    rich_help_panel=_MAKE,
+    epilog="Example: quantkit rtl-episodes agent.q agent.rtl --episodes 5",
+)
+@guarded
+def rtl_episodes(
+    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
+    design: Annotated[Path, typer.Argument(metavar="DESIGN", help="Directory written from it by quantkit rtl.")],
+    episodes: Episodes = 5,
+    seed: Seed = 1000,
+    env: Env = None,
+    tool: Annotated[
+        str | None, typer.Option(help="verilator or iverilog; default: the first installed.", rich_help_panel=_HW)
+    ] = None,
+    factory: Factory = None,
+    json: Json = False,
+) -> None:
+    """Play whole episodes with the simulated Verilog; exit 1 at the first sum, output or action that differs."""
+    from dataclasses import asdict
+
+    from quantkit.artifact import load_artifact
+    from quantkit.model import EnvSpec
+    from quantkit.rtl_episodes import fly
+    from quantkit.study import policy_of
+
+    model = load_artifact(directory, factory=factory)
+    spec = policy_of(model)[1] if env is None else EnvSpec(env)
+    with progress_bar("fly", "episodes") as update:
+        flight = fly(model, design, spec, episodes=episodes, seed=seed, tool=tool, progress=update)
+    if json:
+        print_json(asdict(flight) | {"env": spec.id})
+    elif flight.difference is None:
+        say(
+            f"{spec.id} in {flight.tool}: {episodes} episodes, {flight.decisions:,} decisions, each as in Python; "
+            f"{flight.cycles_min}..{flight.cycles_max} cycles a decision; "
+            f"mean return {sum(flight.returns) / len(flight.returns):.2f}"
+        )
+    else:
+        say(f"differs: {flight.difference}")
+    if flight.difference is not None:
+        raise typer.Exit(1)

@@ -1,0 +1,121 @@
+"""Episodes whose every action comes from simulated hardware, compared step by step with the integers and the floats.
+
+This is not a command of `hwmodel`, which knows neither policies nor environments.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hwmodel.network import reference
+from hwmodel.simulate import Simulation
+from quantkit.errors import InputError
+from quantkit.model import EnvSpec, Model
+from quantkit.policy import Policy
+from quantkit.rtl_export import network_of
+from quantkit.simulate import compile_policy
+from quantkit.tasks.episodes import EVALUATION_SEED, Progress, rollout
+
+
+@dataclass(frozen=True)
+class Flight:
+    """Episodes flown by hardware.
+
+    returns, lengths: of the episodes, in order of their seeds; empty if the flight was ended by a difference.
+    cycles_min, cycles_max: from the last input beat accepted to out_valid. difference: the first, in words, or None.
+    """
+
+    tool: str
+    decisions: int
+    cycles_min: int
+    cycles_max: int
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    seconds: float
+    difference: str | None
+
+
+class DifferenceError(Exception):
+    """Hardware and reference disagree; the message names vector, cycle and signal."""
+
+
+class Pilot:
+    """`act(observations)` from the Verilog in `folder`, every decision checked against the policy it was written from.
+
+    Sums must equal the integer reference, network outputs and actions the Python simulator's, all bit for
+    bit; the first that do not raise `DifferenceError`. Use it in a `with` block.
+    """
+
+    def __init__(self, model: Model, folder: Path, tool: str | None = None) -> None:
+        if not isinstance(model.module, Policy):
+            raise InputError("this network is not a policy; episodes need a policy")
+        self.network, self.host = network_of(model)
+        self.policy = model.module
+        self._forward: Callable[[np.ndarray], np.ndarray] = compile_policy(self.policy)
+        self.rtl = Simulation(folder, tool)
+        self.decisions = 0
+        self.cycles: list[int] = []
+        if json.dumps(self.rtl.network.to_json()) != json.dumps(self.network.to_json()):
+            self.rtl.close()
+            raise InputError(f"{folder} was not written from this policy; write it again with quantkit rtl")
+
+    def __enter__(self) -> Pilot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rtl.close()
+
+    def outputs(self, obs: np.ndarray) -> np.ndarray:
+        """Network outputs (n, outputs) float32 of observations (n, *obs_shape), from the hardware."""
+        codes = self.host.codes(obs)
+        answer = self.rtl.run(codes)
+        self._compare("out_sums", answer.sums, reference(self.network, codes), answer.cycles)
+        found = self.host.outputs(answer.sums)
+        self._compare("output", found, self._forward(obs), answer.cycles)
+        self.decisions += len(obs)
+        self.cycles += answer.cycles.tolist()
+        return found
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Actions of the observations."""
+        return self.policy.head.actions(self.outputs(obs))
+
+    def _compare(self, signal: str, got: np.ndarray, want: np.ndarray, cycles: np.ndarray) -> None:
+        if np.array_equal(got, want):
+            return
+        row, column = map(int, np.argwhere(got != want)[0])
+        raise DifferenceError(
+            f"vector {self.decisions + row}, cycle {int(cycles[row])}, {signal}[{column}]: {got[row, column]}, "
+            f"but Python has {want[row, column]}"
+        )
+
+
+def fly(
+    model: Model,
+    folder: Path,
+    env: EnvSpec,
+    *,
+    episodes: int = 5,
+    seed: int = EVALUATION_SEED,
+    tool: str | None = None,
+    progress: Progress | None = None,
+) -> Flight:
+    """Play episodes seed, ..., seed + episodes - 1 from the Verilog that `quantkit rtl` wrote into `folder`."""
+    began = time.perf_counter()
+    difference, returns, lengths = None, (), ()
+    with Pilot(model, folder, tool) as pilot:
+        try:
+            result = rollout(pilot.act, env, episodes=episodes, seed=seed, progress=progress)
+            returns, lengths = tuple(result.returns.tolist()), tuple(result.lengths.tolist())
+        except DifferenceError as error:
+            difference = str(error)
+        cycles = pilot.cycles or [0]
+        name = pilot.rtl.tool
+    seconds = time.perf_counter() - began
+    return Flight(name, pilot.decisions, min(cycles), max(cycles), returns, lengths, seconds, difference)
