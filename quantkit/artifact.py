@@ -28,6 +28,7 @@ from hwmodel import formats
 from hwmodel.formats import Block, Float
 from hwmodel.spec import PerGroup, PerRow, PerTensor, parse_granularity
 from quantkit import __version__
+from quantkit.bands import ARRAYS, BANDS, Bands, from_arrays, to_arrays
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.files import new_directory
@@ -36,7 +37,7 @@ from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, QLayer, shape_of
 from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack
 from quantkit.recipe import format_name, parse_format
-from quantkit.specs import bits_per_weight, layer_specs, sqnr_db
+from quantkit.specs import bits_per_weight, layer_specs, sqnr_db, weight_name
 
 FORMAT_VERSION = 1
 MARKER = "quantkit.json"
@@ -52,7 +53,7 @@ def summary(model: Model) -> dict[str, Any]:
                 "name": name,
                 "op": shape_of(layer).op,
                 "shape": list(layer.weight.shape),
-                "weight": format_name(layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
+                "weight": weight_name(layer),
                 "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
                 "granularity": str(layer.plan.granularity) if isinstance(layer, QLayer) else None,
                 "sqnr_db": None if sqnr is None or not math.isfinite(sqnr) else round(sqnr, 3),
@@ -90,7 +91,10 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         record["act"] = None if layer.act is None else _act_record(layer.act)
         record["in_scale"] = layer.in_scale is not None
         record["weight"] = None
-        if layer.q is not None:
+        if isinstance(layer.q, Bands):
+            record["weight"] = {"format": BANDS, "shape": list(layer.q.shape)}
+            packed |= {f"{name}.{leaf}": array for leaf, array in to_arrays(layer.q).items()}
+        elif layer.q is not None:
             record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape), "base": layer.q.base}
             packed[f"{name}.codes"] = pack(layer.q.codes, formats.bits(layer.q.fmt))
             packed[f"{name}.scale"] = _packed_scale(layer.q)
@@ -219,7 +223,7 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
     points = model.points()
     for name, record in document.get("points", {}).items():
         points[name].set_act(_act_of(record))
-    codes = {f"{r['name']}.{leaf}" for r in document["quantized"] for leaf in ("codes", "scale")}
+    codes = {f"{r['name']}.{leaf}" for r in document["quantized"] for leaf in _leaves(r["weight"])}
     rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
     missing, unexpected = model.module.load_state_dict(rest, strict=False)
     restored = {f"{r['name']}.weight" for r in document["quantized"] if r["weight"] is not None}
@@ -237,8 +241,19 @@ def _positive(scale: float) -> float:
     return float(scale)
 
 
+def _leaves(weight: dict[str, Any] | None) -> tuple[str, ...]:
+    """What a quantized weight is stored as."""
+    return () if weight is None else ARRAYS if weight["format"] == BANDS else ("codes", "scale")
+
+
 def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     name, shape = record["name"], tuple(record["weight"]["shape"])
+    if record["weight"]["format"] == BANDS:
+        if shape != tuple(layer.weight.shape):
+            raise ValueError(f"{name} has another shape")
+        layer.set_weight(from_arrays({leaf: tensors[f"{name}.{leaf}"].numpy() for leaf in ARRAYS}, shape))
+        layer.weight.data = layer.effective_weight().clone()
+        return
     fmt = formats.parse(record["weight"]["format"])
     rows = shape[0]
     columns = int(torch.Size(shape).numel()) // rows

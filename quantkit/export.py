@@ -51,6 +51,7 @@ from torch import Tensor, fx, nn
 
 import quantkit
 from quantkit import export_graph, export_qcdq, export_qonnx
+from quantkit.bands import Bands
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export_layers import Target, layer_nodes
@@ -129,6 +130,12 @@ def check(model: Model, to: Target, postprocess: bool = False) -> None:
     """Raise InputError for what the target cannot carry: cheap, before any work."""
     if to not in get_args(Target):
         raise InputError(f"unknown export target {to!r}; accepted: {', '.join(get_args(Target))}")
+    bands = [name for name, layer in model.qlayers().items() if isinstance(layer.q, Bands)]
+    if bands and to != "qdq":
+        raise InputError(
+            f"layer {bands[0]!r}: target {to} cannot carry columns of 4 bits and of 1 bit in one weight; "
+            "accepted: target qdq, which holds it dense in float"
+        )
     if postprocess and not isinstance(model.module, Policy):
         raise InputError("postprocess needs a policy: this module has no head that says what its outputs mean")
     for name, part in model.quantizers().items():

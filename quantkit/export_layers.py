@@ -13,6 +13,7 @@ from torch import Tensor, finfo, float32, float64, nn
 
 from hwmodel import formats
 from quantkit import export_qcdq, export_qonnx
+from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.onnx_formats import Graph, conv_attributes, quantizer, weight
 from quantkit.qlayers import ActQuant, BlockAct, MatMul, Point, QLayer
@@ -126,8 +127,8 @@ def _quantized(graph: Graph, x: str, layer: QLayer, name: str, to: Target) -> st
 
 
 def _weight(graph: Graph, layer: QLayer, name: str, to: Target, *, real: bool) -> str:
-    if layer.q is None:
-        return graph.constant(layer.weight.detach().numpy(), name)
+    if layer.q is None or isinstance(layer.q, Bands):  # bands are held dense
+        return graph.constant(layer.effective_weight().detach().numpy(), name)
     return export_qcdq.weight(graph, layer.q, name) if to == "qcdq" else weight(graph, layer.q, name, real=real)
 
 

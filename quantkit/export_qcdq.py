@@ -35,7 +35,7 @@ def carries(fmt: Format) -> bool:
 def check(model: Model) -> None:
     """Raise InputError, naming the layer and what is accepted, for what QCDQ cannot carry."""
     for name, layer in model.quantizers().items():
-        q = layer.q if isinstance(layer, QLayer) else None
+        q = layer.uniform if isinstance(layer, QLayer) else None
         sides = (
             ("weights", None if q is None else q.fmt),
             ("inputs", None if layer.act is None else layer.act.fmt),

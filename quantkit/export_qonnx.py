@@ -61,7 +61,7 @@ def check(model: Model, to: Target, postprocess: bool, layers: list[tuple[str, n
         if isinstance(layer, QLayer) and layer.op not in known:
             raise InputError(f"layer {name!r}: target {to} has no {layer.op}; accepted: {', '.join(known)}")
         sides = (
-            ("weights", layer.q.fmt if isinstance(layer, QLayer) and layer.q else None),
+            ("weights", layer.uniform.fmt if isinstance(layer, QLayer) and layer.uniform else None),
             ("inputs", None if layer.act is None else layer.act.fmt),
         )
         for kind, fmt in sides:
@@ -102,7 +102,7 @@ def _check_finn(model: Model, postprocess: bool, layers: list[tuple[str, nn.Modu
 
 
 def _check_finn_layer(name: str, layer: QLayer, previous: tuple[str, nn.Module] | None) -> None:
-    act, q = layer.act, layer.q
+    act, q = layer.act, layer.uniform
     if q is None or act is None:
         side = "weights" if q is None else "inputs"
         raise InputError(f"layer {name!r}: float {side}; {_FINN_BOTH}")
@@ -175,15 +175,17 @@ def layer_nodes(graph: Graph, x: str, layer: QLayer, name: str, *, to: Target, f
         gain = gain * np.float64(missing)
     if flatten:
         x = graph.op("Flatten", [x], f"{flatten}.out", axis=1)
-    if layer.q is None:
+    if layer.uniform is None:
         stored = layer.weight.detach().numpy()
         w = graph.constant(stored.T if linear else stored, f"{name}.weight")
     else:
-        scalar = layer.q.scale.numel() == 1 and is_pow2(float(layer.q.scale))  # hls4ml 1.3 fails on one per row
-        inside = scalar or not exact or isinstance(layer.q.granularity, PerGroup)
-        w = _weight(graph, layer.q, f"{name}.weight", inside=inside)
+        scalar = layer.uniform.scale.numel() == 1 and is_pow2(
+            float(layer.uniform.scale)
+        )  # hls4ml 1.3 fails on one per row
+        inside = scalar or not exact or isinstance(layer.uniform.granularity, PerGroup)
+        w = _weight(graph, layer.uniform, f"{name}.weight", inside=inside)
         if not inside:
-            gain = gain * layer.q.scale[:, 0].double().numpy()
+            gain = gain * layer.uniform.scale[:, 0].double().numpy()
     wide = exact and linear and _wide(layer)
     if wide:
         x = graph.op("Cast", [x], f"{name}.wide_input", to=TensorProto.DOUBLE)
@@ -215,10 +217,10 @@ def input_values(graph: Graph, x: str, act: ActQuant, name: str, *, to: Target) 
 
 def _wide(layer: QLayer) -> bool:
     """Whether the sum needs float64 to be exact and the layer is none that hls4ml could read."""
-    if layer.kernel().weight.dtype != torch.float64 or layer.q is None or layer.act is None:
+    if layer.kernel().weight.dtype != torch.float64 or layer.uniform is None or layer.act is None:
         return False
-    minifloat = isinstance(layer.q.fmt, Float) or isinstance(layer.act.fmt, Float)
-    return minifloat or isinstance(layer.q.granularity, PerGroup)
+    minifloat = isinstance(layer.uniform.fmt, Float) or isinstance(layer.act.fmt, Float)
+    return minifloat or isinstance(layer.uniform.granularity, PerGroup)
 
 
 def _weight(graph: Graph, q: QTensor, name: str, *, inside: bool) -> str:

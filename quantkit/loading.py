@@ -11,6 +11,7 @@ from quantkit.loaders import sb3, torch_module
 from quantkit.model import EnvSpec, Model
 from quantkit.qlayers import QLayer, shape_of
 from quantkit.recipe import format_name
+from quantkit.specs import weight_name
 
 
 def load_checkpoint(
@@ -86,7 +87,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
     layers = []
     for name, layer in model.layers().items():
         shape, bias = shape_of(layer), getattr(layer, "bias", None)
-        weight, act = (layer.q, layer.act) if isinstance(layer, QLayer) else (None, None)
+        act = layer.act if isinstance(layer, QLayer) else None
         layers.append(
             {
                 "name": name,
@@ -95,7 +96,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
                 "out_features": shape.outputs,
                 "kernel": list(shape.kernel) or None,
                 "parameters": layer.weight.numel() + (0 if bias is None else bias.numel()),
-                "weight": format_name(None if weight is None else weight.fmt),
+                "weight": weight_name(layer),
                 "act": format_name(None if act is None else act.fmt),
             }
         )

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from hwmodel import formats
 from hwmodel.formats import Block, Format
 from hwmodel.spec import Granularity, PerGroup, PerRow
+from quantkit.bands import BANDS, Bands
+from quantkit.errors import InputError
 from quantkit.qtensor import BlockRule, QTensor, block_scale, dequantize, values_of
 from quantkit.rounding import round_to
 
@@ -164,7 +166,7 @@ class QLayer(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.plan = plan
         self.register_buffer("in_scale", None)
-        self.q: QTensor | None = None
+        self.q: QTensor | Bands | None = None
         self.act: ActQuant | BlockAct | None = None
         self._frozen: Kernel | None = None
 
@@ -187,7 +189,7 @@ class QLayer(nn.Module):
         """(channels,) shaped to broadcast against this layer's input or output."""
         return values.reshape(-1, *(1,) * self.spatial)
 
-    def set_weight(self, q: QTensor | None) -> None:
+    def set_weight(self, q: QTensor | Bands | None) -> None:
         """Use this quantized weight from now on (None: the float weight again)."""
         self.q = q
         self._frozen = None
@@ -209,6 +211,13 @@ class QLayer(nn.Module):
         """Forget what was decoded; call after changing `weight` in place."""
         self._frozen = None
 
+    @property
+    def uniform(self) -> QTensor | None:
+        """The quantized weight where it has one format, None where it is float; InputError where it is in bands."""
+        if isinstance(self.q, Bands):
+            raise InputError(f"weights in {BANDS} (step ptq161) have two formats; accepted here: weights of one")
+        return self.q
+
     def effective_weight(self) -> Tensor:
         """The weight in use, in real units: dequantized, or the float one."""
         return self.weight if self.q is None else dequantize(self.q)
@@ -217,28 +226,28 @@ class QLayer(nn.Module):
         """The decoded weight. Made once, until the weight or the input quantizer is set anew.
 
         Where a scale can be applied after the sum the weights are grid values; per-group scales
-        are multiplied into them, and those of an embedding.
+        are multiplied into them, those of an embedding and of bands.
         """
         if self._frozen is None:
             act_scale = None if self.act is None else self.act.scale
             if self.q is None:
                 self._frozen = Kernel(self.weight.data, act_scale)
-            elif isinstance(self.q.granularity, PerGroup) or self.op == "embedding":
+            elif isinstance(self.q, Bands) or isinstance(self.q.granularity, PerGroup) or self.op == "embedding":
                 weight = dequantize(self.q)
                 self._frozen = Kernel(weight if self.act is None else weight.double(), act_scale)
             else:
                 gain = self.q.scale[:, 0].double() * (1.0 if act_scale is None else act_scale)
                 values = values_of(self.q)
-                wide = self.act is not None and not self._fits_float32(values)
+                wide = self.act is not None and not self._fits_float32(self.q, values)
                 self._frozen = Kernel((values.double() if wide else values).reshape(self.q.shape), gain.float())
         return self._frozen
 
-    def _fits_float32(self, values: Tensor) -> bool:
+    def _fits_float32(self, q: QTensor, values: Tensor) -> bool:
         """Whether every partial sum is a whole number of units below 2^24."""
-        assert self.q is not None and self.act is not None
+        assert self.act is not None
         if isinstance(self.act, BlockAct):
             return False
-        largest = float(values.double().abs().sum(dim=1).max()) / formats.unit(self.q.fmt)
+        largest = float(values.double().abs().sum(dim=1).max()) / formats.unit(q.fmt)
         return largest * formats.int_max(self.act.fmt) <= 2**24
 
     def input_values(self, x: Tensor) -> Tensor:
@@ -341,7 +350,13 @@ class QLayer(nn.Module):
 
     def extra_repr(self) -> str:
         act = "float" if self.act is None else self.act.fmt
-        weight = "float" if self.q is None else f"{self.q.fmt} per {self.q.granularity}"
+        weight = (
+            "float"
+            if self.q is None
+            else BANDS
+            if isinstance(self.q, Bands)
+            else f"{self.q.fmt} per {self.q.granularity}"
+        )
         return f"{self.op}, {tuple(self.weight.shape)}, input {act}, weight {weight}"
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from hwmodel import formats
 from hwmodel.formats import Block, Float, Format, Int, Levels, ScaleFormat
 from hwmodel.spec import Granularity, PerGroup, PerRow, PerTensor
+from quantkit.bands import Bands, dense
 from quantkit.errors import InputError
 from quantkit.rounding import pow2_at_least, round_to
 
@@ -194,8 +195,10 @@ def values_of(q: QTensor) -> Tensor:
     return decode(q.codes, q.fmt)
 
 
-def dequantize(q: QTensor) -> Tensor:
+def dequantize(q: QTensor | Bands) -> Tensor:
     """The weight tensor in its original shape, float32."""
+    if isinstance(q, Bands):
+        return dense(q)
     return (values_of(q) * expand_scale(q.scale, q.codes.shape[1])).reshape(q.shape)
 
 

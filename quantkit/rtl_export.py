@@ -21,6 +21,7 @@ from hwmodel.affine import solved
 from hwmodel.cost import HwError
 from hwmodel.formats import Format, levels, unit
 from hwmodel.network import Layer, Network
+from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
@@ -99,6 +100,8 @@ def network_of(model: Model) -> tuple[Network, Host]:
 def _check_layer(name: str, layer: nn.Module) -> None:
     if not isinstance(layer, QLayer) or layer.q is None or layer.act is None:
         raise InputError(f"layer net.{name} is in float; hardware needs quantized weights and inputs in every layer")
+    if isinstance(layer.q, Bands):
+        raise InputError(f"layer net.{name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
     if layer.op != "linear":
         raise InputError(f"layer net.{name} is a convolution; hardware is written for linear layers only, so far")
 
@@ -113,8 +116,8 @@ def _last(spec: Any) -> Any:
 
 
 def _step(layer: QLayer) -> float:
-    assert layer.q is not None
-    return unit(layer.q.fmt) * unit(_act(layer))
+    assert layer.uniform is not None
+    return unit(layer.uniform.fmt) * unit(_act(layer))
 
 
 def _scaled(layer: QLayer) -> Step:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hwmodel import accumulator
-from hwmodel.formats import Format
+from hwmodel.formats import BINARY, Format, Int
 from hwmodel.spec import LayerSpec
+from quantkit.bands import BANDS, Bands, signed
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Plain, QLayer, shape_of
@@ -21,7 +22,9 @@ from quantkit.rounding import is_pow2
 
 
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
-    """One spec per product with a weight, in order of definition; the accumulator is exact for the actual weights.
+    """One spec per product with a weight, two of one in bands, in order of definition.
+
+    The accumulator is exact for the actual weights.
 
     Embeddings multiply nothing and have none; a transposed convolution counts all products of its kernel.
     """
@@ -29,14 +32,16 @@ def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     positions = _positions(model)
     followers = _activations(model)
     names = list(layers)
-    specs = []
+    specs: list[LayerSpec] = []
     for index, (name, layer) in enumerate(layers.items()):
         nxt = layers[names[index + 1]] if index + 1 < len(names) else None
-        specs.append(_spec(name, layer, nxt, positions[name], followers.get(name, "none")))
+        specs.extend(_specs(name, layer, nxt, positions[name], followers.get(name, "none")))
     return tuple(specs)
 
 
-def _spec(name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, positions: int, follower: str) -> LayerSpec:
+def _specs(
+    name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, positions: int, follower: str
+) -> tuple[LayerSpec, ...]:
     weight, shape = layer.weight, shape_of(layer)
     common: dict[str, Any] = {
         "name": name,
@@ -50,7 +55,9 @@ def _spec(name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, position
     act = layer.act if isinstance(layer, QLayer) else None
     out = nxt.act if isinstance(nxt, QLayer) else None
     if not isinstance(layer, QLayer) or layer.q is None:
-        return LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean()))
+        return (LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean())),)
+    if isinstance(layer.q, Bands):
+        return _bands(layer.q, common, act, _fmt(out))
     units = units_of(layer.q)
     acc_bits = None if not isinstance(act, ActQuant) else int(accumulator.exact_bits(units, act.fmt).max())
     pow2 = (
@@ -60,7 +67,7 @@ def _spec(name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, position
         and is_pow2(act.scale)
         and is_pow2(out.scale)
     )
-    return LayerSpec(
+    spec = LayerSpec(
         **common,
         weight=layer.q.fmt,
         act=_fmt(act),
@@ -71,6 +78,29 @@ def _spec(name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, position
         scale_pow2=pow2,
         out_factors=isinstance(nxt, QLayer) and nxt.in_scale is not None,
     )
+    return (spec,)
+
+
+def _bands(q: Bands, common: dict[str, Any], act: Any, out: Format | None) -> tuple[LayerSpec, ...]:
+    """One spec per band of columns that there is: the products of codes alone, without zeros, b and c."""
+    bands: dict[str, tuple[Format, Tensor]] = {
+        "salient": (Int(4, signed=False), q.codes.long()),
+        "rest": (BINARY, signed(q.signs).long()),
+    }
+    specs = []
+    for band, (fmt, units) in bands.items():
+        if units.shape[1]:
+            acc = int(accumulator.exact_bits(units.numpy(), act.fmt).max()) if isinstance(act, ActQuant) else None
+            own = {**common, "name": f"{common['name']}.{band}", "in_features": units.shape[1]}
+            zeros = float((units == 0).float().mean())
+            specs.append(LayerSpec(**own, weight=fmt, act=_fmt(act), out=out, acc_bits=acc, zeros=zeros))
+    return tuple(specs)
+
+
+def weight_name(layer: Plain | QLayer) -> str:
+    """The name of a layer's weight format, "float" if it has none."""
+    q = layer.q if isinstance(layer, QLayer) else None
+    return "float" if q is None else BANDS if isinstance(q, Bands) else str(q.fmt)
 
 
 def _fmt(act: Any) -> Format | None:

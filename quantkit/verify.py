@@ -34,6 +34,7 @@ from quantkit.export import canonical, input_dtype, open_session
 from quantkit.model import Model
 from quantkit.policy import Head, Policy
 from quantkit.qlayers import QLayer
+from quantkit.qtensor import QTensor
 from quantkit.rounding import round_to
 from quantkit.simulate import compile_policy
 from quantkit.verify_graph import stepper
@@ -341,7 +342,7 @@ def _at_boundary(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
 def _lsb(model: Model) -> np.ndarray | None:
     """The step of the last layer's products, one number per output, or None where there is no such grid."""
     last = _last(model)
-    if not isinstance(last, QLayer) or last.op != "linear" or last.q is None or last.act is None:
+    if not isinstance(last, QLayer) or last.op != "linear" or not isinstance(last.q, QTensor) or last.act is None:
         return None
     steps = formats.unit(last.act.fmt) * formats.unit(last.q.fmt) * last.act.scale
     scale = last.q.scale.double().amin(dim=1).numpy()

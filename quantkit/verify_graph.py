@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hwmodel.spec import PerGroup
+from quantkit.bands import Bands
 from quantkit.qlayers import Attention, MatMul, QLayer
 
 TOLERANCE = 1e-5
@@ -41,7 +42,11 @@ def exact(module: nn.Module, target: str) -> bool:
         case MatMul():
             return target == "qdq" and module.left.act is not None and module.right.act is not None
         case QLayer() if module.q is not None and module.act is not None:
-            if isinstance(module.q.granularity, PerGroup) or target not in ("qdq", "qonnx"):
+            if (
+                isinstance(module.q, Bands)
+                or isinstance(module.q.granularity, PerGroup)
+                or target not in ("qdq", "qonnx")
+            ):
                 return False
             summed = module.kernel().weight.dtype == torch.float32
             return summed or (target == "qdq" and module.op == "linear")

@@ -127,8 +127,8 @@ class Trainee(nn.Module):
         self.bias = nn.Parameter(torch.zeros_like(layer.bias))
         self.unit = torch.ones(())  # what one unit of `bias` is worth
         self.V: nn.Parameter | None = None
-        if layer.q is not None:
-            q = layer.q
+        if layer.uniform is not None:
+            q = layer.uniform
             self.s0 = q.scale
             u = layer.weight.detach().flatten(1) / expand_scale(q.scale, values_of(q).shape[1])
             self.V = nn.Parameter(inside_cell(u, values_of(q), q.fmt))
@@ -158,10 +158,12 @@ class Trainee(nn.Module):
             x = x + (self.blocks.values(x, layer.axis) - x).detach()
         weight = layer.weight.detach()
         if self.V is not None:
-            assert layer.q is not None
+            assert layer.uniform is not None
             s = self.log_s.exp() * self.s0
-            s = s + (round_scale(s, scale_format(layer.q.granularity), layer.q.base) - s).detach()
-            weight = (_Round.apply(self.V, layer.q.fmt) * expand_scale(s, self.V.shape[1])).reshape(layer.weight.shape)
+            s = s + (round_scale(s, scale_format(layer.uniform.granularity), layer.uniform.base) - s).detach()
+            weight = (_Round.apply(self.V, layer.uniform.fmt) * expand_scale(s, self.V.shape[1])).reshape(
+                layer.weight.shape
+            )
         bias = layer.bias + self.bias * self.unit
         if layer.op == "linear":
             return F.linear(x, weight, bias)
@@ -170,8 +172,8 @@ class Trainee(nn.Module):
     @torch.no_grad()
     def bound(self) -> None:
         """Keep latent weights in the format's range, and scales within a factor of 100 of where they began."""
-        if self.V is not None and self.layer.q is not None:
-            self.V.clamp_(*_limits(self.layer.q.fmt))
+        if self.V is not None and self.layer.uniform is not None:
+            self.V.clamp_(*_limits(self.layer.uniform.fmt))
         for name in ("log_s", "log_a", "stretch"):
             if (parameter := getattr(self, name, None)) is not None:
                 parameter.clamp_(-4.6, 4.6)
@@ -185,8 +187,8 @@ class Trainee(nn.Module):
             scale_stage(policy, f)
             shift_stage(policy, c)
             scale_columns(layer, 1 / f)
-        if self.V is not None and layer.q is not None:
-            q = layer.q
+        if self.V is not None and layer.uniform is not None:
+            q = layer.uniform
             scale = (self.log_s.exp() * self.s0).clamp_min(torch.finfo(torch.float32).tiny)
             layer.set_weight(from_values(round_to(self.V, q.fmt), scale, q.fmt, q.granularity, q.shape, q.base))
         if self.act is not None:
@@ -299,9 +301,13 @@ def apply(
     a cosine. Returns the held-out loss before and after, both on the final states, the round whose model was kept
     (0: the start), with visits the distances of the docstring, and how many states there were in the end.
     """
-    layers = {n: part for n, part in model.quantizers().items() if part.act is not None or getattr(part, "q", None)}
+    layers = {
+        n: part
+        for n, part in model.quantizers().items()
+        if part.act is not None or (isinstance(part, QLayer) and part.uniform is not None)
+    }
     for name, layer in model.qlayers().items():
-        if layer.plan.weight is not None and layer.q is None:
+        if layer.plan.weight is not None and layer.uniform is None:
             raise InputError(f"step 'distill': layer {name!r} has no quantized weight yet; put a step like gptq before")
     if not layers:
         return {"loss_before": 0.0, "loss_after": 0.0, "states": 0.0}
