@@ -23,9 +23,15 @@ from quantkit.qtensor import dequantize, values_of
 from quantkit.recipe import Recipe, make_plan, quantize, step_options, uniform
 
 METHODS = shelves.methods()
-FAST = {"adaround": {"steps": 60}, "distill": {"steps": 20, "rounds": 2}, "tequila": {"steps": 20, "batch": 32}}
+FAST = {
+    "adaround": {"steps": 60},
+    "distill": {"steps": 20, "rounds": 2},
+    "tequila": {"steps": 20, "batch": 32},
+    "ptq161": {"steps": 4},
+}
+BANDS = sorted(n for n, m in METHODS.items() if "bands" in m.CHANGES)  # for binary weights only
 TRAINED = sorted(n for n, m in METHODS.items() if "trained" in m.CHANGES)  # for ternary weights only
-WEIGHTS = sorted(n for n, m in METHODS.items() if "weights" in m.CHANGES and n not in TRAINED)
+WEIGHTS = sorted(n for n, m in METHODS.items() if "weights" in m.CHANGES and n not in TRAINED + BANDS)
 FLOATS = sorted(n for n, m in METHODS.items() if "float" in m.CHANGES)
 REFINED = sorted(n for n, m in METHODS.items() if "refined" in m.CHANGES)
 BIASES = sorted(n for n, m in METHODS.items() if "bias" in m.CHANGES and n not in REFINED + TRAINED)
@@ -37,10 +43,15 @@ def options(name: str, **more) -> dict:
     return {**FAST.get(name, {}), **{k: v for k, v in more.items() if k in known}}
 
 
+def asked(name: str, weights: str = "int4") -> str:
+    """The weight format, or the one that the method is for."""
+    return "ternary" if name in TRAINED else "binary" if name in BANDS else weights
+
+
 def recipe(name: str, weights: str = "int4", acts: str = "int8", granularity: str = "row", **more) -> Recipe:
     """The method's own step, after round-to-nearest if it corrects or refines what that leaves."""
     step = (name, options(name, **more))
-    weights = "ternary" if name in TRAINED else weights
+    weights = asked(name, weights)
     before = (("act_scales", {}), ("rtn", {})) if name in BIASES + REFINED else ()
     return uniform(weights, acts, granularity, (*before, step))
 
@@ -92,7 +103,7 @@ def differences(a: dict, b: dict) -> list[str]:
 
 def check_changes(name: str, method: ModuleType | SimpleNamespace, build) -> None:
     """The law below, for a subject that need not be on the shelf."""
-    model, calib = prepared(build, "ternary" if name in TRAINED else "int4")
+    model, calib = prepared(build, asked(name))
     before_step(name, model, calib)
     before = facts(model)
     inputs = calib.inputs.clone()
@@ -236,11 +247,11 @@ def test_groups(name, act_order):
 def test_planned_layers_only(name):
     """Layers without a plan keep their class and weights; an already quantized layer keeps its codes."""
     model, calib = MODELS["tanh_policy"]()
-    plan = ((("net.2"), make_plan("ternary" if name in TRAINED else "int4", "int8")),)
+    plan = ((("net.2"), make_plan(asked(name), "int8")),)
     done = quantize(model, Recipe(plan, recipe(name).steps), calib)
     assert type(done.layers()["net.0"]) is nn.Linear and type(done.layers()["net.4"]) is nn.Linear
     assert torch.equal(done.layers()["net.0"].weight, model.layers()["net.0"].weight)
-    if name in WEIGHTS + TRAINED:
+    if name in WEIGHTS + TRAINED + BANDS:
         model, calib = prepared(MODELS["policy"])
         before_step(name, model, calib)
         METHODS["rtn"].apply(model, calib)

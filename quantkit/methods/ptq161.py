@@ -14,16 +14,17 @@ and in the quantized network,
     loss   = sum over Y in {Y_full, Y_fq} of MSE(Y, Y_q) - log |mean cos(Y, Y_q)|
 
 The mean is over samples and tokens, the cosine over features (of images: channels). A block is what a list of modules
-holds at one index, a decoder layer for instance; without such a list it is the whole network.
+holds at one index, a decoder layer for instance; without such a list it is the whole network, to its last layer.
 
 Preprocessing (`repair`) does it twice: on the network quantized once, low-rank additions to the weights are trained,
 on the next token of the calibration text (where there are no tokens: on the float network's outputs, which the paper
 does not have), and merged; the result is what the second pass takes for the float network.
 
-Differs from the released code: sign(0) = 1; the learning rate of s is relative to its mean; all in float32, stored
-vectors in bfloat16; a block that training leaves with a larger loss than it began with keeps r1 = r2 = 1 and its
-first s; the repair has no dropout; a convolution's columns are those of its unfolded weight. Activations that are
-planned to be quantized are, with gradients straight through.
+Differs from the released code: sign(0) = 1; of columns of equal score only as many are taken as there is room for;
+the learning rate of s is relative to its mean; all is in float32, stored vectors in bfloat16; a block that training
+leaves with a larger loss than it began with keeps r1 = r2 = 1 and its first s; the repair has no dropout; a
+convolution's columns are those of its unfolded weight. Activations that are planned to be quantized are, with
+gradients straight through.
 """
 
 from __future__ import annotations
@@ -55,16 +56,18 @@ Range = Literal["row", "salient"]
 Split = Literal["auto", "network", "layer"]
 
 
-def mask(score: Tensor, ratio: float) -> Tensor:
-    """The salient columns, bool (m,): int(ratio m) + 1 with the largest scores, and ties. None at 0, all at 1.
+def mask(score: Tensor, ratio: float, ties: Tensor | None = None) -> Tensor:
+    """The salient columns, bool (m,): the int(ratio m) + 1 of largest score. None for ratio 0, all for 1.
+
+    ties: a second score, (m,), which orders columns of equal first one; then the earlier column.
 
     >>> mask(torch.tensor([3.0, 1.0, 4.0, 1.5, 5.0]), 0.2).tolist()
     [False, False, True, False, True]
     """
-    if ratio in (0.0, 1.0):
-        return torch.full(score.shape, ratio == 1)
-    score = score.clamp_min(1e-5)
-    return score >= score.sort(descending=True).values[int(ratio * len(score))]
+    order = torch.arange(len(score)) if ties is None else ties.argsort(descending=True, stable=True)
+    order = order[score[order].argsort(descending=True, stable=True)]
+    count = {0.0: 0, 1.0: len(score)}.get(ratio, int(ratio * len(score)) + 1)
+    return torch.zeros(len(score), dtype=torch.bool).index_fill_(0, order[:count], True)
 
 
 def start(w: Tensor, salient: Tensor, over: Range = "row") -> Bands:
@@ -77,30 +80,25 @@ def start(w: Tensor, salient: Tensor, over: Range = "row") -> Bands:
 
 
 class Inputs:
-    """Largest or mean magnitude of what meets each column of a layer's weight, (m,); None before the first batch.
+    """Largest and mean magnitude of what meets each column of a layer's weight, (m,), zeros before the first batch.
 
     Of a grouped convolution the largest of the groups. Of images at most `limit` places of each batch are looked at.
     """
 
-    def __init__(self, score: Score, limit: int = 8192) -> None:
-        self.score, self.limit = score, limit
-        self.total: Tensor | None = None
-        self.count = 0
+    def __init__(self, columns: int, limit: int = 8192) -> None:
+        self.limit, self.count = limit, 0
+        self.largest, self.total = torch.zeros(columns), torch.zeros(columns)
 
     def __call__(self, layer: QLayer, x: Tensor) -> None:
         rows = layer.columns(x, spread(layer, x, self.limit) if layer.spatial else None).abs()
-        seen = rows.amax(dim=(0, 1)) if self.score == "max" else rows.sum(dim=1).amax(dim=0)
-        if self.total is None:
-            self.total = seen
-        else:
-            self.total = torch.maximum(self.total, seen) if self.score == "max" else self.total + seen
+        self.largest = torch.maximum(self.largest, rows.amax(dim=(0, 1)))
+        self.total = self.total + rows.sum(dim=1).amax(dim=0)
         self.count += rows.shape[1]
 
-    def value(self, columns: int) -> Tensor:
-        """The score; of a layer that never ran all alike, and so all salient."""
-        if self.total is None:
-            return torch.zeros(columns)
-        return self.total / (1 if self.score == "max" else self.count)
+    def mask(self, score: Score, ratio: float) -> Tensor:
+        """The salient columns; the other score decides between equals, such as inputs that are clipped."""
+        mean = self.total / max(1, self.count)
+        return mask(self.largest, ratio, mean) if score == "max" else mask(mean, ratio, self.largest)
 
 
 class Scaled(nn.Module):
@@ -240,13 +238,13 @@ def _pass(model: Model, calib: Calib, wanted: list[str], o: _Options) -> dict[st
     for name in wanted:
         layers[name].set_weight(None)
     twin = _float(model)
-    seen = {name: Inputs(o.score) for name in wanted}
+    seen = {name: Inputs(layers[name].weight[0].numel()) for name in wanted}
     collect(twin, calib, seen)
     student, scaled = model.copy(), {}
     for name, layer in student.qlayers().items():
         if name in seen:
             w = layer.weight.detach().flatten(1)
-            scaled[name] = Scaled(layer, start(w, mask(seen[name].value(w.shape[1]), o.ratio), o.high))
+            scaled[name] = Scaled(layer, start(w, seen[name].mask(o.score, o.ratio), o.high))
             student.replace(name, scaled[name])
     _straight(student)
     graph, batches = _graph(model.module), calib.inputs.split(o.batch)
@@ -393,7 +391,7 @@ def _repair(
 
 @dataclass(frozen=True)
 class _Block:
-    """A stretch of the graph that ends where a single value goes on.
+    """A stretch of the graph that ends as soon as, behind its last layer, a single value goes on: a residual sum, say.
 
     names: the layers to be quantized. before: nodes that come before the first of them. nodes: from there to the end.
     end: the node that goes on.
@@ -443,10 +441,9 @@ def _blocks(graph: fx.Graph, wanted: list[str], split: Split) -> Iterator[_Block
         possible = [p for p in cuts if first[name] <= p < following]
         last = number + 1 == len(order)
         if last or (possible and keys[name] != keys[order[number + 1]]):
-            end = len(nodes) - 2 if last else possible[-1]
+            end, value = (possible[0], cuts[possible[0]]) if possible else (len(nodes) - 2, nodes[-1].args[0])
             start = first[names[0]]
-            value: Any = nodes[-1].args[0] if last else cuts[end]
-            yield _Block(tuple(names), tuple(nodes[begin:start]), tuple(nodes[start : end + 1]), value)
+            yield _Block(tuple(names), tuple(nodes[begin:start]), tuple(nodes[start : end + 1]), value)  # type: ignore[arg-type]
             begin, names = end + 1, []
     idle = tuple(name for name in wanted if name not in first)
     if idle:
