@@ -115,7 +115,7 @@ def test_folded_equals_dense(kind):
 
 
 def test_training_moves_scales_only():
-    """Signs, mask and 4-bit codes are those before training, and mu is as far as the ratio b / r1 can show it."""
+    """Signs, mask and 4-bit codes are those before training; s, r1 and r2 are all that learns."""
     model, calib = single(nn.Linear(40, 30))
     before, after = (binary(model, calib, steps=n).qlayers()["0"].q for n in (0, 60))
     for name in ("salient", "codes", "scale", "zero", "signs"):
