@@ -1,6 +1,7 @@
 """Perplexity against bits of PTQ1.61, its parts left out one by one, and of GPTQ, PB-LLM and BiLLM.
 
     python benchmarks/ptq161.py --data ../shared/data/lm
+    python benchmarks/ptq161.py --data ../shared/data/lm --only "*% salient with*" --out ptq161_fewer_bits
 
 stories260k (5 decoder layers, hidden size 64) on the first documents of the evaluation text. All see the same windows
 of the calibration text; embeddings and head stay in float, as in the paper. `bits` are those stored for the decoder
@@ -19,6 +20,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -171,6 +173,8 @@ def methods(steps: int, repair: int) -> dict[str, Callable[[Any, Calib], tuple[d
     return {
         "PTQ1.61 with preprocessing": ptq161(repair=repair, lr_repair=2e-3),
         "PTQ1.61": ptq161(),
+        "PTQ1.61, 10 % salient with preprocessing": ptq161(ratio=0.1, repair=repair, lr_repair=2e-3),
+        "PTQ1.61, 5 % salient with preprocessing": ptq161(ratio=0.05, repair=repair, lr_repair=2e-3),
         "PTQ1.61, 10 % salient": ptq161(ratio=0.1),
         "PTQ1.61, no angular term": ptq161(angular=False),
         "PTQ1.61, no mask": ptq161(ratio=0.0),
@@ -216,8 +220,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of AdamW for each block")
     parser.add_argument("--repair", type=int, default=200, help="steps of preprocessing")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", default="*", help="rows whose name matches")
+    parser.add_argument("--out", default="ptq161", help="name of the table in reports/language")
     args = parser.parse_args()
-    names = ["float32", *methods(args.steps, args.repair)]
+    names = [name for name in ("float32", *methods(args.steps, args.repair)) if fnmatchcase(name, args.only)]
+    if not names:
+        parser.error(f"--only {args.only!r} matches no row")
     one = partial(
         row,
         data=args.data,
@@ -231,7 +239,7 @@ def main() -> None:
         for found in pool.map(one, names):
             print(found, flush=True)
             rows.append(found)
-    publish("language/ptq161", rows, packages=("torch", "transformers"), title="ptq161")
+    publish(f"language/{args.out}", rows, packages=("torch", "transformers"), title=args.out)
 
 
 if __name__ == "__main__":

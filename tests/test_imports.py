@@ -15,7 +15,19 @@ TOP = {
     *(f"quantkit.{n}" for n in ("study", "sweep", "report", "figures", "cli", "search", "analyze", "analysis_figure"))
 }
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
-CORE = {"rounding", "bands", "qtensor", "qlayers", "model", "policy", "observers", "links", "training", "kvgrid", "kvcontract"}
+CORE = {
+    "rounding",
+    "bands",
+    "qtensor",
+    "qlayers",
+    "model",
+    "policy",
+    "observers",
+    "links",
+    "training",
+    "kvgrid",
+    "kvcontract",
+}
 
 
 @cache
