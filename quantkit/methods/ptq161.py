@@ -2,7 +2,7 @@
 
 "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language Models", ACL
 2025, arXiv 2502.13179; where paper and released code (zjq0455/PTQ1.61, 4561118) disagree, the code. With S the columns
-whose inputs are largest, w a weight (n, m), low outside S and high in S,
+whose inputs are largest in the float network, w a weight (n, m), low outside S and high in S,
 
     low  = (r1 r2^T) o (s sign(w - mu) + mu)      mu_j = mean, s_j = mean magnitude of row j's nonzero w outside S
     high = RTN4(w)                                asymmetric, by rows; r1 = r2 = 1 at first
@@ -21,10 +21,11 @@ on the next token of the calibration text (where there are no tokens: on the flo
 does not have), and merged; the result is what the second pass takes for the float network.
 
 Differs from the released code: sign(0) = 1; of columns of equal score only as many are taken as there is room for;
-the learning rate of s is relative to its mean; all is in float32, stored vectors in bfloat16; a block that training
-leaves with a larger loss than it began with keeps r1 = r2 = 1 and its first s; the repair has no dropout; a
-convolution's columns are those of its unfolded weight. Activations that are planned to be quantized are, with
-gradients straight through.
+the learning rate of s is relative to its mean, and rates are at the upper end of the paper's search, for a quarter of
+its steps; all is in float32, stored vectors in bfloat16; a block that training leaves with a larger loss than it began
+with keeps r1 = r2 = 1 and its first s; the repair has no dropout; a convolution's columns are those of its unfolded
+weight. Batches are cut once and stay together. Activations that are planned to be quantized are, with gradients
+straight through.
 """
 
 from __future__ import annotations
