@@ -167,6 +167,24 @@ def test_fronts_cross_where_the_leader_changes() -> None:
     assert found[1].lead == pytest.approx(0.4)
 
 
+def test_a_duel_uses_the_techniques_that_both_were_tried_by() -> None:
+    """A technique that only one design has does not count, nor one that was refused; without a common one none."""
+    facts = {"network": "n", "chance": 0.0, "quality": 1.0}
+
+    def row(fmt: str, technique: str, good: int, **more: str) -> Row:
+        outcomes = study.outcomes_json(np.arange(8) < good)
+        costs = {"luts_mac": 1.0, "luts_mac32": 1.0, "weight_kib": 1.0, "acc_bits": 9}
+        pair = {"network": "n", "group": "equal", "weights": fmt, "acts": fmt, "technique": technique}
+        return {**pair, **outcomes, **costs, **more}
+
+    rows = [row("int4", "rtn", 3), row("e2m1", "rtn", 4), row("e2m1", "gptq", 7), row("int4", "gptq", 8, error="no")]
+    pair = report.duel(rows, facts, ("int4", "int4"), ("e2m1", "e2m1"))
+    assert pair is not None
+    assert [p.kept for p in pair] == [3 / 8, 4 / 8]
+    assert report.paired(pair[1], pair[0])[0] == 1 / 8
+    assert report.duel(rows[:1], facts, ("int4", "int4"), ("e2m1", "e2m1")) is None
+
+
 def test_outcomes_come_back_from_a_row() -> None:
     """Bits and numbers, rescaled so that chance is 0 and the float network 1."""
     bools = np.array([True, False, True, True, False, True, True, True, True])
