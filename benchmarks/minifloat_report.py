@@ -645,8 +645,9 @@ def _premium(found: Sequence[Slot], cost: str) -> tuple[float, float, float]:
 
 def _same_widths(networks: Mapping[str, Sequence[Point]], found: Sequence[Slot]) -> str:
     lines = []
-    missing = len(WIDTHS) ** 2 - len({s.widths for s in found})
-    grey = "" if not missing else " Grey pairs of widths in the first picture are not measured yet."
+    cells_of_maps = {(s.kind, s.widths) for s in found}
+    whole = len(cells_of_maps) == len({s.kind for s in found}) * len(WIDTHS) ** 2
+    grey = "" if whole else " Grey pairs of widths in the first picture are not measured yet."
     for name in networks:
         cells = [name]
         for b in WIDTHS:
@@ -667,7 +668,8 @@ def _same_widths(networks: Mapping[str, Sequence[Point]], found: Sequence[Slot])
         + table(["network", *(f"{b} bits" for b in WIDTHS)], lines)
         + "\n\n![minifloat - integer at every pair of widths](same_widths.png)\n\n"
         "![quality at equal widths](equal_widths.png)\n\n"
-        f"In the second picture the dotted line takes the best ExMy of each network by test quality, E >= 2 on a side.{grey}"
+        "In the second picture the dotted line takes the best ExMy of each network by test quality, E >= 2 on a side."
+        + grey
     )
 
 
@@ -804,7 +806,7 @@ def _expectations(networks: Mapping[str, Sequence[Point]], found: Sequence[Slot]
                       _holds(max(gaps, key=gaps.__getitem__) == "vit_mnist")])  # fmt: skip
     if found:
         low, mean, high = _premium(found, "luts_mac32")
-        lines.append(["a minifloat MAC takes 20 to 180 % more LUTs than the integer of its width (published, on Versal)",
+        lines.append(["a minifloat MAC takes 20 to 180 % more LUTs than an integer's (published, on Versal)",
                       f"{low:+.0f} to {high:+.0f} % (mean {mean:+.0f} %) in 80 % of the cases, at 32 lanes, estimated",
                       _holds(low >= 20 and high <= 180)])  # fmt: skip
     return table(["expected", "found", ""], lines)
