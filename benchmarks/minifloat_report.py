@@ -809,7 +809,7 @@ def _expectations(networks: Mapping[str, Sequence[Point]], found: Sequence[Slot]
     if equal:
         low, mean, high = _premium(equal, "luts_mac32")
         lines.append(["a minifloat MAC takes 20 to 180 % more LUTs than an integer's (published, on Versal)",
-                      f"{low:+.0f} to {high:+.0f} % (mean {mean:+.0f} %) in 80 % of the cases of equal widths, 32 lanes",
+                      f"{low:+.0f} to {high:+.0f} % (mean {mean:+.0f} %) in 80 % of equal widths, 32 lanes",
                       _holds(low >= 20 and high <= 180)])  # fmt: skip
     return table(["expected", "found", ""], lines)
 
