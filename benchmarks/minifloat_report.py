@@ -632,7 +632,7 @@ def _cheapest(networks: Mapping[str, Sequence[Point]], axis: str) -> str:
     if not ratios:
         return ""
     return (
-        f"The cheapest to keep 95 % is an integer in {first[INTEGER]} networks, a minifloat in {first[MINIFLOAT]}, both"
+        f"The cheapest to keep 95 % is an integer in {first[INTEGER]} of the networks, a minifloat in {first[MINIFLOAT]}, both"
         f" at the same cost in {first['both']}; the minifloat costs {np.median(ratios):.2f} times the integer in the"
         f" median network ({min(ratios):.2f} to {max(ratios):.2f})."
     )
@@ -804,8 +804,8 @@ def _expectations(networks: Mapping[str, Sequence[Point]], found: Sequence[Slot]
     if "vit_mnist" in gaps:
         listed = ", ".join(f"{n} {_points(g)}" for n, g in sorted(gaps.items(), key=lambda item: -item[1]))
         sure = _verdicts([s for s in four if s.network == "vit_mnist"])[0] == 1
-        lines.append(["of the vision networks ViT gains most", f"minifloat - int4 at 4/4: {listed}",
-                      _holds(max(gaps, key=gaps.__getitem__) == "vit_mnist") + ("" if sure else ", but its gain is within noise")])  # fmt: skip
+        verdict = _holds(max(gaps, key=gaps.__getitem__) == "vit_mnist") + ("" if sure else ", its gain within noise")
+        lines.append(["of the vision networks ViT gains most", f"minifloat - int4 at 4/4: {listed}", verdict])
     equal = [s for s in found if s.widths[0] == s.widths[1]]
     if equal:
         low, mean, high = _premium(equal, "luts_mac32")
