@@ -633,8 +633,8 @@ def _cheapest(networks: Mapping[str, Sequence[Point]], axis: str) -> str:
         return ""
     return (
         f"The cheapest to keep 95 % is an integer in {first[INTEGER]} of the networks, a minifloat in"
-        f" {first[MINIFLOAT]}, both at the same cost in {first['both']}; the minifloat costs {np.median(ratios):.2f} times the integer in the"
-        f" median network ({min(ratios):.2f} to {max(ratios):.2f})."
+        f" {first[MINIFLOAT]}, both at the same cost in {first['both']}; the minifloat costs {np.median(ratios):.2f}"
+        f" times the integer in the median network ({min(ratios):.2f} to {max(ratios):.2f})."
     )
 
 
