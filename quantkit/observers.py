@@ -309,7 +309,7 @@ def _once(graph: fx.Graph, wanted: set[str]) -> bool:
 
 
 class _Batches:
-    """A graph run node after node on all batches at once; a value is forgotten behind its last use."""
+    """A graph run node after node on all batches; a value is forgotten behind its last use, batch by batch."""
 
     def __init__(self, module: fx.GraphModule, batches: Iterable[Tensor]) -> None:
         self.module, self.modules = module, dict(module.named_modules())
@@ -336,7 +336,12 @@ class _Batches:
             self.values[node] = self.batches
         elif node.op != "output":
             call = self.modules[str(node.target)] if node.op == "call_module" else node.target
-            self.values[node] = [self._apply(call, node, i) for i in range(len(self.batches))]
+            results = []
+            for i in range(len(self.batches)):
+                results.append(self._apply(call, node, i))
+                for used in self.done.get(node, []):
+                    self.values[used][i] = None
+            self.values[node] = results
         for used in self.done.get(node, []):
             del self.values[used]
         if not node.users:
@@ -370,16 +375,18 @@ def _walk_graph(
         targets: list[Tensor] = []
         if reference is not None:
             other = others[place]
-            floats = reference.inputs(other) if here and not looks_up else []
+            floats = list(reference.inputs(other)) if here and not looks_up else []
             reference.run(other)
             targets = reference.values.get(other, [])
         outputs = None
         if here:
             remaining.discard(name)
             site = Site(name, layers[name], [], []) if looks_up else None
-            site = site or Site(name, layers[name], current.inputs(node), targets, floats)
+            site = site or Site(name, layers[name], list(current.inputs(node)), targets, floats)
             yield site
             outputs = site.outputs
+            site.inputs, site.targets, site.floats, site.outputs = [], [], [], None  # the caller may hold on to it
+        floats, targets = [], []
         current.run(node, outputs)
     for name in sorted(remaining):
         yield Site(name, layers[name], [], [])
