@@ -352,7 +352,7 @@ def _measured_ours(case: Case, data: str, threads: int) -> dict[str, Any]:
     model = captured(Model(network.module, network.example, None, {"kind": "module"}))
     plan = [("*", make_plan(case.weights, case.acts)), *((name, LayerPlan()) for name in model.points())]
     recipe = Recipe(tuple(plan), preset_steps(case.technique.removeprefix("quantkit-"), policy=False))
-    done = quantize(model, recipe, Calib(network.calib, batch=250))
+    done = quantize(model, recipe, Calib(network.calib, batch=BATCH))
     seconds, cpu, peak = time.perf_counter() - began, time.process_time() - cpu, _peak_mib()
     result = vision_networks.measure(done.module, network)
     return _row(case, result, seconds, cpu, threads, loaded, peak) | {"status": "ok"}
