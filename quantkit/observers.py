@@ -218,10 +218,11 @@ def visit(model: Model, calib: Calib, visits: list[Visit]) -> None:
     else:
         targets, sequential = any(v.targets for v in visits), all(v.sequential for v in visits if v.inputs)
         sites = walk(model, calib, names, sequential=sequential, targets=targets)
-    for site in sites:
-        for step in visits:
-            if site.name in step.names:
-                step.visit(site)
+    with torch.no_grad():
+        for site in sites:
+            for step in visits:
+                if site.name in step.names:
+                    step.visit(site)
 
 
 def walk(
@@ -239,13 +240,18 @@ def walk(
     source = model if sequential else model.copy()
     twin = float_twin(model) if targets else None
     steps = _chain(source.module)
-    with torch.no_grad():
-        if steps is not None:
-            yield from _walk_chain(steps, _chain(twin.module) if twin else None, source, twin, calib, wanted, layers)
-        elif isinstance(source.module, fx.GraphModule) and _once(source.module.graph, wanted):
-            yield from _walk_graph(source.module, twin.module if twin else None, calib, wanted, layers)
-        else:
-            yield from _walk_any(source, twin, calib, wanted, layers)
+    if steps is not None:
+        sites = _walk_chain(steps, _chain(twin.module) if twin else None, source, twin, calib, wanted, layers)
+    elif isinstance(source.module, fx.GraphModule) and _once(source.module.graph, wanted):
+        sites = _walk_graph(source.module, twin.module if twin else None, calib, wanted, layers)
+    else:
+        sites = _walk_any(source, twin, calib, wanted, layers)
+    while True:
+        with torch.no_grad():  # not across a yield: an abandoned walk would restore the caller's mode whenever it dies
+            site = next(sites, None)
+        if site is None:
+            return
+        yield site
 
 
 def layerwise(each: Callable[..., Visit]) -> Callable[..., dict[str, float]]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from quantkit.capture import captured
 from quantkit.model import Calib, Model
+from quantkit.observers import walk
 from quantkit.qlayers import Attention, MatMul, QLayer
 from quantkit.recipe import quantize, uniform
 
@@ -195,3 +196,14 @@ def test_a_network_that_pads_by_itself_keeps_its_padding() -> None:
     done = quantize(model, uniform("int8", "float"), Calib(torch.randn(4, 3, 9, 9)))
     assert done.module(model.example).shape == (2, 6, 9, 9)
     assert [type(m) for m in done.layers().values()] == [QLayer]
+
+
+def test_an_abandoned_walk_leaves_the_gradient_mode() -> None:
+    """A walk that is given up inside `no_grad` and dies later does not switch gradients off for its caller."""
+    model, x, _ = case("residual")
+    done = quantize(model, uniform("int8", "int8"), Calib(x))
+    with torch.no_grad():
+        sites = walk(done, Calib(x), done.qlayers())
+        next(sites)
+    del sites
+    assert torch.is_grad_enabled()
