@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
 from quantkit.errors import InputError
 from quantkit.kvgrid import Axis
+
+
+class PackedLayer(CacheLayerMixin):
+    """What follows from `get_seq_length` and `batch_select_indices` for a layer's cache of any packing."""
+
+    keys: Tensor
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order."""
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length that `update` with `query_length` more tokens returns, and offset 0."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no bound."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times, side by side."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
 
 class PackedCache(Cache):

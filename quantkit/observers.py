@@ -67,6 +67,13 @@ def _hook(see: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return hook
 
 
+def channel_range(layer: QLayer | Point, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every channel of an input, (channels,) each."""
+    channel = 1 if isinstance(layer, QLayer) and layer.spatial else x.dim() - 1
+    others = [axis for axis in range(x.dim()) if axis != channel]
+    return (x.amin(dim=others), x.amax(dim=others)) if others else (x, x)
+
+
 class Sample:
     """A sample of at most `limit` input values and the range of all, for fitting an activation scale.
 
@@ -86,9 +93,7 @@ class Sample:
         act, layer.act = layer.act, None
         x = layer.input_values(x)
         layer.act = act
-        channel = 1 if isinstance(layer, QLayer) and layer.spatial else x.dim() - 1
-        others = [axis for axis in range(x.dim()) if axis != channel]
-        high, low = (x.amax(dim=others), x.amin(dim=others)) if others else (x, x)
+        low, high = channel_range(layer, x)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             if self.broken is None:
                 index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
@@ -167,8 +172,8 @@ class AbsMax:
     def __call__(self, layer: QLayer, x: Tensor) -> None:
         if layer.in_scale is not None:
             x = x * layer.per_channel(layer.in_scale)
-        moved = x.movedim(1, -1) if layer.spatial else x
-        top = moved.reshape(-1, moved.shape[-1]).abs().amax(dim=0)
+        low, high = channel_range(layer, x)
+        top = torch.maximum(high, -low)
         self.value = top if self.value is None else torch.maximum(self.value, top)
 
 
@@ -222,6 +227,7 @@ def visit(model: Model, calib: Calib, visits: list[Visit]) -> None:
         for site in sites:
             for step in visits:
                 if site.name in step.names:
+                    site.outputs = None  # of the layer as it was before this step
                     step.visit(site)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from quantkit.capture import captured
 from quantkit.model import Calib, Model
-from quantkit.observers import walk
+from quantkit.observers import Site, Visit, visit, walk
 from quantkit.qlayers import Attention, MatMul, QLayer
 from quantkit.recipe import quantize, uniform
 
@@ -207,3 +207,21 @@ def test_an_abandoned_walk_leaves_the_gradient_mode() -> None:
         next(sites)
     del sites
     assert torch.is_grad_enabled()
+
+
+def test_outputs_of_a_step_do_not_outlive_the_next_step() -> None:
+    """What a step hands on as a layer's output counts only if no later step has its turn at this layer."""
+    model, x, _ = case("residual")
+    done = quantize(model, uniform("int8", "int8"), Calib(x))
+    seen = []
+
+    def hand_on(site: Site) -> None:
+        site.outputs = [torch.zeros_like(site.layer(batch)) for batch in site.inputs]
+
+    def look(site: Site) -> None:
+        seen.append(torch.cat(site.inputs))
+
+    names = set(done.qlayers())
+    visit(done, Calib(x), [Visit(names, hand_on, {}), Visit(names, look, {})])
+    expected = [torch.cat(site.inputs) for site in walk(done, Calib(x), names)]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))

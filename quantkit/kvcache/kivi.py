@@ -17,10 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from quantkit.errors import InputError
-from quantkit.kvcontract import PackedCache, attention_shape, value_width
+from quantkit.kvcontract import PackedCache, PackedLayer, attention_shape, value_width
 from quantkit.kvgrid import BITS, Axis, Packed, concat, dequantize, grouped, quantize, ungrouped
 
 
@@ -47,7 +46,7 @@ def make(
     return PackedCache(layers=[KiviLayer(bits, residual, group, values, width) for _ in range(layers)])
 
 
-class KiviLayer(CacheLayerMixin):
+class KiviLayer(PackedLayer):
     """One layer's cache: packed old keys and values, and the newest of each in 16 bits."""
 
     keys: Tensor
@@ -124,14 +123,6 @@ class KiviLayer(CacheLayerMixin):
             return self.residual
         return max(1, min(self.residual - self.keys.shape[2], self.residual + 1 - self.values.shape[2]))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length that `update` with `query_length` more tokens returns, and offset 0."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no bound."""
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -tokens_to_remove tokens (given negative, as transformers does).
 
@@ -160,15 +151,6 @@ class KiviLayer(CacheLayerMixin):
         self.keys = self.values = torch.empty(0)
         self.old_keys = self.old_values = None
         self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence beam_idx[i] was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, side by side."""
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""

@@ -24,10 +24,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from quantkit.errors import InputError
-from quantkit.kvcontract import PackedCache, attention_shape, value_width
+from quantkit.kvcontract import PackedCache, PackedLayer, attention_shape, value_width
 from quantkit.kvgrid import BITS, Axis, Packed, concat, demote, dequantize, grouped, quantize, ungrouped
 
 
@@ -78,7 +77,7 @@ def parse_levels(text: str) -> tuple[int, ...]:
     return bits
 
 
-class SaqLayer(CacheLayerMixin):
+class SaqLayer(PackedLayer):
     """One layer's cache. Oldest first: sink, floor (any number of blocks at B_q), recent blocks, tail in 16 bits."""
 
     keys: Tensor
@@ -197,14 +196,6 @@ class SaqLayer(CacheLayerMixin):
             return self.sink + self.block
         return self.sink - self.sink_keys.shape[2] + self.block - self.keys.shape[2]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length that `update` with `query_length` more tokens returns, and offset 0."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no bound."""
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -tokens_to_remove tokens (given negative, as transformers does).
 
@@ -238,15 +229,6 @@ class SaqLayer(CacheLayerMixin):
         """Forget everything."""
         self.keys = self.values = self.sink_keys = self.sink_values = torch.empty(0)
         self.floor, self.recent, self.is_initialized = None, [], False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence beam_idx[i] was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, side by side."""
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""

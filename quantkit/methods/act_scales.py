@@ -12,8 +12,10 @@ of the largest value: on a ViT for MNIST with inputs in mxfp4 the error at the o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -27,49 +29,12 @@ from quantkit.qtensor import BlockRule, ScaleRule, base_for, fit_groups
 CHANGES = frozenset({"acts"})
 
 
-def apply(
-    model: Model,
-    calib: Calib,
-    *,
-    scale: ScaleRule = "mse",
-    percentile: float = 99.99,
-    pow2: bool = False,
-    unsigned: bool = True,
-    samples: int = 65536,
-    block_rule: BlockRule | None = None,
-) -> dict[str, float]:
-    """Fit a scale to the input of every layer, and to every other activation, planned to be quantized.
-
-    samples: how many values per layer the search looks at. block_rule: of block formats (`qtensor.block_scale`), None
-    for even with e8m0 and absmax with minifloat scales; of the other options they heed none. Returns how many inputs
-    became unsigned, how many channels are zero on the whole calibration set, and how many places never ran and stay
-    float. A layer whose whole input is zero gets the scale of its weights. Raises InputError for an input that is not
-    finite.
-    """
-    step = each(
-        model,
-        calib,
-        scale=scale,
-        percentile=percentile,
-        pow2=pow2,
-        unsigned=unsigned,
-        samples=samples,
-        block_rule=block_rule,
-    )
-    seen = {name: Sample(samples, len(calib.batches())) for name in step.names}
-    if seen:
-        collect(model, calib, seen)
-    layers = model.qlayers()
-    for name in step.names:
-        step.fit(name, layers[name], seen[name])
-    return step.report
-
-
 @dataclass
 class Fit(Visit):
-    """A visit that can also fit one place to a sample taken elsewhere."""
+    """A visit that can also fit one place to a sample of at most `samples` values taken elsewhere."""
 
     fit: Callable[[str, QLayer | Point, Sample], None] = field(kw_only=True)
+    samples: int = field(kw_only=True)
 
 
 def each(
@@ -83,7 +48,15 @@ def each(
     samples: int = 65536,
     block_rule: BlockRule | None = None,
 ) -> Fit:
-    """`apply`, layer by layer, from what reaches the layer in the float network; points are fitted at once."""
+    """Fit a scale to the input of every layer, from what reaches it in the float network, and at once to every other
+    activation planned to be quantized.
+
+    samples: how many values per layer the search looks at. block_rule: of block formats (`qtensor.block_scale`), None
+    for even with e8m0 and absmax with minifloat scales; of the other options they heed none. Returns how many inputs
+    became unsigned, how many channels are zero on the whole calibration set, and how many places never ran and stay
+    float. A layer whose whole input is zero gets the scale of its weights. Raises InputError for an input that is not
+    finite.
+    """
     if scale == "importance":
         raise InputError("step 'act_scales': rule 'importance' is for weights; accepted: absmax, percentile, mse")
     report = {"unsigned_inputs": 0.0, "silent_channels": 0.0, "idle": 0.0}
@@ -131,7 +104,20 @@ def each(
         fit(name, point, seen[name])
     layers = model.qlayers().items()
     names = {name for name, layer in layers if layer.plan.act is not None and layer.op != "embedding"}
-    return Fit(names, fit_layer, report, targets=bool(names), inputs=bool(names), fit=fit)
+    return Fit(names, fit_layer, report, targets=bool(names), inputs=bool(names), fit=fit, samples=samples)
+
+
+@functools.wraps(each)
+def apply(model: Model, calib: Calib, **options: Any) -> dict[str, float]:
+    """`each` in one pass over the model as it is, where no other step shares the walk."""
+    step = each(model, calib, **options)
+    seen = {name: Sample(step.samples, len(calib.batches())) for name in step.names}
+    if seen:
+        collect(model, calib, seen)
+    layers = model.qlayers()
+    for name in step.names:
+        step.fit(name, layers[name], seen[name])
+    return step.report
 
 
 def _block(fmt: Block, rule: BlockRule | None, top: Tensor) -> BlockAct:
