@@ -55,6 +55,8 @@ from quantkit.bands import Bands
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export_layers import Target, layer_nodes
+from quantkit.export_ops import LATER
+from quantkit.export_walk import TYPES
 from quantkit.model import Model
 from quantkit.onnx_formats import DOMAIN, OPSET, Graph
 from quantkit.policy import Head, InputStage, Policy
@@ -162,11 +164,11 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     graph = Graph(dot="_" if fpga else ".")  # hls4ml changes the dots of some names and not of others
     source, target = ("obs", "actions") if policy else ("input", "output")
     shape = list(policy.obs_shape if policy else model.example.shape[1:])
-    kind = export_graph.TYPES[model.example.dtype]
+    kind = TYPES[model.example.dtype]
     net = network_of(model, to)
     with torch.inference_mode():
         result = model.module(model.example[:1])
-    out_kind, out_shape = int(export_graph.TYPES[result.dtype]), list(result.shape[1:])
+    out_kind, out_shape = int(TYPES[result.dtype]), list(result.shape[1:])
     batch: int | str = 1 if fpga else "batch"
     out_batch: list[Any] = [batch]
     values: dict[str, str] = {}
@@ -255,7 +257,7 @@ def _opset(graph: Graph, to: Target) -> int:
     """21 for QDQ with 4-bit types; 13 for older tools, or 20 for them where GELU, normalization or a mean need it."""
     if to in ("qdq", "qdq-real"):
         return OPSET
-    return 20 if any(node.op_type in export_graph.LATER for node in graph.nodes) else export_qonnx.OPSET
+    return 20 if any(node.op_type in LATER for node in graph.nodes) else export_qonnx.OPSET
 
 
 def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantkit import export_graph
+from quantkit import export_ops
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export import build_onnx, export_onnx, open_session
@@ -211,7 +211,7 @@ def test_the_table_is_covered() -> None:
         module = function if isinstance(function, nn.Module) else Of(function)
         models.append(Model(module.eval(), drawn(1, *shape)))
     seen = {n.target for model in models for n in captured(model).module.graph.nodes}  # type: ignore[union-attr]
-    assert {str(target) for target in export_graph._TABLE if target not in seen} == set()
+    assert {str(target) for target in export_ops.TABLE if target not in seen} == set()
 
 
 class Layers(nn.Module):

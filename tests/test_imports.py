@@ -165,8 +165,10 @@ def test_exports_import_no_method() -> None:
         "export",
         "export_graph",
         "export_layers",
+        "export_ops",
         "export_qonnx",
         "export_qcdq",
+        "export_walk",
         "verify",
         "verify_graph",
         "onnx_formats",
@@ -192,7 +194,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
     homes = {
         "gymnasium": ("quantkit.tasks", "quantkit.loaders"),
         "onnx": (
-            *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_qonnx", "_qcdq")),
+            *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_ops", "_qcdq", "_qonnx", "_walk")),
             "hwmodel.onnx_specs",
             *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_formats")),
         ),
