@@ -12,8 +12,9 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -54,6 +55,19 @@ class Space:
         return list(found.values())
 
 
+def study_origin(checkpoint: Path, env: str | None, normalize: str, command: Sequence[str]) -> dict[str, Any]:
+    """What loads the model of a study again: the checkpoint's absolute path, the options of loading, the command line.
+
+    Not among the facts that must agree: a checkpoint that has moved is the same checkpoint.
+    """
+    return {
+        "path": str(checkpoint.absolute()),
+        "env": env,
+        "normalize": normalize,
+        "command": shlex.join(["quantkit", *command]),
+    }
+
+
 def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
     """The facts that must be the same for two rows to be comparable, as JSON values."""
     facts = {
@@ -73,9 +87,17 @@ def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
     return as_read_back
 
 
-def open_study(folder: Path, model: Model, settings: Settings, progress: Progress | None = None) -> Study:
+def open_study(
+    folder: Path,
+    model: Model,
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    origin: Mapping[str, Any] | None = None,
+) -> Study:
     """The study of a directory: read back if it is there and its facts agree, else prepared and written.
 
+    origin: how to load the model again and what was typed (`study_origin`); kept from the beginning on, never compared.
     Raises InputError naming the fact that differs, or a directory that holds something else.
     """
     path = folder / "study.json"
@@ -86,7 +108,7 @@ def open_study(folder: Path, model: Model, settings: Settings, progress: Progres
             raise InputError(f"{folder} exists and is not a study; give another output directory")
         check_new(folder, force=True)
         study = prepare(model, settings, progress)
-        _write_study(folder, study, facts)
+        _write_study(folder, study, facts, origin)
         return study
     try:
         stored = json.loads(path.read_text())
@@ -109,7 +131,7 @@ def _tuple(v: Any) -> Any:
     return tuple(v) if isinstance(v, list) else math.nan if v is None else v
 
 
-def _write_study(folder: Path, study: Study, facts: dict[str, Any]) -> None:
+def _write_study(folder: Path, study: Study, facts: dict[str, Any], origin: Mapping[str, Any] | None) -> None:
     folder.mkdir(exist_ok=True)
     document = {
         "settings": facts,
@@ -117,6 +139,7 @@ def _write_study(folder: Path, study: Study, facts: dict[str, Any]) -> None:
         "reference": study.reference.to_json(),
         "random": study.random.to_json(),
         "versions": versions(),
+        "origin": None if origin is None else dict(origin),
     }
     with new_file(folder / "calibration.npy", force=True) as path, path.open("wb") as handle:
         np.save(handle, study.states)

@@ -26,7 +26,7 @@ from quantkit.model import EnvSpec, Model
 from quantkit.recipe import Recipe, make_plan, parse_step
 from quantkit.results import Row, read_rows
 from quantkit.study import Settings, Study, design_id, evaluate_design
-from quantkit.sweep import Space, describe_study, one_thread_per_process, open_study, run
+from quantkit.sweep import Space, describe_study, one_thread_per_process, open_study, run, study_origin
 
 SETTINGS = Settings(episodes=3, device=find_device("xc7a35t"))
 SPACE = Space(("int3", "e2m1", "ternary"), ("int4", "e3m2"), ("row", "tensor"))
@@ -187,6 +187,16 @@ def test_a_study_is_prepared_once(straight: Any, monkeypatch: pytest.MonkeyPatch
     assert again.reference.to_json() == document["reference"] and again.random.to_json() == document["random"]
     assert again.margin == document["margin"] > 0
     assert again.states.shape[1:] == (4,) and np.isfinite(again.states).all()
+
+
+def test_a_study_remembers_where_it_came_from(tmp_path: Path) -> None:
+    """study.json tells how to load the model again; opened with another origin, the first one stays."""
+    first, other = (study_origin(Path(name), None, "stage", ["sweep", name]) for name in ("a b.zip", "b.zip"))
+    for origin in (first, other):
+        open_study(tmp_path / "s", cartpole(), Settings(episodes=1), origin=origin)
+    found = json.loads((tmp_path / "s/study.json").read_text())["origin"]
+    assert found == first and first["command"] == "quantkit sweep 'a b.zip'"
+    assert Path(found["path"]) == Path.cwd() / "a b.zip" and found["env"] is None and found["normalize"] == "stage"
 
 
 def other_model(**meta: Any) -> Model:

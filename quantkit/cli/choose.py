@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,13 +103,14 @@ def sweep(
 
     from quantkit.report import write_report
     from quantkit.study import Settings
-    from quantkit.sweep import open_study, run
+    from quantkit.sweep import open_study, run, study_origin
 
     for recipe in recipes:
         check(model, recipe)
     settings = Settings(episodes, seed, part, latency_us, luts)
     with progress_bar("float and random policy", "episodes") as update:
-        study = open_study(output, model, settings, update)
+        origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
+        study = open_study(output, model, settings, update, origin=origin)
     with progress_bar("designs", "designs") as update:
         rows = run(
             study,
