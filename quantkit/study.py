@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_STATES = 2048
 MARGIN_FRACTION = 0.05
+
+Origin = Literal["sweep", "allocation", "search"]
 
 
 @dataclass(frozen=True)
@@ -177,12 +180,45 @@ def family(recipe: Recipe) -> str:
     return "integer" if floats == 0 else "minifloat" if floats == len(used) else "mixed"
 
 
-def evaluate_design(study: Study, recipe: Recipe) -> Row:
-    """The row of one design. What the design itself makes impossible is recorded in `error`."""
+@dataclass(frozen=True)
+class Task:
+    """One design to evaluate. origin: who asked for it. race: stop its episodes as soon as they decide."""
+
+    recipe: Recipe
+    origin: Origin = "sweep"
+    race: bool = False
+
+    @property
+    def id(self) -> str:
+        """The id of its row."""
+        return design_id(self.recipe)
+
+
+def attempt(study: Study, task: Task) -> Row:
+    """The row of a task, whatever happens. What the design makes impossible is in `error`.
+
+    What crashed, most likely the environment, is there as well, and `failure` says in a few words what kind it was:
+    such designs are worth another try.
+    """
     began = time.perf_counter()
+    try:
+        return evaluate_design(study, task.recipe) | {"origin": task.origin}
+    except InputError as error:
+        problem = {"error": str(error)}
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        kind = f"{type(error).__name__} in {Path(where.filename).name}, {where.name}"
+        problem = {"error": f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})", "failure": kind}
+    return (
+        describe_design(study, task.recipe) | problem | {"origin": task.origin, "seconds": time.perf_counter() - began}
+    )
+
+
+def describe_design(study: Study, recipe: Recipe) -> Row:
+    """What of a row is known before anything was measured."""
     settings = study.settings
     weights, acts = _format_texts(recipe)
-    row: Row = {
+    return {
         "id": design_id(recipe),
         "weights": weights,
         "acts": acts,
@@ -194,6 +230,13 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
         "seeds": [settings.seed, settings.seed + settings.episodes - 1],
         "versions": versions(),
     }
+
+
+def evaluate_design(study: Study, recipe: Recipe) -> Row:
+    """The row of one design. What the design itself makes impossible is recorded in `error`."""
+    began = time.perf_counter()
+    settings = study.settings
+    row = describe_design(study, recipe)
     try:
         quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visited_states))
     except InputError as error:

@@ -1,8 +1,8 @@
-"""Many designs over a process pool, one durable row each, resumed from the rows.
+"""Many designs, one durable row each, resumed from the rows.
 
-A study directory holds `study.json` (what the designs share: written once) and `rows.jsonl`. A
-design whose row is there is not evaluated again; a directory that belongs to another
-checkpoint or to other settings is refused.
+A study directory holds `study.json` (what the designs share: written once), `rows.jsonl` and `study.lock` (who does
+what now). A design whose row is there is not evaluated again; a directory that belongs to another checkpoint, to
+other settings or to other code is refused.
 """
 
 from __future__ import annotations
@@ -10,29 +10,32 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import shlex
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from quantkit.backends import Died, Mapper, workers
+from quantkit.claims import Claims
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_file
 from quantkit.model import Model
 from quantkit.recipe import LayerPlan, Recipe, Step, make_plan
-from quantkit.results import Row, append_row, read_rows, versions
-from quantkit.study import Settings, Study, design_id, evaluate_design, prepare
+from quantkit.results import Row, RowReader, append_row, read_rows, versions
+from quantkit.sources import source_digest
+from quantkit.study import Settings, Study, Task, describe_design, design_id, prepare
 from quantkit.tasks.episodes import Progress, Score
 
 STUDY_VERSION = 1
+FAILURES = 3
+"""So many designs that fail in the same way stop a study."""
+LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco", "box2d")
+"""Whose versions can change a row."""
+_WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
         "device": None if settings.device is None else settings.device.name,
         "latency_us": settings.latency_us,
         "luts": settings.luts,
+        "source": source_digest(),
+        "libraries": {name: v for name, v in versions().items() if name in LIBRARIES},
     }
     as_read_back: dict[str, Any] = json.loads(json.dumps(facts))  # tuples become lists
     return as_read_back
@@ -94,24 +99,30 @@ def open_study(
     progress: Progress | None = None,
     *,
     origin: Mapping[str, Any] | None = None,
+    accept_versions: bool = False,
 ) -> Study:
     """The study of a directory: read back if it is there and its facts agree, else prepared and written.
 
     origin: how to load the model again and what was typed (`study_origin`); kept from the beginning on, never compared.
-    Raises InputError naming the fact that differs, or a directory that holds something else.
+    accept_versions: go on although libraries have other versions; each row tells those it was made with. Of several
+    processes that begin a study at once, one prepares it and the others wait. Raises InputError naming the fact that
+    differs, or a directory that holds something else.
     """
-    path = folder / "study.json"
     facts = describe_study(model, settings)
-    if not path.exists():
-        begun = {"calibration.npy"}  # all that a beginning cut short can have left
-        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - begun):
+    if not (folder / "study.json").exists():
+        begun = ("calibration.npy", "study.lock", ".calibration.", ".study.")  # what a beginning cut short can leave
+        if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(begun) for p in folder.iterdir())):
             raise InputError(f"{folder} exists and is not a study; give another output directory")
         check_new(folder, force=True)
-        study = prepare(model, settings, progress)
-        _write_study(folder, study, facts, origin)
-        return study
+        folder.mkdir(exist_ok=True)
+        with Claims(folder) as claims:
+            claims.wait("")
+            if not (folder / "study.json").exists():
+                study = prepare(model, settings, progress)
+                _write_study(folder, study, facts, origin)
+                return study
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads((folder / "study.json").read_text())
         old = dict(stored["settings"])
         scores = [Score(**{k: _tuple(v) for k, v in stored[name].items()}) for name in ("reference", "random")]
         states = np.load(folder / "calibration.npy", allow_pickle=False)
@@ -119,12 +130,32 @@ def open_study(
         raise InputError(f"{folder} is a damaged study; start a new study directory") from None
     for key, fresh in facts.items():
         if old.get(key) != fresh:
-            what = "another checkpoint" if "checkpoint" in key else "other settings"
-            raise InputError(
-                f"{folder} is a study of {what} ({key}: {old.get(key)!r} there, {fresh!r} here); "
-                "give another output directory"
-            )
+            _refuse(folder, key, old, fresh, accept_versions)
     return Study(model, settings, states, *scores)
+
+
+def _refuse(folder: Path, key: str, old: dict[str, Any], fresh: Any, accept_versions: bool) -> None:
+    """Raise InputError for a fact that differs, unless the study is older than the fact or the user accepts it."""
+    if key in ("source", "libraries") and key not in old:
+        return
+    if key == "libraries":
+        names = [name for name in fresh | old[key] if fresh.get(name) != old[key].get(name)]
+        changes = ", ".join(f"{name} {old[key].get(name)} there, {fresh.get(name)} here" for name in names)
+        if not accept_versions:
+            raise InputError(
+                f"{folder} was made with other libraries ({changes}); give another output directory, "
+                "or --accept-versions to go on: each row tells its versions"
+            )
+        return
+    if key == "source":
+        raise InputError(
+            f"{folder} was made by other code of quantkit (digest {old[key]} there, {fresh} here), whose rows may "
+            "differ; give another output directory, or go back to the version that made it"
+        )
+    what = "another checkpoint" if "checkpoint" in key else "other settings"
+    raise InputError(
+        f"{folder} is a study of {what} ({key}: {old.get(key)!r} there, {fresh!r} here); give another output directory"
+    )
 
 
 def _tuple(v: Any) -> Any:
@@ -132,7 +163,6 @@ def _tuple(v: Any) -> Any:
 
 
 def _write_study(folder: Path, study: Study, facts: dict[str, Any], origin: Mapping[str, Any] | None) -> None:
-    folder.mkdir(exist_ok=True)
     document = {
         "settings": facts,
         "margin": study.margin,
@@ -153,97 +183,94 @@ def run(
     folder: Path,
     *,
     jobs: int = 1,
+    ray: str | None = None,
     progress: Callable[[int, int, Row | None], None] | None = None,
 ) -> list[Row]:
     """Evaluate the designs whose row is missing; all rows of these recipes in their order.
 
-    jobs: processes; 1 runs in this one. Each works on one core. `progress(done, total, row)` is
-    called at the start and after each design.
+    jobs, ray: where, see `backends.workers`; at most one process for each missing design. `progress(done, total, row)`
+    is called at the start and after each design. Raises as `complete`.
     """
-    path = folder / "rows.jsonl"
-    known = {row["id"]: row for row in read_rows(path)}
-    wanted = {design_id(recipe): recipe for recipe in recipes}
-    missing = [recipe for name, recipe in wanted.items() if name not in known]
-    done = len(wanted) - len(missing)
-    if progress:
-        progress(done, len(wanted), None)
-    for row in _rows(study, missing, min(jobs, len(missing))):
-        append_row(path, row)
+    tasks = [Task(recipe) for recipe in recipes]
+    known = {row["id"] for row in read_rows(folder / "rows.jsonl") if "failure" not in row}
+    missing = len({task.id for task in tasks} - known)
+    with workers(study, min(jobs, missing), ray if missing else None) as mapper:
+        return complete(study, tasks, folder, mapper, progress)
+
+
+def complete(
+    study: Study,
+    tasks: Sequence[Task],
+    folder: Path,
+    mapper: Mapper,
+    progress: Callable[[int, int, Row | None], None] | None = None,
+) -> list[Row]:
+    """The rows of the tasks, in their order: those that are there, and those that are made now.
+
+    Several processes may do this on one folder at once: each design is claimed by one of them, and the others take its
+    row when it is there, or its claim when its process died. A design whose worker died is tried once more. Failed
+    designs of earlier runs are tried again. Raises InputError when `FAILURES` designs failed in the same way, and when
+    a row cannot be written; finished rows are kept.
+    """
+    wanted = {task.id: task for task in tasks}
+    reader = RowReader(folder / "rows.jsonl")
+    known = {row["id"]: row for row in reader.fresh(tail=True) if row["id"] in wanted and "failure" not in row}
+    failures: dict[str, list[Row]] = {}
+    deaths: set[str] = set()
+    total = len(wanted)
+
+    def note(row: Row) -> None:
         known[row["id"]] = row
-        done += 1
         if progress:
-            progress(done, len(wanted), row)
-    return [known[design_id(recipe)] for recipe in recipes]
+            progress(len(known), total, row)
+
+    def catch_up() -> None:
+        for row in reader.fresh():
+            if row["id"] in wanted and row["id"] not in known:
+                note(row)
+
+    def claimed(todo: Sequence[str]) -> Iterator[Task]:
+        """The tasks that this process may do: those that are not done, and that nobody else is doing."""
+        for name in todo:
+            if name not in known and claims.take(name):
+                catch_up()
+                if name in known:
+                    claims.give(name)
+                else:
+                    yield wanted[name]
+
+    if progress:
+        progress(len(known), total, None)
+    with Claims(folder) as claims:
+        while todo := [name for name in wanted if name not in known]:
+            before = len(known)
+            for task, outcome in mapper(claimed(todo)):
+                if isinstance(outcome, Died):
+                    claims.give(task.id)
+                    if task.id not in deaths:
+                        deaths.add(task.id)
+                        continue
+                    outcome = describe_design(study, task.recipe) | {
+                        "error": f"{outcome.reason}, twice",
+                        "failure": "the worker died",
+                        "origin": task.origin,
+                    }
+                append_row(folder / "rows.jsonl", outcome)
+                claims.give(task.id)
+                note(outcome)
+                if kind := outcome.get("failure"):
+                    _stop_after(failures, kind, outcome)
+            catch_up()
+            if len(known) == before:
+                time.sleep(_WAIT_S)  # all that is left is being done elsewhere
+    return [known[task.id] for task in tasks]
 
 
-def _rows(study: Study, recipes: Sequence[Recipe], jobs: int) -> Iterator[Row]:
-    if jobs <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield from (evaluate_design(study, recipe) for recipe in recipes)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    with one_thread_per_process(), ProcessPoolExecutor(jobs, context, _start_worker, (study,)) as pool:
-        yield from _in_order_of_completion(pool, recipes, jobs)
-
-
-def _in_order_of_completion(pool: ProcessPoolExecutor, recipes: Iterable[Recipe], jobs: int) -> Iterator[Row]:
-    queue = iter(recipes)
-    running = {pool.submit(_work, recipe) for recipe in itertools.islice(queue, 2 * jobs)}
-    try:
-        while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(_work, recipe) for recipe in itertools.islice(queue, len(finished))}
-            for future in finished:
-                yield future.result()
-    except BrokenProcessPool:
+def _stop_after(failures: dict[str, list[Row]], kind: str, row: Row) -> None:
+    alike = failures.setdefault(kind, [])
+    alike.append(row)
+    if len(alike) == FAILURES:
         raise InputError(
-            "a worker process died (out of memory?); finished designs are kept, "
-            "run the same command again, with fewer --jobs"
-        ) from None
-    finally:
-        for future in running:
-            future.cancel()
-
-
-class one_thread_per_process:  # noqa: N801  (reads as a statement)
-    """Environment in which child processes start with one BLAS thread each."""
-
-    _names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-    def __enter__(self) -> None:
-        self._old = {name: os.environ.get(name) for name in self._names}
-        os.environ.update(dict.fromkeys(self._names, "1"))
-
-    def __exit__(self, *_: object) -> None:
-        for name, old in self._old.items():
-            if old is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = old
-
-
-_study: Study | None = None
-
-
-def _start_worker(study: Study) -> None:
-    global _study
-    torch.set_num_threads(1)
-    _study = study
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A pool's workers would wait forever for a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(recipe: Recipe) -> Row:
-    assert _study is not None
-    return evaluate_design(_study, recipe)
+            f"{FAILURES} designs failed alike, so the study stops ({kind}): {row['error']}; "
+            "finished designs are kept: run the same command again when the cause is mended"
+        )

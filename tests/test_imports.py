@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = {
-    *(f"quantkit.{n}" for n in ("study", "sweep", "report", "figures", "cli", "search", "analyze", "analysis_figure"))
-}
+_TOP = ("study", "backends", "sweep", "sensitivity", "surrogate", "allocate", "search")
+TOP = {f"quantkit.{n}" for n in (*_TOP, "report", "figures", "cli", "analyze", "analysis_figure")}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
 CORE = {
     "rounding",
@@ -114,7 +113,7 @@ def test_hwmodel_stands_alone() -> None:
 def test_results_and_fronts_need_no_torch() -> None:
     """results, pareto, statistics, files, console and errors import nothing heavy of ours and no torch."""
     light = {"quantkit.errors"}
-    for name in ("results", "pareto", "files", "errors"):
+    for name in ("results", "claims", "sources", "pareto", "files", "errors"):
         used = imports(f"quantkit.{name}")
         extra = {"numpy"} if name == "files" else set()  # inside the function that reads arrays
         assert tops(used) <= set(sys.stdlib_module_names) | {"quantkit", "hwmodel"} | extra, name
@@ -203,6 +202,8 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "matplotlib": ("quantkit.figures", "quantkit.analysis_figure"),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),
         "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders"),
+        "optuna": ("quantkit.search",),
+        "ray": ("quantkit.backends",),
         "stable_baselines3": (),
     }
     for library, allowed in homes.items():

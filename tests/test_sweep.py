@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,16 @@ import pytest
 from small_policies import cartpole
 from test_study import without_timings
 
+import quantkit.study
 import quantkit.sweep
 from hwmodel.devices import find_device
+from quantkit.backends import one_thread_per_process
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec, Model
 from quantkit.recipe import Recipe, make_plan, parse_step
 from quantkit.results import Row, read_rows
 from quantkit.study import Settings, Study, design_id, evaluate_design
-from quantkit.sweep import Space, describe_study, one_thread_per_process, open_study, run, study_origin
+from quantkit.sweep import Space, describe_study, open_study, run, study_origin
 
 SETTINGS = Settings(episodes=3, device=find_device("xc7a35t"))
 SPACE = Space(("int3", "e2m1", "ternary"), ("int4", "e3m2"), ("row", "tensor"))
@@ -66,7 +66,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
         calls.append(design_id(recipe))
         return evaluate_design(study, recipe)
 
-    monkeypatch.setattr(quantkit.sweep, "evaluate_design", spy)
+    monkeypatch.setattr(quantkit.study, "evaluate_design", spy)
     return calls
 
 
@@ -167,16 +167,6 @@ def alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_a_worker_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed worker is an InputError that says that finished designs are kept."""
-    monkeypatch.setattr(quantkit.sweep, "_work", os._exit)
-    with (
-        ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool,
-        pytest.raises(InputError, match="kept"),
-    ):
-        list(quantkit.sweep._in_order_of_completion(pool, [1], 1))  # type: ignore[list-item]
 
 
 def test_a_study_is_prepared_once(straight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,14 +286,37 @@ def test_a_study_that_could_not_be_begun_can_be_begun_again(
         with pytest.raises(KeyboardInterrupt):
             open_study(tmp_path / "s", cartpole(), Settings(episodes=1))
     open_study(tmp_path / "s", cartpole(), Settings(episodes=1))
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["calibration.npy", "s", "study.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["calibration.npy", "s", "study.json", "study.lock"]
 
 
 def test_a_study_killed_while_it_is_written_can_be_begun_again(straight: Any, tmp_path: Path) -> None:
-    """A directory that only got its calibration states before a kill is not refused as foreign."""
+    """A directory with what a kill leaves, its states or files under temporary names, is not refused as foreign."""
     (tmp_path / "s").mkdir()
     (tmp_path / "s/calibration.npy").write_bytes((straight[0] / "calibration.npy").read_bytes())
+    for name in (".calibration.x1y2.npy", ".study.z3.json", "study.lock"):
+        (tmp_path / "s" / name).write_bytes(b"")
     open_study(tmp_path / "s", cartpole(), Settings(episodes=1))
+
+
+@pytest.mark.parametrize("fact", ["source", "libraries"])
+def test_other_code_is_refused_and_named(straight: Any, tmp_path: Path, fact: str) -> None:
+    """Other source of ours is refused; other libraries, too, unless accepted; a study without the facts is taken."""
+    _, folder = copy_of_study(straight, tmp_path / "s")
+    document = json.loads((folder / "study.json").read_text())
+    here = document["settings"][fact]
+    there = "0123456789ab" if fact == "source" else here | {"torch": "1.0"}
+    (folder / "study.json").write_text(json.dumps(document | {"settings": document["settings"] | {fact: there}}))
+    with pytest.raises(InputError, match="0123456789ab" if fact == "source" else r"torch 1\.0 there") as caught:
+        open_study(folder, cartpole(), SETTINGS)
+    assert "\n" not in str(caught.value)
+    if fact == "libraries":
+        open_study(folder, cartpole(), SETTINGS, accept_versions=True)
+    else:
+        with pytest.raises(InputError, match="digest"):
+            open_study(folder, cartpole(), SETTINGS, accept_versions=True)
+    del document["settings"][fact]
+    (folder / "study.json").write_text(json.dumps(document))
+    open_study(folder, cartpole(), SETTINGS)
 
 
 def test_a_space_is_a_product_without_repetition() -> None:

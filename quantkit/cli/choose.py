@@ -15,12 +15,15 @@ from quantkit.cli.options import (
     _NUM,
     _OUT,
     _PRESETS,
+    AcceptVersions,
     Checkpoint,
     Env,
     Episodes,
     Exceptions,
+    Jobs,
     Json,
     Normalize,
+    Ray,
     Seed,
     app,
     exceptions,
@@ -76,7 +79,9 @@ def sweep(
     luts: Annotated[
         int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
     ] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.", rich_help_panel=_OUT)] = 0,
+    jobs: Jobs = 0,
+    ray: Ray = None,
+    accept_versions: AcceptVersions = False,
     env: Env = None,
     normalize: Normalize = "stage",
     json: Json = False,
@@ -101,22 +106,26 @@ def sweep(
     part = None if device == "none" else find_device(device)
     model = load(checkpoint, env, None, normalize)
 
+    from quantkit.backends import answers
     from quantkit.report import write_report
     from quantkit.study import Settings
     from quantkit.sweep import open_study, run, study_origin
 
     for recipe in recipes:
         check(model, recipe)
+    if ray is not None:
+        answers(ray)
     settings = Settings(episodes, seed, part, latency_us, luts)
     with progress_bar("float and random policy", "episodes") as update:
         origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
-        study = open_study(output, model, settings, update, origin=origin)
+        study = open_study(output, model, settings, update, origin=origin, accept_versions=accept_versions)
     with progress_bar("designs", "designs") as update:
         rows = run(
             study,
             recipes,
             output,
             jobs=jobs or os.cpu_count() or 1,
+            ray=ray,
             progress=lambda done, total, _: update(done, total),
         )
     report = write_report(output)

@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_IN, _NUM, _HW, _OUT = "Checkpoint", "Numbers", "Hardware", "Output"
+_IN, _NUM, _HW, _RUN, _OUT = "Checkpoint", "Numbers", "Hardware", "Where it runs", "Output"
 _LOOK, _MAKE, _CHOOSE = "Look", "Make", "Choose"
 
 Checkpoint = Annotated[
@@ -70,6 +70,20 @@ Exceptions = Annotated[
 ]  # fmt: skip
 States = Annotated[
     int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=_NUM)
+]
+Jobs = Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.", rich_help_panel=_RUN)]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="Evaluate on the Ray cluster there: auto, HOST:PORT; local starts one.",
+        rich_help_panel=_RUN,
+    ),
+]  # fmt: skip
+AcceptVersions = Annotated[
+    bool,
+    typer.Option(
+        "--accept-versions", help="Go on with a study that other versions of libraries began.", rich_help_panel=_RUN
+    ),
 ]
 
 
