@@ -38,6 +38,8 @@ Progress = Callable[[int, int], None]
 """Called with (episodes done, episodes in all)."""
 Record = Callable[[np.ndarray, Sequence[int], Sequence[int]], None]
 """Called before each forward with (observations, episode numbers, step numbers); copies what it keeps."""
+Change = Callable[[Any], None]
+"""Called with each fresh environment, unwrapped, before its reset: it may alter the dynamics."""
 
 EVALUATION_SEED = 1_000
 CALIBRATION_SEED = 10_000
@@ -98,13 +100,14 @@ def rollout(
     n_envs: int | None = None,
     progress: Progress | None = None,
     record: Record | None = None,
+    change: Change | None = None,
 ) -> Rollout:
     """Run `episodes` episodes, at most `n_envs` (default: all, up to 32) at a time.
 
     A finished environment leaves the batch or starts the next episode, so no step is wasted.
     Raises InputError on actions that are not finite and on an episode without an end.
     """
-    return _run(lambda obs, _: act(obs), spec, episodes, seed, n_envs, progress, record)
+    return _run(lambda obs, _: act(obs), spec, episodes, seed, n_envs, progress, record, change)
 
 
 def evaluate(
@@ -330,6 +333,7 @@ def _run(
     n_envs: int | None,
     progress: Progress | None,
     record: Record | None,
+    change: Change | None = None,
 ) -> Rollout:
     """The loop: rows 0..live-1 of `obs` belong to running episodes; a finished row is refilled or closed up."""
     if episodes < 1 or (n_envs is not None and n_envs < 1):
@@ -338,7 +342,14 @@ def _run(
         raise InputError(f"the seed must not be negative, got {seed}")
     began = time.perf_counter()
     width = min(episodes, n_envs or _WIDTH)
-    env, limit = bare_env(spec)
+
+    def fresh() -> tuple[Any, int | None]:
+        env, limit = bare_env(spec)
+        if change is not None:
+            change(env.unwrapped)
+        return env, limit
+
+    env, limit = fresh()
     shape = input_shape(env, spec)
     space = cast(Any, env.observation_space)
     obs = np.zeros((width, *shape), np.uint8 if space.dtype == np.uint8 else np.float32)
@@ -360,7 +371,7 @@ def _run(
     try:
         for row in range(width):
             if row:
-                envs.append(bare_env(spec)[0])
+                envs.append(fresh()[0])
             start(row)
         advance = [env.step for env in envs]
         while live:
@@ -392,7 +403,7 @@ def _run(
                 envs[row].close()
                 done += 1
                 if started < episodes:
-                    envs[row] = bare_env(spec)[0]
+                    envs[row] = fresh()[0]
                     advance[row] = envs[row].step
                     start(row)
                 else:
