@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -264,7 +264,7 @@ def cheapest(
     """The folds with the fewest LUTs whose cycles add up to at most `cycles`."""
     fronts = fronts_of(specs, ports)
     quickest = [options[0].cycles for options in fronts]
-    points = _combine(fronts, max_cycles=max(cycles, sum(quickest)))
+    points = _combine(_tables(tuple(specs), _key(ports)), max_cycles=max(cycles, sum(quickest)))
     found = _trace(fronts, points, int(np.lexsort((points[-1].cycles, points[-1].luts))[0]))
     if sum(quickest) > cycles:
         slow = max(range(len(specs)), key=lambda i: quickest[i])
@@ -282,9 +282,10 @@ def fastest(
 ) -> tuple[Fold, ...]:
     """The folds with the fewest cycles whose LUTs add up to at most `luts`."""
     fronts = fronts_of(specs, ports)
-    points = _combine(fronts, max_luts=luts)
+    tables = _tables(tuple(specs), _key(ports))
+    points = _combine(tables, max_luts=luts)
     if len(points[-1].luts) == 0:
-        every = _combine(fronts)
+        every = _combine(tables)
         found = _trace(fronts, every, int(np.argmin(every[-1].luts)))
         big = max(found, key=lambda fold: fold.cost.luts)
         raise HwError(
@@ -310,36 +311,59 @@ class Points:
     units: np.ndarray
 
 
-def _combine(fronts: list[tuple[Fold, ...]], max_cycles: float = math.inf, max_luts: float = math.inf) -> list[Points]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """The front of one layer as arrays (folds,); luts (numbers of converters that may write to it, folds).
+
+    known: these numbers, ascending.
+    """
+
+    cycles: np.ndarray
+    units: np.ndarray
+    known: np.ndarray
+    luts: np.ndarray
+
+
+def _combine(tables: Sequence[_Table], max_cycles: float = math.inf, max_luts: float = math.inf) -> list[Points]:
     """After each layer, the nondominated sums of (cycles, LUTs) that can still meet the limit."""
-    tables = _tables(fronts)
-    left_cycles = sum(options[0].cycles for options in fronts)
-    left_luts = sum(int(table.min()) for _, table in tables)
+    left_cycles = sum(int(table.cycles[0]) for table in tables)
+    left_luts = sum(int(table.luts.min()) for table in tables)
     zero = np.zeros(1, np.int64)
     last = Points(zero, zero, zero, zero, zero)
     points: list[Points] = []
-    for options, (known, table) in zip(fronts, tables, strict=True):
-        left_cycles -= options[0].cycles
-        left_luts -= int(table.min())
-        cycles = np.add.outer(last.cycles, [f.cycles for f in options]).ravel()
-        luts = (last.luts[:, None] + table[np.searchsorted(known, last.units)]).ravel()
-        units = np.tile([f.units for f in options], len(last.cycles))
+    for table in tables:
+        left_cycles -= int(table.cycles[0])
+        left_luts -= int(table.luts.min())
+        cycles = (last.cycles[:, None] + table.cycles).ravel()
+        luts = (last.luts[:, None] + table.luts[np.searchsorted(table.known, last.units)]).ravel()
+        units = np.tile(table.units, len(last.cycles))
         alive = np.flatnonzero((cycles + left_cycles <= max_cycles) & (luts + left_luts <= max_luts))
         order = alive[np.lexsort((luts[alive], cycles[alive], units[alive]))]
-        kept = []
-        for end in np.unique(units[order]):
-            mine = order[units[order] == end]
-            best_before = np.minimum.accumulate(np.concatenate(([np.iinfo(np.int64).max], luts[mine][:-1])))
-            kept.append(mine[luts[mine] < best_before])
-        keep = np.concatenate(kept) if kept else alive
-        last = Points(cycles[keep], luts[keep], keep // len(options), keep % len(options), units[keep])
+        keep = order[_descents(units[order], luts[order])]
+        last = Points(cycles[keep], luts[keep], keep // len(table.cycles), keep % len(table.cycles), units[keep])
         points.append(last)
     return points
 
 
-def _tables(fronts: list[tuple[Fold, ...]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each layer the numbers of converters that may write to it, and the LUTs (those numbers, its folds)."""
-    chained = _chained([options[0].spec for options in fronts])
+def _descents(group: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Whether each value is below all before it in its group (groups stand together): bool, the same shape.
+
+    >>> _descents(np.array([1, 1, 1, 2, 2]), np.array([5, 7, 4, 9, 9])).tolist()
+    [True, False, True, True, False]
+    """
+    if not len(values):
+        return np.zeros(0, bool)
+    span = int(values.max()) + 1
+    falling = values - np.cumsum(np.diff(group, prepend=group[0]) != 0) * span  # every group lies below the one before
+    least = np.minimum.accumulate(falling)
+    return np.concatenate(([True], falling[1:] < least[:-1]))
+
+
+@lru_cache(maxsize=256)
+def _tables(specs: tuple[LayerSpec, ...], ports: tuple[int | None, ...] | None) -> tuple[_Table, ...]:
+    """For each layer what `_combine` adds up: the same for every target."""
+    fronts = fronts_of(specs, ports)
+    chained = _chained(specs)
     end = fronts[-1][0]
     found = []
     for i, options in enumerate(fronts):
@@ -350,8 +374,13 @@ def _tables(fronts: list[tuple[Fold, ...]]) -> list[tuple[np.ndarray, np.ndarray
             more[0] = [whole((_buffer(fold, fold.simd) + _ends(fold, end.spec, end.acc_bits)).luts) for fold in options]
         elif chained:
             more[:] = [[whole(_buffer(fold, int(write)).luts) for fold in options] for write in known]
-        found.append((known, more + alone))
-    return found
+        cycles = np.array([fold.cycles for fold in options])
+        found.append(_Table(cycles, np.array([fold.units for fold in options]), known, more + alone))
+    return tuple(found)
+
+
+def _key(ports: Ports) -> tuple[int | None, ...] | None:
+    return None if ports is None else tuple(ports)
 
 
 def _trace(fronts: list[tuple[Fold, ...]], points: list[Points], index: int) -> tuple[Fold, ...]:
