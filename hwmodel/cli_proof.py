@@ -13,7 +13,20 @@ import typer
 CACHE = Path("~/.cache/hwmodel/yosys")
 Jobs = Annotated[int, typer.Option(help="Yosys processes at once; 0.3-0.6 GB each.", rich_help_panel="Run")]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of synthesized counts.", rich_help_panel="Run")]
+FamilyOption = Annotated[
+    str,
+    typer.Option(help="xc7 (7-series by Yosys) or ecp5 (by Yosys and nextpnr).", rich_help_panel="Run"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.", rich_help_panel="Output")]
+
+
+def checked_family(name: str) -> str:
+    """A family of coefficients, or the end of the program."""
+    from hwmodel.cli import fail
+
+    if name not in ("xc7", "ecp5"):
+        fail(f"unknown family {name!r}; accepted: xc7, ecp5")
+    return name
 
 
 def validate(
@@ -21,23 +34,25 @@ def validate(
     layers: Annotated[int, typer.Option(help="Folded matrix-vector layers.", rich_help_panel="Sample")] = 20,
     policies: Annotated[int, typer.Option(help="Whole folded perceptrons.", rich_help_panel="Sample")] = 10,
     seed: Annotated[int, typer.Option(help="Of the sample.", rich_help_panel="Sample")] = 0,
+    family: FamilyOption = "xc7",
     jobs: Jobs = 0,
     cache: CacheOption = CACHE,
     json_: Json = False,
 ) -> None:
     """The model against Yosys on designs that the fit has not seen, beside FINN's formula, EBOPs and BOPs.
 
-    Designs are synthesized for 7-series parts without placement; 20 layers and 10 policies take about 5 CPU
-    minutes once, then come from the cache.
+    Designs are synthesized for 7-series parts without placement, or placed and routed on ECP5 parts, which also
+    gives their clocks; 20 layers and 10 policies take about 5 CPU minutes once, 15 on ECP5, then come from the cache.
 
     Example: hwmodel validate --units 60 --layers 20 --policies 10 --seed 0
     """
-    from hwmodel import yosys
+    from hwmodel import nextpnr, yosys
     from hwmodel.cli import plain_errors
+    from hwmodel.fabric import pricing
     from hwmodel.validate import summary
     from hwmodel.validate import validate as run
 
-    with plain_errors(), Bar("synthesizing") as progress:
+    with plain_errors(), pricing(checked_family(family)), Bar("synthesizing") as progress:
         rows = run(
             units,
             layers,
@@ -47,7 +62,9 @@ def validate(
             cache=cache.expanduser(),
             progress=progress,
         )
-    record = summary(rows) | {"yosys": yosys.version(), "flow": f"{yosys.FLOW} -nodsp", "seed": seed}
+    record = summary(rows) | {"yosys": yosys.version(), "flow": yosys.flow(family, dsp=False), "seed": seed}
+    if family == "ecp5":
+        record |= {"nextpnr": nextpnr.version()}
     if json_:
         print(json.dumps(record))
     else:
@@ -61,6 +78,7 @@ def fit(
     parts: Annotated[
         str, typer.Option(help="Which to renew, of products, converters, glue; the others stay.", rich_help_panel="Run")
     ] = "products,converters,glue",
+    family: FamilyOption = "xc7",
     csv: Annotated[
         Path | None, typer.Option(help="Fit to your own tool's counts instead of Yosys'.", rich_help_panel="Run")
     ] = None,
@@ -82,9 +100,11 @@ def fit(
     """
     from hwmodel import fit as fitting
     from hwmodel.cli import fail, plain_errors
+    from hwmodel.fabric import pricing
 
     command = f"hwmodel fit --out {out.name}" + (f" --csv {csv.name}" if csv else f" --parts {parts}")
-    with plain_errors(), Bar("synthesizing") as progress:
+    command += "" if family == "xc7" else f" --family {family}"
+    with plain_errors(), pricing(checked_family(family)), Bar("synthesizing") as progress:
         if not out.parent.is_dir():
             fail(f"{out.parent} is no directory to write {out.name} into")
         if csv is not None:
@@ -186,3 +206,6 @@ def _show(record: dict[str, Any]) -> None:
             table.add_row("", title, "", *numbers(baseline), "", "", "")
         table.add_section()
     Console().print(table)
+    for kind in ("layers", "policies"):
+        if clocks := record[kind].get("fmax_mhz"):
+            print(f"{kind}: {clocks['median']:g} MHz ({clocks['min']:g}..{clocks['max']:g}) by {record['nextpnr']}")

@@ -16,12 +16,12 @@ How many bits that takes is found by `hwmodel.affine` once weights and scales ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from hwmodel.cost import ZERO, Cost
+from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, Float, Format, Levels, bits, int_max
 from hwmodel.formats import scale_bits as stored_scale_bits
-from hwmodel.layer import address_bits, constants, interval_code, search_step, sum_codes, threshold_cost
+from hwmodel.layer import address_bits, constant_step, constants, interval_code, search_step, sum_codes, threshold_cost
 from hwmodel.mac import booth_rows, coefficients
 from hwmodel.spec import CURVED, LayerSpec, PerGroup, PerTensor, Rescale
 
@@ -39,7 +39,7 @@ class Converter:
     stages: int
 
 
-@cache
+@kept
 def converters(spec: LayerSpec, acc_bits: int, units: int) -> tuple[Converter, ...]:
     """Every way in which `units` units turn the layer's sums (`acc_bits` bits) into its output format.
 
@@ -117,12 +117,19 @@ def affine(found: Rescale, acc_bits: int) -> Cost:
     luts = fit["t"] * adder + fit["one"]
     match kind:
         case "constant":
-            luts += fit["rows"] * found.adds * acc_bits
+            luts += (fit["rows"] * acc_bits + fit.get("chains", 0)) * found.adds
         case "runtime":
             luts += fit["rows"] * booth_rows(acc_bits, True, found.factor_bits, False) + fit["acc"] * acc_bits
+            luts += fit.get("chains", 0) * factor_rows(acc_bits, found.factor_bits)
         case _:
             luts += fit["moved"] * found.factor_bits * (acc_bits + reach)
     return Cost(luts=luts, ffs=product + found.bits)
+
+
+def factor_rows(acc_bits: int, factor_bits: int) -> int:
+    """Rows of the Booth multiplier of a sum and a run-time factor (`rtl/affine.v` takes the cheaper recoding)."""
+    by_factor, by_sum = factor_bits // 2 + 1, (acc_bits + 1) // 2
+    return by_factor if by_factor * (acc_bits + 2) <= by_sum * (factor_bits + 2) else by_sum
 
 
 def round_clip(found: Rescale, out_bits: int) -> Cost:
@@ -156,7 +163,7 @@ def shared_search(out: Format, width: int) -> Cost:
         words, wide = 1 << max(0, step - 1), 1 if step == 0 else 2
         one += constants(wide * width, words, wide * width)
         compare = search_step(width, step == 0)
-        one += Cost(luts=compare / 2 if words == 1 else compare)
+        one += Cost(luts=constant_step(compare) if words == 1 else compare)
     return one
 
 
@@ -230,7 +237,7 @@ def to_float(fmt: Float) -> Cost:
     return Cost(luts=entry[0], ffs=entry[1])
 
 
-@cache
+@kept
 def group_cost(spec: LayerSpec, acc_bits: int) -> tuple[Cost, int]:
     """Per element: scale each group's partial sum and add it up; and the bits of the total. Priced only, not written.
 

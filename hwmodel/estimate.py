@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from hwmodel.cost import HwError
 from hwmodel.devices import Device
+from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key
@@ -106,8 +107,9 @@ def _estimate(
     mapping: Mapping,
 ) -> Estimate:
     ports = [WIDE_PORT[device.family]] * len(specs) if mapping == "dsp" else None
-    chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
-    return _summary(chosen, device, clock_mhz, mapping)
+    with pricing(device.family):
+        chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
+        return _summary(chosen, device, clock_mhz, mapping)
 
 
 def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: Mapping) -> Estimate:

@@ -1,6 +1,6 @@
 """Coefficients from synthesis runs: `coeffs.toml` anew, or a file of a user's own from Vivado's counts.
 
-Every unit is a template of `rtl/` with parameters, synthesized for xc7 without DSPs. The product table holds
+Every unit is a template of `rtl/` with parameters, synthesized without DSPs, for xc7 or ECP5. The product table holds
 each pair as measured; the formula for other pairs is fitted to a random 80 % of the table and judged on the
 rest, then to all. MACs (product, tree, accumulator together) are never fitted: all of them are held out, and
 so is a third of every other kind. Layers and policies are judged by `validate`.
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from hwmodel import mac, yosys
-from hwmodel.convert import csd_adds, to_float_bits
+from hwmodel import fabric, mac, yosys
+from hwmodel.convert import csd_adds, factor_rows, to_float_bits
 from hwmodel.cost import Cost, HwError
 from hwmodel.estimate import mac_kind
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, int_max, minifloats, parse
@@ -192,6 +192,25 @@ def glue_samples() -> list[Sample]:
     for width in (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 17, 19, 21, 24, 28):
         add("first step", yosys.Unit("first_step", (("BITS", width),), FIRST_STEP), width=width)
         add("step", yosys.unit("search", BITS=width, STEP=1 + width % 4), width=width)
+    if fabric.family() == "ecp5":
+        for n, width in itertools.product((2, 3, 4, 5, 6, 8, 12), (10, 13, 16, 20)):
+            s = (n - 1).bit_length()
+            text = (
+                f"module choice_{n}_{width}(input [{n * width - 1}:0] d, input [{s - 1}:0] s, "
+                f"output [{width - 1}:0] q);\nassign q = d[s*{width} +: {width}];\nendmodule"
+            )
+            out.append(
+                Sample(
+                    "choice",
+                    f"{n} of {width} bits",
+                    False,
+                    yosys.Unit(f"choice_{n}_{width}", (), text),
+                    {"n": n, "width": width},
+                )
+            )
+        for bits in range(3, 9):
+            unit = yosys.unit("interval_code", KIND=2, BITS=bits)
+            out.append(Sample("float code", f"{bits} bits", False, unit, {"bits": bits, "width": 1}))
     return out
 
 
@@ -268,7 +287,9 @@ def mac_samples(count: int, rng: random.Random) -> list[Sample]:
 def measure(samples: Sequence[Sample], pool: ProcessPoolExecutor, cache: Path, tell: Callable[[int], None]) -> None:
     """Give every sample its cost, each unit synthesized once and for all."""
     batches = [samples[i : i + BATCH] for i in range(0, len(samples), BATCH)]
-    running = [pool.submit(yosys.cached_units, [s.unit for s in batch], cache) for batch in batches]
+    running = [
+        pool.submit(yosys.cached_units, [s.unit for s in batch], cache, family=fabric.family()) for batch in batches
+    ]
     for batch, future in zip(batches, running, strict=True):
         for sample, cost in zip(batch, future.result(), strict=True):
             sample.cost = cost
@@ -321,7 +342,9 @@ def least_squares(rows: list[dict[str, float]], y: list[float]) -> dict[str, flo
     return found
 
 
-FEATURES: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+Features = dict[str, Callable[[dict[str, Any]], dict[str, float]]]
+
+FEATURES: Features = {
     "constant": lambda f: {"rows": f["adds"] * f["acc"], "t": f["t"], "one": 1.0},
     "runtime": lambda f: {"rows": booth_rows(f["acc"], True, f["k"], False), "acc": f["acc"], "t": f["t"], "one": 1.0},
     "shift": lambda f: {"moved": f["k"] * (f["acc"] + 2 ** f["k"] - 1), "t": f["t"], "one": 1.0},
@@ -341,6 +364,11 @@ FEATURES: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
     "first step": lambda f: {"bits": f["width"], "one": 1.0},
     "step": lambda f: {"bits": f["width"], "one": 1.0},
 }
+LATTICE: Features = FEATURES | {
+    "constant": lambda f: FEATURES["constant"](f) | {"chains": f["adds"]},
+    "runtime": lambda f: FEATURES["runtime"](f) | {"chains": factor_rows(f["acc"], f["k"])},
+}
+"""Of ECP5: every carry chain costs."""
 
 
 # ---------------------------------------------------------------- the whole fit
@@ -407,7 +435,10 @@ def fit(
     command: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
-    """Synthesize the units of `parts`, fit their coefficients, write all to `out` and use it from now on."""
+    """Synthesize the units of `parts`, fit their coefficients, write all to `out` and use it from now on.
+
+    Of the family that is priced (`fabric.pricing`); those of others stay.
+    """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise HwError(f"unknown part {unknown[0] if unknown else ''!r}; accepted: {', '.join(PARTS)}")
@@ -424,28 +455,33 @@ def fit(
         done += more
         progress(done, total)
 
-    found = Fitted(deepcopy(mac.coefficients()))
+    whole = deepcopy(mac.document())
+    found = Fitted(whole if fabric.family() == "xc7" else whole.setdefault(fabric.family(), {"residual": {}}))
     stamp = {
         "yosys": yosys.version(),
         "date": datetime.date.today().isoformat(),
         "command": command,
-        "flow": yosys.FLOW + " -nodsp",
+        "flow": yosys.flow(fabric.family(), dsp=False),
         "units": total,
     }
+    features = LATTICE if fabric.family() == "ecp5" else FEATURES
     for part in parts:
         found.data["fit" if part == "products" else f"fit {part}"] = stamp
     with ProcessPoolExecutor(jobs) as pool:
         measure(wanted, pool, cache, tell)
         if "glue" in parts:
-            found.data["glue"] = fit_features(samples["glue"], found.rows)
+            found.data["glue"] = fit_features([s for s in samples["glue"] if s.kind in features], features, found.rows)
+            add_choices(samples["glue"], found.data["glue"])
         if "converters" in parts:
-            found.data["convert"] = fit_features([s for s in samples["converters"] if s.kind in FEATURES], found.rows)
+            found.data["convert"] = fit_features(
+                [s for s in samples["converters"] if s.kind in features], features, found.rows
+            )
             add_tables(samples["converters"], found.data["convert"])
         if "products" in parts:
             found.data["products"] = {k: list(v) for k, v in sorted(product_table(samples["products"]).items())}
-            write_coeffs(out, found.data)  # features of the formula look the multipliers up
+            write_coeffs(out, whole)  # features of the formula look the multipliers up
             fit_formula(samples["products"], found, rng)
-            write_coeffs(out, found.data)
+            write_coeffs(out, whole)
             for s in macs:
                 s.unit = yosys.mac_unit(parse(s.facts["w"]), parse(s.facts["a"]), s.facts["acc"], s.facts["lanes"])
             measure(macs, pool, cache, tell)
@@ -454,22 +490,35 @@ def fit(
                 guess = mac.mac_cost(w, a, s.facts["acc"], s.facts["lanes"])
                 found.rows.append(Judged(mac_kind(w, a), s.name, True, s.made.luts, guess.luts, s.made.ffs, guess.ffs))
     found.judge()
-    write_coeffs(out, found.data)
+    write_coeffs(out, whole)
     return found
 
 
-def fit_features(samples: Sequence[Sample], rows: list[Judged]) -> dict[str, Any]:
+def fit_features(samples: Sequence[Sample], features: Features, rows: list[Judged]) -> dict[str, Any]:
     """Weights of the features of each kind: judged by the fit to its share, then fitted to all."""
     fits: dict[str, Any] = {}
     for kind in dict.fromkeys(s.kind for s in samples):
         mine = [s for s in samples if s.kind == kind]
         seen = [s for s in mine if not s.held_out]
-        trial = least_squares([FEATURES[kind](s.facts) for s in seen], [s.made.luts for s in seen])
+        trial = least_squares([features[kind](s.facts) for s in seen], [s.made.luts for s in seen])
         for s in mine:
-            guess = sum(trial[name] * value for name, value in FEATURES[kind](s.facts).items())
+            guess = sum(trial[name] * value for name, value in features[kind](s.facts).items())
             rows.append(Judged(kind, s.name, s.held_out, s.made.luts, guess, s.made.ffs))
-        fits[kind] = least_squares([FEATURES[kind](s.facts) for s in mine], [s.made.luts for s in mine])
+        fits[kind] = least_squares([features[kind](s.facts) for s in mine], [s.made.luts for s in mine])
     return fits
+
+
+def add_choices(samples: Sequence[Sample], glue: dict[str, Any]) -> None:
+    """What ECP5 makes of multiplexers, a bit in the mean, and of minifloat codes of intervals: kept as measured."""
+    for kind, fact in (("choice", "n"), ("float code", "bits")):
+        mine = [s for s in samples if s.kind == kind]
+        sizes = sorted({s.facts[fact] for s in mine})
+        found = {
+            str(n): round(float(np.mean([s.made.luts / s.facts["width"] for s in mine if s.facts[fact] == n])), 2)
+            for n in sizes
+        }
+        if found:
+            glue[kind] = found
 
 
 def add_tables(samples: Sequence[Sample], convert: dict[str, Any]) -> None:

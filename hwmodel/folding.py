@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +21,7 @@ from hwmodel.accumulator import type_bound
 from hwmodel.convert import converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
 from hwmodel.devices import Device
+from hwmodel.fabric import kept
 from hwmodel.formats import Block, Format, bits
 from hwmodel.layer import elements, frame, operands, stream_ends
 from hwmodel.mac import pipeline_stages
@@ -94,7 +94,7 @@ def _formats(spec: LayerSpec) -> tuple[Format, Format]:
     return spec.weight, spec.act
 
 
-@cache
+@kept
 def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
     """Every fold of a layer whose PE divides its rows and whose SIMD divides its columns (and its groups).
 
@@ -113,7 +113,7 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
     return tuple(layer_fold(spec, pe, simd, port) for simd in divisors(columns) for pe in rows)
 
 
-@cache
+@kept
 def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> Fold:
     """The layer with `pe` rows and `simd` columns at once.
 
@@ -196,7 +196,7 @@ def predict(chosen: Sequence[Fold]) -> tuple[Cost, ...]:
     return tuple(fold.cost + more for fold, more in zip(chosen, stream_costs(chosen), strict=True))
 
 
-@cache
+@kept
 def front(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
     """The folds that no other beats in cycles and LUTs wherever they stand, by ascending cycles.
 
@@ -359,7 +359,7 @@ def _descents(group: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.concatenate(([True], falling[1:] < least[:-1]))
 
 
-@lru_cache(maxsize=256)
+@kept
 def _tables(specs: tuple[LayerSpec, ...], ports: tuple[int | None, ...] | None) -> tuple[_Table, ...]:
     """For each layer what `_combine` adds up: the same for every target."""
     fronts = fronts_of(specs, ports)

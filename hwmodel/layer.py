@@ -8,9 +8,10 @@ A constant memory costs the columns of bits that differ from each other: rows of
 from __future__ import annotations
 
 import math
-from functools import cache
 
+from hwmodel import fabric
 from hwmodel.cost import ZERO, Cost
+from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, levels, unit
 from hwmodel.mac import coefficients, mac_cost, operand, pipeline_stages, shift_bits
 from hwmodel.memory import rom, rom_columns
@@ -26,7 +27,7 @@ def address_bits(n: int) -> int:
     return max(1, (n - 1).bit_length())
 
 
-@cache
+@kept
 def operands(width: int, simd: int, folds: int, write: int) -> Cost:
     """The input buffer: `folds` words of `simd` codes of `width` bits, `write` codes per write (`rtl/operands.v`)."""
     codes = simd * folds
@@ -36,20 +37,17 @@ def operands(width: int, simd: int, folds: int, write: int) -> Cost:
         return Cost(luts=codes * width, ffs=(codes + simd) * width)
     parts = simd // write
     chosen = parts if parts > 1 else 0
-    counter = 1 + (folds == 4) + (folds & (folds - 1) != 0)
-    if folds > 256:  # Yosys' own limit for memories in LUTs
+    if folds > (256 if fabric.family() == "xc7" else 128):  # Yosys' own limits for memories in LUTs
         return Cost(
-            luts=counter + chosen,
+            luts=fabric.counter(folds) + chosen,
             ffs=address_bits(folds) + chosen,
             bram18=parts * rom(write * width, folds, "bram").cost.bram18,
         )
-    per_memory = (
-        4 * math.ceil(write * width / 6) if folds <= 32 else 4 * math.ceil(write * width / 3) * math.ceil(folds / 64)
-    )
-    return Cost(luts=parts * per_memory + counter + chosen, ffs=simd * width + address_bits(folds) + chosen)
+    luts = parts * fabric.ram_luts(write * width, folds) + fabric.counter(folds) + chosen
+    return Cost(luts=luts, ffs=simd * width + address_bits(folds) + chosen)
 
 
-@cache
+@kept
 def sequencer(column_folds: int, row_folds: int) -> Cost:
     """Counters of a layer's columns and addresses (`rtl/sequencer.v`)."""
     fit = coefficients()["glue"]["sequencer"]
@@ -59,7 +57,7 @@ def sequencer(column_folds: int, row_folds: int) -> Cost:
     return Cost(luts=fit["one"] + fit["bits"] * counted, ffs=ffs)
 
 
-@cache
+@kept
 def drain(share: int, count: int) -> Cost:
     """Turns of `share` elements at one converter that takes `count` sums in all (`rtl/drain.v`)."""
     fit = coefficients()["glue"]["drain"]
@@ -80,12 +78,14 @@ def interval_code(out: Format) -> int:
         case Int():
             return int(out.signed)
         case Float():
+            if fabric.family() == "ecp5":
+                return int(coefficients()["glue"]["float code"][str(bits(out))])
             return 2 * bits(out) - 2 if bits(out) > 3 else bits(out) - 1
         case _:
             return int(out == TERNARY)
 
 
-@cache
+@kept
 def level_columns(spec: LayerSpec, acc_bits: int) -> float:
     """Bits of a threshold that are not copies of its sign.
 
@@ -98,14 +98,14 @@ def level_columns(spec: LayerSpec, acc_bits: int) -> float:
     return max(1.0, acc_bits - max(0.0, spare))
 
 
-@cache
+@kept
 def _peak(fmt: Format) -> float:
     """Largest magnitude over the root mean square of the levels."""
     steps = [level / unit(fmt) for level in levels(fmt)]
     return max(map(abs, steps)) / math.sqrt(sum(s * s for s in steps) / len(steps))
 
 
-@cache
+@kept
 def threshold_cost(spec: LayerSpec, acc_bits: int, units: int) -> Cost:
     """`units` converters that search thresholds, memories included."""
     assert spec.out is not None
@@ -116,8 +116,13 @@ def threshold_cost(spec: LayerSpec, acc_bits: int, units: int) -> Cost:
         words, wide = rows << max(0, step - 1), 1 if step == 0 else 2
         one += constants(wide * acc_bits, words, wide * columns)
         compare = search_step(acc_bits, step == 0)
-        one += Cost(luts=compare / 2 if words == 1 else compare)  # a constant level leaves half of each comparison
+        one += Cost(luts=constant_step(compare) if words == 1 else compare)
     return one * units
+
+
+def constant_step(luts: float) -> float:
+    """LUTs that are left of a comparison with a constant level: half, but ECP5's carry cells all stay."""
+    return luts / 2 if fabric.family() == "xc7" else luts
 
 
 def constants(width: int, words: int, columns: float) -> Cost:
@@ -131,7 +136,7 @@ def sum_codes(spec: LayerSpec, acc_bits: int) -> Cost:
     return Cost(luts=acc_bits - 1) if spec.weight == spec.act == BINARY else ZERO
 
 
-@cache
+@kept
 def shared_decoding(weight: Format, act: Format, pe: int, simd: int) -> Cost:
     """What elements save because they read the same inputs: registers of the input's shift and significand."""
     if pe == 1 or not shift_bits(weight, act) or operand(weight).reach:
@@ -141,13 +146,13 @@ def shared_decoding(weight: Format, act: Format, pe: int, simd: int) -> Cost:
     return Cost(luts=a.exp, ffs=ffs) * ((pe - 1) * simd)
 
 
-@cache
+@kept
 def elements(weight: Format, act: Format, acc_bits: int, pe: int, simd: int) -> Cost:
     """The multiply-accumulates of all rows at once, their products in LUTs."""
     return mac_cost(weight, act, acc_bits, simd) * pe + shared_decoding(weight, act, pe, simd) * -1
 
 
-@cache
+@kept
 def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int, stored: int) -> Cost:
     """A layer at `pe` rows and `simd` columns at once but its elements, its converters and its input buffer.
 
@@ -163,11 +168,23 @@ def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int, stored
         constants(word, rows * columns, word)
         + sequencer(columns, rows)
         + drain(share, spec.out_features // units)
-        + Cost(luts=2 + math.ceil((share - 1) / 3) * acc_bits * units, ffs=delays)
+        + Cost(luts=2 + choice(share) * acc_bits * units, ffs=delays)
     )
+
+
+def choice(n: int) -> float:
+    """LUTs of one bit of a multiplexer of n: four inputs in a LUT6; of LUT4s as measured, between sizes the mean."""
+    if fabric.family() == "xc7":
+        return math.ceil((n - 1) / 3)
+    table = {int(size): luts for size, luts in coefficients()["glue"]["choice"].items()}
+    if n == 1:
+        return 0
+    most = max(table)
+    near = max(s for s in table if s <= n), min((s for s in table if s >= n), default=most)
+    return max(1.0, n / most) * sum(table[s] for s in near) / 2
 
 
 def stream_ends(beats: int, out_bits: int) -> Cost:
     """Around the layers: counter of input beats, handshakes, output register."""
     count = (beats - 1).bit_length()
-    return Cost(luts=4 + count, ffs=2 + count + out_bits)
+    return Cost(luts=4 + count + fabric.constants(), ffs=2 + count + out_bits)

@@ -22,7 +22,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, assert_never
 
+from hwmodel import fabric
 from hwmodel.cost import Cost, HwError
+from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, TERNARY, Block, Float, Format, Int, Levels, bits, int_max
 
 
@@ -90,10 +92,21 @@ _source: list[Path] = []
 
 
 @cache
-def coefficients() -> dict[str, Any]:
-    """The contents of `coeffs.toml`, or of the file that `use_coefficients` named."""
+def document() -> dict[str, Any]:
+    """The contents of `coeffs.toml`, or of the file that `use_coefficients` named: of xc7, and below "ecp5" of ECP5."""
     source = _source[0] if _source else resources.files("hwmodel").joinpath("coeffs.toml")
     return tomllib.loads(source.read_text())
+
+
+@kept
+def coefficients() -> dict[str, Any]:
+    """Those of the family that is priced."""
+    if fabric.family() == "xc7":
+        return document()
+    found: dict[str, Any] = document().get(fabric.family(), {})
+    if not found:
+        raise HwError(f"these coefficients have none for {fabric.family()}; hwmodel fit --family renews ours")
+    return found
 
 
 def use_coefficients(path: Path | None) -> None:
@@ -105,7 +118,7 @@ def use_coefficients(path: Path | None) -> None:
             raise HwError(f"{path} cannot be read; expected coefficients written by hwmodel fit") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise HwError(f"{path} is not TOML: {error}") from None
-        missing = [key for key in coefficients() if key not in found]
+        missing = [key for key in document() if key not in found and key not in fabric.FAMILIES]
         if missing:
             raise HwError(f"{path} lacks [{missing[0]}]; expected coefficients written by hwmodel fit")
     _source[:] = [] if path is None else [path]
@@ -126,7 +139,7 @@ def pair_key(weight: Format, act: Format) -> str:
     return " ".join(sorted((operand(weight).key, operand(act).key)))
 
 
-@cache
+@kept
 def product_cost(weight: Format, act: Format) -> Cost:
     """One registered product in LUTs: measured where the table has the pair, else the formula.
 
@@ -226,7 +239,7 @@ def booth_rows(x: int, x_signed: bool, y: int, y_signed: bool) -> float:
 def tree_cost(lanes: int, width: int, max_bits: int, owed: bool) -> Cost:
     """Adders of a registered binary tree over `lanes` values of `width` bits, sums cut at `max_bits`.
 
-    An adder takes one LUT per bit of its operands, one more where it takes in an owed one.
+    An adder of xc7 takes one LUT per bit of its operands, one more where it takes in an owed one.
     """
     luts = ffs = 0
     count, level = lanes, 0
@@ -235,18 +248,19 @@ def tree_cost(lanes: int, width: int, max_bits: int, owed: bool) -> Cost:
         level += 1
         pairs, single = divmod(count, 2)
         narrow, wide = min(width + level - 1, max_bits), min(width + level, max_bits)
-        luts += pairs * (narrow + owed)
+        luts += pairs * fabric.adder(wide, narrow, owed)
         ffs += pairs * (wide + owed)
         if single:
             age += 1
             ffs += odd_bits + owed
         else:
-            if age >= 3:  # the mapper makes such a chain, product register included, a shift register in LUTs
+            # the mapper makes such a chain, product register included, a shift register in LUTs
+            if age >= 3 and fabric.shift_registers():
                 luts += odd_bits
                 ffs -= age * odd_bits
             odd_bits, age = wide, 1
         count = pairs + single
-    chains = owed_chains(lanes) if owed else ()
+    chains = owed_chains(lanes) if owed and fabric.shift_registers() else ()
     return Cost(luts=luts + len(chains), ffs=ffs - sum(chains))
 
 
@@ -269,7 +283,7 @@ def tree_levels(lanes: int) -> int:
     return (lanes - 1).bit_length()
 
 
-@cache
+@kept
 def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1) -> Cost:
     """One element that adds `lanes` products per cycle, made of LUTs, into one accumulator of `acc_bits` bits."""
     if lanes < 1 or acc_bits < 1:
@@ -278,7 +292,7 @@ def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1) -> Cost
         return popcount_cost(acc_bits, lanes)
     width = min(product_bits(weight, act), acc_bits)
     owed = owes(weight, act)
-    end = Cost(luts=acc_bits + owed, ffs=2 * acc_bits)
+    end = Cost(luts=fabric.adder(acc_bits, acc_bits, owed), ffs=2 * acc_bits)
     return product_cost(weight, act) * lanes + tree_cost(lanes, width, acc_bits, owed) + end
 
 
@@ -290,6 +304,10 @@ def popcount_cost(acc_bits: int, lanes: int) -> Cost:
     """
     groups, rest = divmod(lanes, 3)
     count = groups + (rest > 0)
+    if fabric.family() == "ecp5":
+        tree = tree_cost(count, 3, acc_bits, owed=False)
+        luts = 2 * groups + rest + tree.luts + fabric.adder(acc_bits, acc_bits, False)
+        return Cost(luts=luts, ffs=2 * groups + rest + tree.ffs + 2 * acc_bits)
     adders = tree_cost(count, 2, acc_bits, owed=False) + Cost(luts=count - 1)
     luts = 2 * groups + (0.0, -1.0, 0.0)[rest] + adders.luts + min(3 + tree_levels(count), acc_bits)
     return Cost(luts=max(1.0, luts), ffs=2 * groups + rest + adders.ffs + 2 * acc_bits)

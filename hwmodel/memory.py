@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hwmodel.cost import ZERO, Cost
+from hwmodel.fabric import ram_luts, rom_depth
 
 Kind = Literal["none", "logic", "registers", "lutram", "bram"]
 
@@ -46,9 +47,7 @@ def rom(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto"
     if depth == 1:
         return Memory("logic", width, depth, ZERO)
     if kind == "lutram" or (kind == "auto" and depth <= LUTRAM_DEPTH):
-        blocks = math.ceil(depth / 64)
-        select = math.ceil((math.ceil(blocks / 4) - 1) / 3)  # MUXF7 and MUXF8 join four LUTs for nothing
-        return Memory("lutram", width, depth, Cost(luts=width * (blocks + select), ffs=width))
+        return Memory("lutram", width, depth, Cost(luts=width * rom_depth(depth), ffs=width))
     return Memory("bram", width, depth, Cost(bram18=bram18(width, depth)))
 
 
@@ -59,10 +58,8 @@ def rom_columns(columns: float, depth: int) -> Cost:
     (8, 2)
     """
     address = (depth - 1).bit_length()
-    blocks = math.ceil(depth / 64)
-    select = math.ceil((math.ceil(blocks / 4) - 1) / 3)
     if depth > 8:
-        return Cost(luts=columns * (blocks + select), ffs=columns)
+        return Cost(luts=columns * rom_depth(depth), ffs=columns)
     functions = 2.0**depth
     seen = 1 - (1 - 1 / functions) ** columns  # chance that a given function of the address occurs
     ffs = (functions - 2) * seen
@@ -79,6 +76,5 @@ def ram(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto"
     if depth == 1:
         return Memory("registers", width, depth, Cost(ffs=width))
     if kind == "lutram" or (kind == "auto" and depth <= LUTRAM_DEPTH):
-        luts = 4 * math.ceil(width / 6) if depth <= 32 else 4 * math.ceil(width / 3) * math.ceil(depth / 64)
-        return Memory("lutram", width, depth, Cost(luts=luts, ffs=width))
+        return Memory("lutram", width, depth, Cost(luts=ram_luts(width, depth), ffs=width))
     return Memory("bram", width, depth, Cost(bram18=bram18(width, depth)))

