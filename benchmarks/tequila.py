@@ -24,14 +24,14 @@ import math
 import statistics
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from report import REPORTS, publish
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.capture import captured
+from quantkit.language import causal_lm
 from quantkit.loaders import hf
 from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
@@ -51,17 +51,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "AbsMean + bias": {"biases": True, "reactivate": 0.0},
     "Tequila + bias": {"biases": True},
 }
-
-
-class Logits(nn.Module):
-    """A captured language model, called as transformers' are."""
-
-    def __init__(self, graph: nn.Module) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def forward(self, ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.graph(ids))
 
 
 def steps(method: str, options: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -102,7 +91,7 @@ def language(data: Path, methods: list[str], seeds: int, options: dict[str, Any]
     stream = torch.cat(read("calib400"))
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
     held = [d[:CUT] for d in read("eval400")[:documents]]
-    reference = perplexity.evaluate(Logits(model.module), held, batch=20)
+    reference = perplexity.evaluate(causal_lm(model), held, batch=20)
     rows: list[dict[str, Any]] = []
     base: dict[int, perplexity.Perplexity] = {}
     for method in methods:
@@ -112,7 +101,7 @@ def language(data: Path, methods: list[str], seeds: int, options: dict[str, Any]
             recipe = Recipe(plan, steps(method, options), seed)
             done = quantize(model, recipe, Calib(windows, batch=64))
             found = row("stories260k", method, seed, options, done, time.perf_counter() - began)
-            score = perplexity.evaluate(Logits(done.module), held, batch=20)
+            score = perplexity.evaluate(causal_lm(done), held, batch=20)
             if method == "AbsMean":
                 base[seed] = score
             ratio, error = perplexity.compare(base[seed], score) if seed in base else (math.nan, math.nan)

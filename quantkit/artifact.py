@@ -3,17 +3,21 @@
     quantkit.json        format version, structure, environment, recipe, per-layer facts
     model.safetensors    packed weight codes, scales, biases, input stage
     specs.json           the LayerSpecs that `hwmodel estimate` reads
+    tokenizer.json, ...  of a language model, copied
 
 Codes are stored in exactly their format's bits (`NAME.codes`, uint8, no gaps), and so are scales that
-have a format (`NAME.scale`; all others are float32). The directory is written under a temporary name
-and renamed, and needs nothing of the checkpoint it came from, except that a network of the caller's
-own code is rebuilt by its factory.
+have a format (`NAME.scale`; all others are float32). A weight that two layers share is stored once, a
+bias that is all zero not at all. The directory is written under a temporary name and renamed, and needs
+nothing of the checkpoint it came from, except that a network of the caller's own code is rebuilt by its
+factory. A language model is transformers' own class of the recorded configuration.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -37,7 +41,7 @@ from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, QLayer, shape_of
 from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack
 from quantkit.recipe import format_name, parse_format
-from quantkit.specs import bits_per_weight, layer_specs, sqnr_db, weight_name
+from quantkit.specs import bits_per_weight, layer_specs, repeated, sqnr_db, weight_name
 
 FORMAT_VERSION = 1
 MARKER = "quantkit.json"
@@ -72,30 +76,38 @@ def summary(model: Model) -> dict[str, Any]:
     }
 
 
-def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
+def save_artifact(model: Model, path: Path, *, force: bool = False, files: Iterable[Path] = ()) -> None:
     """Write the quantized model as a new directory; InputError if it exists and not `force`.
 
-    `force` replaces a directory of this kind or an empty one, nothing else.
+    `force` replaces a directory of this kind or an empty one, nothing else. files: copied beside it, the tokenizer of a
+    language model (`hf.companions`).
     """
-    tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
-    qlayers = model.qlayers()
+    qlayers, shared = model.qlayers(), repeated(model)
+    packed: dict[str, Any] = {}
     for name, tensor in model.module.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if not (owner in qlayers and leaf == "weight" and qlayers[owner].q is not None):
-            tensors[name] = tensor
-    packed: dict[str, Any] = {name: t.contiguous().numpy() for name, t in tensors.items()}
+        layer = qlayers.get(owner)
+        if leaf == "weight" and (owner in shared or (layer is not None and layer.q is not None)):
+            continue
+        if not (layer is not None and leaf == "bias" and not tensor.any()):
+            packed[name] = tensor.contiguous().numpy()
     for name, layer in qlayers.items():
         record: dict[str, Any] = {"name": name, "granularity": str(layer.plan.granularity)}
         record["plan"] = [format_name(layer.plan.weight), format_name(layer.plan.act)]
         record["act"] = None if layer.act is None else _act_record(layer.act)
         record["in_scale"] = layer.in_scale is not None
+        record["bias"] = f"{name}.bias" in packed
         record["weight"] = None
         if isinstance(layer.q, Bands):
             record["weight"] = {"format": BANDS, "shape": list(layer.q.shape)}
-            packed |= {f"{name}.{leaf}": array for leaf, array in to_arrays(layer.q).items()}
         elif layer.q is not None:
             record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape), "base": layer.q.base}
+        if name in shared:
+            pass
+        elif isinstance(layer.q, Bands):
+            packed |= {f"{name}.{leaf}": array for leaf, array in to_arrays(layer.q).items()}
+        elif layer.q is not None:
             packed[f"{name}.codes"] = pack(layer.q.codes, formats.bits(layer.q.fmt))
             packed[f"{name}.scale"] = _packed_scale(layer.q)
         layers.append(record)
@@ -105,7 +117,8 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         "structure": _structure(model),
         "example": {"shape": list(model.example.shape[1:]), "dtype": str(model.example.dtype).removeprefix("torch.")},
         "env": None if model.env is None else asdict(model.env),
-        "meta": model.meta,
+        "meta": {key: value for key, value in model.meta.items() if key != "config"},
+        "shared": shared,
         "quantized": layers,
         "points": {name: _act_record(point.act) for name, point in model.points().items() if point.act is not None},
         "summary": summary(model),
@@ -115,6 +128,8 @@ def save_artifact(model: Model, path: Path, *, force: bool = False) -> None:
         save_file(packed, folder / "model.safetensors", metadata={"format": "quantkit"})
         (folder / "specs.json").write_text(json.dumps(specs, indent=1) + "\n")
         (folder / "quantkit.json").write_text(json.dumps(document, indent=1) + "\n")
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
 
 
 def _act_record(act: ActQuant | BlockAct) -> dict[str, Any]:
@@ -141,6 +156,8 @@ def _packed_scale(q: QTensor) -> np.ndarray:
 
 
 def _structure(model: Model) -> dict[str, Any]:
+    if "config" in model.meta:
+        return {"hf": model.meta["config"]}
     if not isinstance(model.module, Policy):
         factory = model.meta.get("factory")
         if not factory:
@@ -200,13 +217,23 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         from quantkit.loaders.torch_module import call_factory
 
         module: nn.Module = call_factory(structure["factory"])
+    elif "hf" in structure:
+        module = _language_model(path, structure["hf"], tensors)
     else:
         module = build(structure)
     example = torch.zeros(2, *document["example"]["shape"], dtype=getattr(torch, document["example"]["dtype"]))
     env = None if document["env"] is None else EnvSpec(**document["env"])
-    model = Model(module.eval(), example, env, document["meta"])
-    if "factory" in structure:
+    meta = document["meta"] | ({"config": structure["hf"]} if "hf" in structure else {})
+    model = Model(module.eval(), example, env, meta)
+    if not isinstance(module, Policy):
         model = captured(model)
+    shared: dict[str, str] = document.get("shared", {})
+    tensors |= {
+        f"{name}.{leaf}": tensors[f"{other}.{leaf}"]
+        for name, other in shared.items()
+        for leaf in ("weight", "codes", "scale", *ARRAYS)
+        if f"{other}.{leaf}" in tensors
+    }
     floats = model.layers()
     for record in document["quantized"]:
         weight, act = (parse_format(text) for text in record["plan"])
@@ -215,6 +242,8 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         layer = QLayer(plain, LayerPlan(weight, act, parse_granularity(record["granularity"])))
         if record["in_scale"]:
             layer.in_scale = tensors[f"{record['name']}.in_scale"]
+        if not record.get("bias", True):
+            layer.bias.data.zero_()
         model.replace(record["name"], layer)
         if record["weight"] is not None:
             _restore_weight(layer, record, tensors)
@@ -227,12 +256,23 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
     rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
     missing, unexpected = model.module.load_state_dict(rest, strict=False)
     restored = {f"{r['name']}.weight" for r in document["quantized"] if r["weight"] is not None}
+    restored |= {f"{r['name']}.bias" for r in document["quantized"] if not r.get("bias", True)}
     if unexpected or set(missing) - restored:
         raise KeyError(", ".join([*unexpected, *sorted(set(missing) - restored)]))
     for name, parameter in model.module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} is not finite")
     return model
+
+
+def _language_model(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """transformers' class with undefined weights; a code takes a bit or more, so that the files limit its size."""
+    try:
+        from quantkit.loaders import hf
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path}: a language model needs {error.name}: pip install 'quantkit[lm]'") from None
+    held = sum(8 * t.numel() if t.dtype == torch.uint8 else t.numel() for t in tensors.values())
+    return hf.skeleton(config, path / "quantkit.json", held, len(tensors))
 
 
 def _positive(scale: float) -> float:

@@ -11,7 +11,7 @@ from quantkit.loaders import sb3, torch_module
 from quantkit.model import EnvSpec, Model
 from quantkit.qlayers import QLayer, shape_of
 from quantkit.recipe import format_name
-from quantkit.specs import weight_name
+from quantkit.specs import parameter_count, weight_name
 
 
 def load_checkpoint(
@@ -115,7 +115,7 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
         ],
         "float_layers": meta.get("float_layers", {}),
         "untraced": meta.get("untraced"),
-        "parameters": sum(p.numel() for p in model.module.parameters()),
+        "parameters": parameter_count(model),
         "quantized": any(isinstance(layer, QLayer) for layer in model.layers().values()),
         **{key: value for key, value in gaps(model).items() if key in ("idle", "silent_channels")},
         "sha256": meta.get("sha256"),

@@ -73,8 +73,11 @@ class Model:
         return Model(copy.deepcopy(self.module), self.example.clone(), self.env, copy.deepcopy(self.meta))
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Put `module` where the submodule `name` is."""
+        """Put `module` where the submodule `name` is; it takes over buffers, as those of Gemma's embedding."""
         parent, _, leaf = name.rpartition(".")
+        for key, buffer in self.module.get_submodule(name)._buffers.items():
+            if not hasattr(module, key):
+                module.register_buffer(key, buffer)
         setattr(self.module.get_submodule(parent) if parent else self.module, leaf, module)
 
 

@@ -17,7 +17,7 @@ from quantkit.bands import BANDS, Bands, signed
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Plain, QLayer, shape_of
-from quantkit.qtensor import units_of
+from quantkit.qtensor import QTensor, units_of
 from quantkit.rounding import is_pow2
 
 
@@ -141,13 +141,48 @@ def _activations(model: Model) -> dict[str, str]:
 
 
 def bits_per_weight(model: Model) -> float:
-    """Bits stored for weights, scales included (float32 ones where a layer stayed float), per weight."""
+    """Bits stored for weights, scales included (float32 ones where a layer stayed float), per weight.
+
+    A weight that two layers share (`meta["tied"]`) is one weight: stored once if both hold the same, and twice if they
+    are quantized differently.
+    """
     stored = weights = 0
-    for layer in model.layers().values():
-        weights += layer.weight.numel()
+    tied, same = _tied(model), repeated(model)
+    for name, layer in model.layers().items():
+        weights += 0 if name in tied else layer.weight.numel()
         q = layer.q if isinstance(layer, QLayer) else None
-        stored += q.bits if q is not None else 32 * layer.weight.numel()
+        stored += 0 if name in same else q.bits if q is not None else 32 * layer.weight.numel()
     return stored / max(1, weights)
+
+
+def _tied(model: Model) -> dict[str, str]:
+    """The layers that shared the weight of another in the checkpoint: name -> name of that."""
+    layers = model.layers()
+    tied: dict[str, str] = model.meta.get("tied", {})
+    return {name: other for name, other in tied.items() if name in layers and other in layers}
+
+
+def repeated(model: Model) -> dict[str, str]:
+    """Those of the tied layers whose weight is still that of the other, code for code: name -> name of that."""
+    layers = model.layers()
+    return {name: other for name, other in _tied(model).items() if _same(layers[name], layers[other])}
+
+
+def _same(a: Plain | QLayer, b: Plain | QLayer) -> bool:
+    p, q = (layer.q if isinstance(layer, QLayer) else None for layer in (a, b))
+    if p is None and q is None:
+        return torch.equal(a.weight, b.weight)
+    if isinstance(p, QTensor) and isinstance(q, QTensor):
+        alike = (p.fmt, p.granularity, p.shape, p.base) == (q.fmt, q.granularity, q.shape, q.base)
+        return alike and torch.equal(p.codes, q.codes) and torch.equal(p.scale, q.scale)
+    return False
+
+
+def parameter_count(model: Model) -> int:
+    """Parameters of the network; a weight that two layers share counts once."""
+    layers = model.layers()
+    twice = [n for n, other in _tied(model).items() if layers[n].weight is not layers[other].weight]
+    return sum(p.numel() for p in model.module.parameters()) - sum(layers[n].weight.numel() for n in twice)
 
 
 def sqnr_db(layer: QLayer) -> float | None:

@@ -14,6 +14,7 @@ from quantkit.cli.options import (
     _NUM,
     _OUT,
     _PRESETS,
+    Cache,
     Checkpoint,
     Env,
     Episodes,
@@ -100,14 +101,35 @@ def evaluate(
         Path | None,
         typer.Option(help=".npy or .npz with a class for each input: measure accuracy.", rich_help_panel=_IN),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text of a language model, documents split at <|endoftext|>: measure perplexity.", rich_help_panel=_IN
+        ),
+    ] = None,
+    kv_cache: Cache = None,
     normalize: Normalize = "stage",
     json: Json = False,
 ) -> None:
-    """Run deterministic episodes and report the return with its uncertainty; with --labels, the accuracy."""
+    """Report the return of deterministic episodes; with --labels, the accuracy; with --text, the perplexity.
+
+    Each with its uncertainty.
+    """
     from quantkit.policy import Policy
 
+    if kv_cache is not None:
+        from quantkit.caches import parse_cache
+
+        parse_cache(kv_cache)
     model = load(checkpoint, env, factory, normalize, inputs)
-    if isinstance(model.module, Policy) and labels is None:
+
+    from quantkit.language import is_language
+
+    if is_language(model):
+        _evaluate_perplexity(checkpoint, model, text, kv_cache, json)
+    elif text is not None or kv_cache is not None:
+        raise InputError(f"{checkpoint} is no language model; --text and --kv-cache are for one")
+    elif isinstance(model.module, Policy) and labels is None:
         _evaluate_policy(checkpoint, model, episodes, seed, json)
     elif isinstance(model.module, Policy):
         raise InputError(f"{checkpoint} is a policy: it is evaluated in episodes; --labels is for other networks")
@@ -160,6 +182,25 @@ def _evaluate_accuracy(checkpoint: Path, model: Model, inputs: Path, labels: Pat
         f"{score.correct:,} right)"
     )
     say(f"  95 % interval [{score.low:.2%}, {score.high:.2%}], {score.seconds:.1f} s")
+
+
+def _evaluate_perplexity(checkpoint: Path, model: Model, text: Path | None, kv_cache: str | None, json: bool) -> None:
+    from quantkit.caches import make_cache
+    from quantkit.language import perplexity
+    from quantkit.loaders.hf import read_tokenizer
+
+    if text is None:
+        raise InputError(f"{checkpoint} is a language model: give --text FILE.txt to measure its perplexity")
+    cache = None if kv_cache is None else lambda config: make_cache(kv_cache, config)
+    with progress_bar("perplexity", "documents") as update:
+        score = perplexity(model, read_tokenizer(checkpoint), text, cache=cache, progress=update)
+    if json:
+        kept = ("metric", "mean", "stderr", "n", "tokens", "seconds")
+        print_json({key: getattr(score, key) for key in kept} | {"kv_cache": kv_cache})
+        return
+    error = f"± {score.stderr:.4f} (standard error of" if score.n > 1 else "(no error known of"
+    say(f"{checkpoint} on {text}: perplexity {score.mean:.4f} {error} {score.n:,} documents)")
+    say(f"  {score.tokens:,} tokens predicted in {score.seconds:.1f} s" + (f", cache {kv_cache}" if kv_cache else ""))
 
 
 @app.command(

@@ -1,4 +1,4 @@
-"""Commands that make something of it: quantize, export, verify."""
+"""Commands that make something of it: quantize, generate, export, verify."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from quantkit.cli.options import (
+    _IN,
     _MAKE,
     _NUM,
     _OUT,
     _PRESETS,
+    Cache,
+    Calibration,
     Checkpoint,
     Env,
     Episodes,
@@ -22,12 +25,13 @@ from quantkit.cli.options import (
     Json,
     Normalize,
     Seed,
-    States,
     Steps,
     app,
+    calib_of,
     for_kind,
     load,
     recipe_of,
+    text_calib_of,
 )
 from quantkit.console import guarded, print_json, print_table, progress_bar, remarks, say, warn
 
@@ -58,7 +62,14 @@ def quantize(
         str | None, typer.Option(help=f"Methods put together for you: {_PRESETS}.", rich_help_panel=_NUM)
     ] = None,
     layer: Exceptions = None,
-    calibration: States = 2048,
+    calibration: Calibration = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a calibration window; default 512 or the context.", rich_help_panel=_NUM),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Only the first documents of the text.", rich_help_panel=_NUM)
+    ] = None,
     inputs: Inputs = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)] = 0,
     env: Env = None,
@@ -67,7 +78,11 @@ def quantize(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Quantize a checkpoint into a directory; repeat --step to apply methods in order."""
+    """Quantize a checkpoint into a directory; repeat --step to apply methods in order.
+
+    Of a language model the embeddings, the head and the operands of attention stay in float unless --layer names them:
+    --layer 'lm_head=int8/float'.
+    """
     from quantkit.files import check_new
     from quantkit.recipe import check, check_groups
 
@@ -75,19 +90,29 @@ def quantize(
     check_new(output, force=force, marker="quantkit.json")
     model = load(checkpoint, env, factory, normalize, inputs)
     recipe = for_kind(recipe, preset, model)
-    check(model, recipe)
-    check_groups(model, recipe)
 
     from quantkit.artifact import save_artifact, summary
+    from quantkit.capture import captured
+    from quantkit.language import is_language, with_defaults
     from quantkit.loading import gaps
     from quantkit.recipe import quantize as run
-    from quantkit.study import calib_for
 
-    with progress_bar("calibration rollouts", "episodes") as update:
-        calib = calib_for(model, calibration, update, inputs)
+    files: list[Path] = []
+    if is_language(model):
+        from quantkit.loaders.hf import companions
+
+        model, files = captured(model), companions(checkpoint)
+        recipe = with_defaults(recipe, model)
+    check(model, recipe)
+    check_groups(model, recipe)
+    if is_language(model):
+        calib = text_calib_of(model, checkpoint, recipe, calibration, window, documents)
+    else:
+        with progress_bar("calibration rollouts", "episodes") as update:
+            calib = calib_of(model, checkpoint, calibration, window, documents, inputs, update)
     with progress_bar("quantize", "steps") as update:
         quantized = run(model, recipe, calib, lambda _name, done, total: update(done, total))
-    save_artifact(quantized, output, force=force)
+    save_artifact(quantized, output, force=force, files=files)
     missing = gaps(quantized)
     document = {"output": str(output), **summary(quantized), **missing}
     if json:
@@ -107,6 +132,59 @@ def quantize(
     print_table(f"{output}: {document['bits_per_weight']:.2f} bits per weight", columns, rows)
     for remark in remarks(missing):
         warn(remark)
+
+
+@app.command(
+    rich_help_panel=_MAKE,
+    epilog="Example: quantkit generate model.q --prompt 'Once upon a time' --kv-cache saq:levels=16-8-4",
+)
+@guarded
+def generate(
+    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize, or a Hugging Face one.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", rich_help_panel=_IN)],
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to make at most; fewer where the model ends.", rich_help_panel=_NUM)
+    ] = 100,
+    sample: Annotated[
+        bool, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest.", rich_help_panel=_NUM)
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of --sample: above 0; default 1.", rich_help_panel=_NUM)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --sample.", rich_help_panel=_NUM)] = 0,
+    kv_cache: Cache = None,
+    json: Json = False,
+) -> None:
+    """Continue a text with a language model."""
+    from quantkit.caches import make_cache, parse_cache
+    from quantkit.errors import InputError
+
+    if temperature is not None and not sample:
+        raise InputError(f"--temperature {temperature:g} is of --sample; greedy decoding has none")
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise InputError(f"--temperature {temperature:g}: accepted: a number above 0")
+    if kv_cache is not None:
+        parse_cache(kv_cache)
+    model = load(directory, None, None, "stage")
+
+    from quantkit.language import continued, is_language
+    from quantkit.loaders.hf import read_tokenizer
+
+    if not is_language(model):
+        raise InputError(f"{directory} is no language model; accepted: a directory of one, quantized or not")
+    made = continued(
+        model,
+        read_tokenizer(directory),
+        prompt,
+        max_tokens,
+        temperature=0.0 if not sample else 1.0 if temperature is None else temperature,
+        seed=seed,
+        cache=None if kv_cache is None else lambda config: make_cache(kv_cache, config),
+    )
+    if json:
+        print_json(made)
+    else:
+        say(made["text"])
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +12,7 @@ import typer
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
-    from quantkit.model import Model
+    from quantkit.model import Calib, Model
     from quantkit.qlayers import LayerPlan
     from quantkit.recipe import Recipe
 
@@ -29,7 +30,10 @@ _IN, _NUM, _HW, _RUN, _OUT = "Checkpoint", "Numbers", "Hardware", "Where it runs
 _LOOK, _MAKE, _CHOOSE = "Look", "Make", "Choose"
 
 Checkpoint = Annotated[
-    Path, typer.Argument(help="SB3 zip, rl-zoo folder, quantized directory, or safetensors with --factory.")
+    Path,
+    typer.Argument(
+        help="SB3 zip, rl-zoo folder, Hugging Face directory, quantized directory, or safetensors with --factory."
+    ),
 ]
 Env = Annotated[
     str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=_IN)
@@ -85,6 +89,20 @@ AcceptVersions = Annotated[
         "--accept-versions", help="Go on with a study that other versions of libraries began.", rich_help_panel=_RUN
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", metavar="N|FILE.txt", rich_help_panel=_NUM,
+        help="States from rollouts (default 2048); of a language model, text with documents split at <|endoftext|>.",
+    ),
+]  # fmt: skip
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache", metavar="NAME[:k=v,..]", help="Cache of keys and values: saq:levels=16-8-4, kivi:bits=2, ...",
+        rich_help_panel=_NUM,
+    ),
+]  # fmt: skip
 
 
 def load(
@@ -129,6 +147,47 @@ def _is_format(text: str) -> bool:
     except InputError:
         return False
     return True
+
+
+def calib_of(
+    model: Model,
+    checkpoint: Path,
+    calibration: str | None,
+    window: int | None,
+    documents: int | None,
+    inputs: Path | None,
+    update: Callable[[int, int], None],
+) -> Calib:
+    """The calibration set of a model that is no language model; InputError for options of one."""
+    from quantkit.study import CALIBRATION_STATES, calib_for
+
+    if window is not None or documents is not None:
+        raise InputError(f"--window and --documents are for language models; {checkpoint} is none")
+    text = str(CALIBRATION_STATES) if calibration is None else calibration
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(
+            f"--calibration {text!r}: {checkpoint} is no language model; accepted: a number of states, 1 or more"
+        )
+    return calib_for(model, int(text), update, inputs)
+
+
+def text_calib_of(
+    model: Model, checkpoint: Path, recipe: Recipe, calibration: str | None, window: int | None, documents: int | None
+) -> Calib:
+    """The calibration set of a language model; without a text only where no step looks at it."""
+    from quantkit.language import needs_text, read_calibration
+    from quantkit.loaders.hf import read_tokenizer
+    from quantkit.model import Calib
+
+    if calibration is None:
+        if needs_text(recipe):
+            raise InputError(f"{checkpoint} is a language model: give --calibration FILE.txt for its steps and inputs")
+        return Calib(model.example)
+    if not Path(calibration).is_file():
+        raise InputError(
+            f"--calibration {calibration!r} is not a file; a language model is calibrated on text, FILE.txt"
+        )
+    return read_calibration(model, read_tokenizer(checkpoint), Path(calibration), window, documents)
 
 
 def for_kind(recipe: Recipe, preset: str | None, model: Model) -> Recipe:

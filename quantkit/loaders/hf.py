@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -28,6 +29,8 @@ from quantkit.model import Model
 
 TYPES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 INDEX = "model.safetensors.index.json"
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+"""Files beside the weights that a quantized directory takes along."""
 
 
 def sniff(path: Path) -> bool:
@@ -41,18 +44,17 @@ def load(path: Path) -> Model:
     """The language model in a directory, in evaluation mode; `module(ids).logits` are (batch, tokens, vocabulary).
 
     GPT-2's Conv1D become nn.Linear of the same function. The example is one row of token ids (int64).
+    `meta` holds the configuration under "config", and under "tied" the layers that share the weight of another.
     Raises InputError, one line naming the file and what is missing, unknown, misshapen or not finite.
     """
-    config = _read_config(path)
+    record = _read_record(path)
+    config = _config(record, path / "config.json")
     files, tensors = _read_shards(path)
-    _check_size(config, tensors, path)
+    _check_size(config, sum(torch.Size(shape).numel() for shape in tensors.values()), len(tensors), path)
     module = _filled(path, config)
     _check_values(module, path)
     _check_tokenizer(path, config.vocab_size)
-    for name, layer in [*module.named_modules()]:
-        if isinstance(layer, Conv1D):
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, _linear(layer))
+    _linearize(module)
     digests = "".join(f"{f.name} {sha256_of(f)}\n" for f in (path / "config.json", *files))
     meta = {
         "kind": "module",
@@ -61,8 +63,32 @@ def load(path: Path) -> Model:
         "sha256": hashlib.sha256(digests.encode()).hexdigest(),
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
+        "config": {key: value for key, value in record.items() if key not in ("auto_map", "_name_or_path")},
     }
+    if tied := _tied(module):
+        meta["tied"] = tied
     return Model(module.eval(), torch.arange(8)[None] % config.vocab_size, None, meta)
+
+
+def skeleton(record: dict[str, Any], path: Path, held: int | None = None, tensors: int = 2**31) -> nn.Module:
+    """transformers' network of a configuration (`meta["config"]`), in evaluation mode, as `load` gives it; what its
+    weights hold is undefined.
+
+    path: the directory that errors name. held, tensors: how many parameters and tensors there are to fill it with;
+    InputError where the configuration asks for far more, before memory is taken for it.
+    """
+    config = _config(record, path)
+    if held is not None:
+        _check_size(config, held, tensors, path)
+    with no_init_weights(), _quiet():
+        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _linearize(module)
+    return module.eval()
+
+
+def companions(path: Path) -> list[Path]:
+    """The files of a directory that a quantized one takes along: tokenizer and generation settings."""
+    return [path / name for name in COMPANIONS if (path / name).is_file()]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -76,11 +102,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from None
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
+def _read_record(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path}: has no config.json; accepted: a directory with config.json and *.safetensors")
-    record = _read_json(file)
+    return _read_json(file)
+
+
+def _config(record: dict[str, Any], file: Path) -> PreTrainedConfig:
     kind = record.get("model_type")
     if kind not in TYPES:
         near = difflib.get_close_matches(str(kind), TYPES, n=1)
@@ -138,20 +167,19 @@ def _read_shards(path: Path) -> tuple[list[Path], dict[str, tuple[int, ...]]]:
     return [path / name for name in names], tensors
 
 
-def _check_size(config: PreTrainedConfig, tensors: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Refuse a configuration far larger than the files before memory is taken for it."""
-    held = sum(torch.Size(shape).numel() for shape in tensors.values())
-    if config.num_hidden_layers > len(tensors):
-        raise InputError(f"{path}: config.json has {config.num_hidden_layers} layers, the files {len(tensors)} tensors")
+def _check_size(config: PreTrainedConfig, held: int, tensors: int, path: Path) -> None:
+    """Refuse a configuration far larger than the files, of `held` parameters, before memory is taken for it."""
+    if config.num_hidden_layers > tensors:
+        raise InputError(
+            f"{path}: the configuration has {config.num_hidden_layers} layers, the files {tensors} tensors"
+        )
     try:
         with torch.device("meta"):
             wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:  # whatever a class raises on sizes that do not fit each other
-        raise InputError(
-            f"{path / 'config.json'}: no network of these sizes can be built ({_one_line(error)})"
-        ) from None
+        raise InputError(f"{path}: no network of the configuration's sizes can be built ({_one_line(error)})") from None
     if wanted > 2 * held:
-        raise InputError(f"{path}: config.json describes {wanted:,} parameters, the files hold {held:,}")
+        raise InputError(f"{path}: the configuration describes {wanted:,} parameters, the files hold {held:,}")
 
 
 def _filled(path: Path, config: PreTrainedConfig) -> nn.Module:
@@ -212,6 +240,25 @@ def _check_tokenizer(path: Path, vocabulary: int) -> None:
     largest = max(read_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocabulary:
         raise InputError(f"{path}: tokenizer.json has ids up to {largest}, config.json a vocabulary of {vocabulary}")
+
+
+def _linearize(module: nn.Module) -> None:
+    """GPT-2's Conv1D as nn.Linear, in place."""
+    for name, layer in [*module.named_modules()]:
+        if isinstance(layer, Conv1D):
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, _linear(layer))
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Which modules share the weight of one defined earlier: name -> name of that."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, part in module.named_modules():
+        weight = part._parameters.get("weight")
+        if weight is not None and (other := first.setdefault(id(weight), name)) != name:
+            found[name] = other
+    return found
 
 
 def _linear(layer: Conv1D) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ def generate(
     cache: Callable[[], Any] | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    stop: Collection[int] = (),
 ) -> Tensor:
     """Prompts (batch, length) of token ids with `tokens` more: (batch, length + tokens), on the model's device.
 
     temperature 0 takes the likeliest token (the first of several), above 0 samples from softmax(logits /
     temperature) with `generator`. cache: makes an empty cache; with `room()` the prompt is fed in such pieces, so that
-    it meets aged keys as the continuation does, otherwise (as in transformers' own `generate`) at once. There is no end
-    token: all sequences run to the end.
+    it meets aged keys as the continuation does, otherwise (as in transformers' own `generate`) at once. All sequences
+    run to the end, which comes early once each has made a token of `stop`.
     """
     if prompts.ndim != 2 or 0 in prompts.shape or tokens < 1:
         raise InputError(
@@ -37,13 +38,15 @@ def generate(
     ids = prompts.to(device)
     with torch.inference_mode():
         held: Any = None if cache is None else cache()
-        fed = 0
+        fed, ends = 0, torch.tensor(sorted(stop), device=device)
         while ids.shape[1] < prompts.shape[1] + tokens:
             last = min(ids.shape[1], fed + held.room()) if hasattr(held, "room") else ids.shape[1]
             output = model(ids[:, fed:last], past_key_values=held, use_cache=True)
             held, fed = output.past_key_values, last
             if fed == ids.shape[1]:
                 ids = torch.cat([ids, _chosen(output.logits[:, -1], temperature, generator)], dim=1)
+                if torch.isin(ids[:, prompts.shape[1] :], ends).any(dim=1).all():
+                    break
     return ids
 
 
