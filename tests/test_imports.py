@@ -167,6 +167,7 @@ def test_exports_import_no_method() -> None:
         "export_ops",
         "export_qonnx",
         "export_qcdq",
+        "export_nbits",
         "export_walk",
         "verify",
         "verify_graph",
@@ -193,11 +194,13 @@ def test_third_party_libraries_stay_in_their_files() -> None:
     homes = {
         "gymnasium": ("quantkit.tasks", "quantkit.loaders"),
         "onnx": (
-            *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_ops", "_qcdq", "_qonnx", "_walk")),
+            *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_nbits", "_ops", "_qcdq", "_qonnx", "_walk")),
             "hwmodel.onnx_specs",
             *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_formats")),
         ),
-        "onnxruntime": ("quantkit.export", "quantkit.verify", "quantkit.verify_graph", "quantkit.onnx_formats"),
+        "onnxruntime": (
+            *(f"quantkit.{n}" for n in ("export", "verify", "verify_graph", "onnx_formats", "onnx_generate")),
+        ),
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures", "quantkit.analysis_figure"),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),

@@ -1,0 +1,412 @@
+"""Export of language models to ONNX with 2-, 4- and 8-bit weights that onnxruntime multiplies with.
+
+A directory: model.onnx (and model.onnx.data where it is large), config.json, tokenizer.json. The graph has
+
+    input_ids (batch, n), attention_mask (batch, past + n), past_key_values.N.{key,value} (batch, heads, past, dim)
+    -> logits (batch, n, vocabulary), present.N.{key,value} (batch, heads, past + n, dim)
+
+the inputs and outputs that optimum and onnxruntime-genai name so. It starts with past = 0; texts of unequal length are
+padded on either side, with zeros in the mask. Operators are standard ONNX (opset 24) except for the two that take
+quantized weights.
+
+A layer is one MatMulNBits. Codes are stored in the next width of 2, 4 or 8 bits that holds the format's values in
+units of its smallest step, which is exact for integers up to 8 bits, ternary and binary weights, and minifloats such
+as e2m1 or e2m3. Scales are stored once, for a row or group, and repeated by Expand for the blocks of the operator:
+onnxruntime computes that when it loads the file. Tequila's biases are the operator's.
+
+The operator's `accuracy_level` (onnxruntime 1.31, x86 with AVX-512 VNNI, one thread, 2048 x 2048, one row): at 1
+inputs stay float32, and 2- and 8-bit weights are 15 to 35 times slower than a float32 product, 4-bit ones twice as
+fast; at 4 inputs are rounded to 8 bits in blocks, an error of about 0.7 % of the largest output, and the same layers
+are 11, 4 and 8 times as fast. 2 bits are fast in blocks of 32, 64 and 128 only. `benchmarks/nbits_speed.py` measures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, TensorProto, helper
+from torch import Tensor
+
+import quantkit
+from hwmodel import formats
+from quantkit.bands import Bands
+from quantkit.decoder import Decoder, bias_of, refuse_inputs, weight_of
+from quantkit.errors import InputError
+from quantkit.files import new_directory
+from quantkit.nbits import Codes, block_of, codes_of, width_of
+from quantkit.onnx_formats import Graph
+from quantkit.qlayers import QLayer
+from quantkit.qtensor import QTensor
+
+FAMILIES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+FILE = "model.onnx"
+LEVELS = (1, 4)
+OPSET = 24  # has Attention, RotaryEmbedding and RMSNormalization
+_MS = "com.microsoft"
+_LARGEST = 2**31 - 2**24  # of one protobuf file, with room for the graph itself
+_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+
+
+def check(decoder: Decoder) -> None:
+    """InputError, naming what is accepted, for what cannot be exported; costs nothing."""
+    config = decoder.config
+    if decoder.family not in FAMILIES:
+        raise InputError(f"{decoder.family!r} is not exported to onnx-nbits; accepted: {', '.join(FAMILIES)}")
+    refuse_inputs(decoder, "onnx-nbits")
+    for name, layer in decoder.quantized().items():
+        if isinstance(layer.q, QTensor):
+            if width_of(layer.q.fmt) is None:
+                raise InputError(
+                    f"layer {name!r}: {layer.q.fmt} needs more than 8 bits in units of its smallest step; accepted: "
+                    f"ternary, binary, integers up to 8 bits, {', '.join(_minifloats())}"
+                )
+            if not block_of(layer.q.codes.shape[1], layer.q.scale.shape[1]):
+                raise InputError(
+                    f"layer {name!r}: groups of {layer.q.codes.shape[1] // layer.q.scale.shape[1]} weights do not fit "
+                    "MatMulNBits; accepted: tensor, row, groups of a multiple of 16"
+                )
+            if layer.op == "embedding" and layer.q.codes.shape[1] % 4:
+                raise InputError(f"layer {name!r}: rows of {layer.q.codes.shape[1]} numbers; accepted: multiples of 4")
+        elif layer.op == "embedding":
+            raise InputError(f"layer {name!r}: an embedding in bands is not exported to onnx-nbits; accepted: a format")
+    act = activation(config)
+    if act not in _ACTIVATIONS:
+        raise InputError(f"activation {act!r} is not exported to onnx-nbits; accepted: {', '.join(_ACTIVATIONS)}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(
+            f"rotary positions {kind!r} are not exported; accepted: default, linear, llama3, of all channels"
+        )
+    if decoder.family == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
+        raise InputError("attention with a scale of its own is not exported; accepted: GPT-2's default")
+
+
+def _minifloats() -> list[str]:
+    """The minifloats that 8 bits hold."""
+    return [str(f) for bits in range(3, 9) for f in formats.minifloats(bits) if width_of(f) is not None]
+
+
+def activation(config: Any) -> str:
+    """The name of the activation in the perceptrons."""
+    for key in ("hidden_activation", "hidden_act", "activation_function"):
+        if getattr(config, key, None):
+            return str(getattr(config, key))
+    return ""
+
+
+def export(decoder: Decoder, path: Path, *, level: int = 4, force: bool = False) -> dict[str, Any]:
+    """Write the directory; `summary` of it. InputError before any work for what `check` refuses."""
+    check(decoder)
+    model = build(decoder, level=level)
+    with new_directory(path, force=force, marker=FILE) as folder:
+        held = sum(len(t.raw_data) for t in model.graph.initializer)
+        if held > _LARGEST:
+            onnx.save_model(model, folder / FILE, save_as_external_data=True, location=f"{FILE}.data")
+        else:
+            onnx.save_model(model, folder / FILE)
+        (folder / "config.json").write_text(decoder.config.to_json_string(use_diff=False))
+        for file in decoder.files:
+            shutil.copyfile(file, folder / file.name)
+    return summary(decoder, path)
+
+
+def summary(decoder: Decoder, path: Path) -> dict[str, Any]:
+    """What was written: bytes of the model, those that the bits of all weights make, layers stored wider than named."""
+    files = [f for f in (path / FILE, path / f"{FILE}.data") if f.is_file()]
+    wider = {}
+    for name, layer in decoder.quantized().items():
+        if isinstance(layer.q, Bands):
+            wider[name] = "1 bit as 2 bits"
+        elif layer.q is not None and (width := width_of(layer.q.fmt)) and width.bits > formats.bits(layer.q.fmt):
+            wider[name] = f"{layer.q.fmt} as {width.bits} bits"
+    return {
+        "bytes": sum(f.stat().st_size for f in files),
+        "accounted_bytes": -(-decoder.accounted_bits() // 8),
+        "wider": wider,
+    }
+
+
+def build(decoder: Decoder, *, level: int = 4) -> ModelProto:
+    """The ONNX model; level: the operator's accuracy_level, 1 (float32 inputs) or 4 (inputs rounded to 8 bits)."""
+    if level not in LEVELS:
+        raise InputError(f"accuracy level {level}; accepted: 1 (inputs stay float32), 4 (inputs rounded to 8 bits)")
+    check(decoder)
+    return Builder(decoder, level).model()
+
+
+def packaged(graph: GraphProto) -> ModelProto:
+    """The model of a graph, with the operator sets that it uses."""
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_MS, 1)]
+    return helper.make_model(
+        graph, opset_imports=opsets, ir_version=10, producer_name="quantkit", producer_version=quantkit.__version__
+    )
+
+
+class Builder:
+    """The graph as it grows. Values are named after transformers' modules."""
+
+    def __init__(self, decoder: Decoder, level: int) -> None:
+        self.of, self.level = decoder, level
+        self.config = decoder.config
+        self.graph = Graph()
+        self.op, self.constant = self.graph.op, self.graph.constant
+
+    def model(self) -> ModelProto:
+        """The whole model."""
+        self._places()
+        h = self._gpt2() if self.of.family == "gpt2" else self._llama()
+        logits = self.linear(h, "lm_head")
+        self.op("Identity", [logits], "logits")
+        dims: list[Any] = ["batch", self.of.kv_heads, "past", self.of.head_dim]
+        value = helper.make_tensor_value_info
+        inputs = [value("input_ids", TensorProto.INT64, ["batch", "n"])]
+        inputs.append(value("attention_mask", TensorProto.INT64, ["batch", "total"]))
+        outputs = [value("logits", TensorProto.FLOAT, ["batch", "n", self.config.vocab_size])]
+        for number in range(self.config.num_hidden_layers):
+            for kind in ("key", "value"):
+                inputs.append(value(f"past_key_values.{number}.{kind}", TensorProto.FLOAT, dims))
+                outputs.append(value(f"present.{number}.{kind}", TensorProto.FLOAT, [*dims[:2], "total", dims[3]]))
+        name = str(self.of.meta.get("source", "")) or "decoder"
+        graph = helper.make_graph(self.graph.nodes, name, inputs, outputs, self.graph.initializers)
+        made = packaged(graph)
+        facts = {
+            "target": "onnx-nbits",
+            "family": self.of.family,
+            "accuracy_level": str(self.level),
+            "context": str(self.config.max_position_embeddings),
+            "source": str(self.of.meta.get("source", "")),
+            "source_sha256": str(self.of.meta.get("sha256", "")),
+            "recipe": json.dumps(self.of.meta.get("recipe"), sort_keys=True),
+        }
+        helper.set_model_props(made, facts)
+        return made
+
+    def _places(self) -> None:
+        """Positions of the new tokens (batch, n), and who may look at whom, as (batch, 1, n, total) booleans."""
+        i64 = TensorProto.INT64
+        one, end = self.constant(1, "one", i64), self.constant([2**62], "end", i64)
+        axis, rows = self.constant([1], "axis", i64), self.constant([1, 2], "mask.axes", i64)
+        total = self.op("Gather", [self.op("Shape", ["attention_mask"], "mask.shape"), one], "total")
+        new = self.op("Gather", [self.op("Shape", ["input_ids"], "ids.shape"), one], "new")
+        past = self.op("Sub", [total, new], "past")
+        first = self.op("Reshape", [past, axis], "past.first")
+        counted = self.op("Sub", [self.op("CumSum", ["attention_mask", one], "mask.sum"), one], "mask.places")
+        known = self.op("Max", [counted, self.constant(0, "zero", i64)], "places")
+        self.places = self.op("Slice", [known, first, end, axis], "position_ids")
+        key = self.op("Range", [self.constant(0, "key.first", i64), total, one], "key")
+        query = self.op("Unsqueeze", [self.op("Range", [past, total, one], "query"), axis], "query.column")
+        real = self.op(
+            "Unsqueeze", [self.op("Cast", ["attention_mask"], "mask.real", to=TensorProto.BOOL), rows], "real"
+        )
+        self.masks: dict[int | None, str] = {
+            None: self.op("And", [real, self.op("LessOrEqual", [key, query], "causal")], "mask")
+        }
+        for window in sorted({w for n in range(self.config.num_hidden_layers) if (w := self._window(n)) is not None}):
+            oldest = self.op("Sub", [query, self.constant(window, "window", i64)], "oldest")
+            near = self.op("Greater", [key, oldest], "near")
+            self.masks[window] = self.op("And", [self.masks[None], near], "mask.near")
+
+    # Llama, Mistral, Qwen2, Qwen3, Gemma
+
+    def _llama(self) -> str:
+        """Final hidden states, (batch, n, hidden)."""
+        self._rotations()
+        h = self.gathered("model.embed_tokens", "input_ids")
+        if self.of.family == "gemma":
+            h = self.op("Mul", [h, self.constant(self.config.hidden_size**0.5, "embedding_scale")], "embedded")
+        added = ""
+        for number in range(self.config.num_hidden_layers):
+            at = f"model.layers.{number}"
+            x, h = self.rms(h, added, f"{at}.input_layernorm")
+            q, k, v = (self.linear(x, f"{at}.self_attn.{p}_proj") for p in "qkv")
+            if self.of.family == "qwen3":
+                q = self.head_norm(q, f"{at}.self_attn.q_norm", self.config.num_attention_heads)
+                k = self.head_norm(k, f"{at}.self_attn.k_norm", self.of.kv_heads)
+            q = self.rotated(q, f"{at}.self_attn.q", self.config.num_attention_heads)
+            k = self.rotated(k, f"{at}.self_attn.k", self.of.kv_heads)
+            y = self.attention(q, k, v, number, at)
+            x, h = self.rms(h, self.linear(y, f"{at}.self_attn.o_proj"), f"{at}.post_attention_layernorm")
+            gate = self.activate(self.linear(x, f"{at}.mlp.gate_proj"), f"{at}.mlp.act")
+            up = self.op("Mul", [gate, self.linear(x, f"{at}.mlp.up_proj")], f"{at}.mlp.gated")
+            added = self.linear(up, f"{at}.mlp.down_proj")
+        return self.rms(h, added, "model.norm")[0]
+
+    def _rotations(self) -> None:
+        """Cosines and sines of all positions, computed when the file is loaded."""
+        inv_freq = self.of.tensor("model.rotary_emb.inv_freq").float()
+        ends = [self.constant(np.float32(v), f"positions.{v}") for v in (0, self.config.max_position_embeddings, 1)]
+        positions = self.op("Range", ends, "positions")
+        column = self.op("Unsqueeze", [positions, self.constant([1], "column", TensorProto.INT64)], "positions.column")
+        angles = self.op("Mul", [column, self.constant(inv_freq.numpy(), "inv_freq")], "angles")
+        self.cos, self.sin = self.op("Cos", [angles], "cos"), self.op("Sin", [angles], "sin")
+
+    def rms(self, h: str, added: str, name: str) -> tuple[str, str]:
+        """(the normalized sum h + added, the sum itself)."""
+        if added:
+            h = self.op("Add", [h, added], f"{name}.in")
+        return self.normalized(h, name), h
+
+    def normalized(self, x: str, name: str) -> str:
+        """x divided by its root mean square and multiplied with a weight."""
+        weight = self.of.tensor(f"{name}.weight").float()
+        gamma = self.constant((weight + 1 if self.of.family == "gemma" else weight).numpy(), f"{name}.weight")
+        return self.op("RMSNormalization", [x, gamma], f"{name}.out", axis=-1, epsilon=float(self.config.rms_norm_eps))
+
+    def head_norm(self, x: str, name: str, heads: int) -> str:
+        """Each head's channels normalized."""
+        apart = self.constant([0, 0, heads, self.of.head_dim], f"{name}.heads", TensorProto.INT64)
+        together = self.constant([0, 0, heads * self.of.head_dim], f"{name}.together", TensorProto.INT64)
+        x = self.normalized(self.op("Reshape", [x, apart], f"{name}.in"), name)
+        return self.op("Reshape", [x, together], f"{name}.flat")
+
+    def rotated(self, x: str, name: str, heads: int) -> str:
+        """Each head's channels turned by the angles of their positions."""
+        return self.op("RotaryEmbedding", [x, self.cos, self.sin, self.places], name, num_heads=heads)
+
+    # GPT-2
+
+    def _gpt2(self) -> str:
+        """Final hidden states, (batch, n, hidden)."""
+        place = self.gathered("transformer.wpe", self.places)
+        h = self.op("Add", [self.gathered("transformer.wte", "input_ids"), place], "embedded")
+        for number in range(self.config.num_hidden_layers):
+            at = f"transformer.h.{number}"
+            together = self.linear(self.layer_norm(h, f"{at}.ln_1"), f"{at}.attn.c_attn")
+            parts = [f"{at}.attn.{p}" for p in "qkv"]
+            self.graph.nodes.append(
+                helper.make_node("Split", [together], parts, name=f"{at}.qkv", axis=2, num_outputs=3)
+            )
+            y = self.attention(parts[0], parts[1], parts[2], number, at)
+            h = self.op("Add", [h, self.linear(y, f"{at}.attn.c_proj")], f"{at}.attended")
+            x = self.linear(self.layer_norm(h, f"{at}.ln_2"), f"{at}.mlp.c_fc")
+            x = self.linear(self.activate(x, f"{at}.mlp.act"), f"{at}.mlp.c_proj")
+            h = self.op("Add", [h, x], f"{at}.out")
+        return self.layer_norm(h, "transformer.ln_f")
+
+    def layer_norm(self, x: str, name: str) -> str:
+        """Layer normalization."""
+        parts = [
+            self.constant(self.of.tensor(f"{name}.{p}").float().numpy(), f"{name}.{p}") for p in ("weight", "bias")
+        ]
+        eps = float(self.config.layer_norm_epsilon)
+        return self.op("LayerNormalization", [x, *parts], f"{name}.out", axis=-1, epsilon=eps)
+
+    # both
+
+    def attention(self, q: str, k: str, v: str, number: int, at: str) -> str:
+        """Attention of the new queries over past and new keys; the presents are outputs."""
+        past, present = (
+            [f"{side}.{number}.{kind}" for kind in ("key", "value")] for side in ("past_key_values", "present")
+        )
+        name = f"{at}.attention"
+        inputs = [q, k, v, self.masks[self._window(number)], *past]
+        heads = {"q_num_heads": self.config.num_attention_heads, "kv_num_heads": self.of.kv_heads}
+        self.graph.nodes.append(helper.make_node("Attention", inputs, [name, *present], name=name, **heads))
+        return name
+
+    def _window(self, number: int) -> int | None:
+        """How many of the last keys a layer looks at, None for all."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if window is None or (kinds is not None and kinds[number] != "sliding_attention"):
+            return None
+        return int(window) if kinds is not None or self.of.family == "mistral" else None
+
+    def activate(self, x: str, name: str) -> str:
+        """The perceptron's activation."""
+        kind = activation(self.config)
+        if kind == "silu":
+            return self.op("Mul", [x, self.op("Sigmoid", [x], f"{name}.sigmoid")], name)
+        return self.op("Gelu", [x], name, approximate="none" if kind == "gelu" else "tanh")
+
+    def gathered(self, name: str, ids: str) -> str:
+        """Rows of an embedding, with its bias if it has one."""
+        layer = self.of.layer(name)
+        q = layer.q if isinstance(layer, QLayer) else None
+        if isinstance(q, QTensor):
+            codes = codes_of(q)
+            block = block_of(q.codes.shape[1], q.scale.shape[1])
+            options: dict[str, Any] = {"bits": codes.bits, "block_size": block, "quantize_axis": 1, "gather_axis": 0}
+            row = codes.packed(block).reshape(len(codes.codes), -1)[:, : q.codes.shape[1] * codes.bits // 8]
+            inputs = [self.constant(row, f"{name}.codes", TensorProto.UINT8), ids, *self.scales(codes, block, name)]
+            y = self.op("GatherBlockQuantized", inputs, f"{name}.out", domain=_MS, **options)
+        else:
+            y = self.op("Gather", [self.constant(weight_of(layer).numpy(), f"{name}.weight"), ids], f"{name}.out")
+        bias = bias_of(layer)
+        return y if bias is None else self.op("Add", [y, self.constant(bias.numpy(), f"{name}.bias")], f"{name}.biased")
+
+    def linear(self, x: str, name: str) -> str:
+        """A linear layer."""
+        layer = self.of.layer(name)
+        bias = bias_of(layer)
+        if isinstance(layer, QLayer) and layer.in_scale is not None:
+            x = self.op("Mul", [x, self.constant(layer.in_scale.numpy(), f"{name}.in_scale")], f"{name}.scaled")
+        q = layer.q if isinstance(layer, QLayer) else None
+        if isinstance(q, QTensor):
+            return self.product(x, codes_of(q), name, bias)
+        if isinstance(q, Bands):
+            y = self.bands(x, q, name)
+        elif name == "lm_head" and self.of.tied():
+            table = next(
+                t.name for t in self.graph.initializers if t.name.endswith(("embed_tokens.weight", "wte.weight"))
+            )
+            y = self.op("MatMul", [x, self.op("Transpose", [table], f"{name}.weight", perm=[1, 0])], f"{name}.product")
+        else:
+            weight = self.constant(weight_of(layer).T.numpy(), f"{name}.weight")
+            y = self.op("MatMul", [x, weight], f"{name}.product")
+        return y if bias is None else self.op("Add", [y, self.constant(bias.numpy(), f"{name}.bias")], f"{name}.out")
+
+    def product(self, x: str, codes: Codes, name: str, bias: Tensor | None = None) -> str:
+        """x times the transposed matrix, and the bias."""
+        rows, columns = codes.codes.shape
+        block = block_of(columns, codes.scale.shape[1])
+        inputs = [x, self.constant(codes.packed(block), f"{name}.codes", TensorProto.UINT8)]
+        inputs += self.scales(codes, block, name)
+        if bias is not None:
+            inputs += [""] * (5 - len(inputs)) + [self.constant(bias.numpy(), f"{name}.bias")]
+        options: dict[str, Any] = {"K": columns, "N": rows, "bits": codes.bits, "block_size": block}
+        return self.op("MatMulNBits", inputs, f"{name}.out", domain=_MS, accuracy_level=self.level, **options)
+
+    def scales(self, codes: Codes, block: int, name: str) -> list[str]:
+        """Scales repeated for every block, and zero points where they are not the operator's own."""
+        i64 = TensorProto.INT64
+        rows, columns = codes.codes.shape
+        blocks, own = -(-columns // block), codes.scale.shape[1]
+        each = self.constant(codes.scale[..., None], f"{name}.scale")
+        times = self.constant([rows, own, blocks // own], f"{name}.times", i64)
+        shape = self.constant([rows, blocks], f"{name}.blocks", i64)
+        found = [self.op("Reshape", [self.op("Expand", [each, times], f"{name}.repeated"), shape], f"{name}.scales")]
+        if (codes.zero != 2 ** (codes.bits - 1)).any():
+            byte = sum(codes.zero << at for at in range(0, 8, codes.bits))
+            width = self.constant([rows, -(-blocks * codes.bits // 8)], f"{name}.zero_width", i64)
+            found.append(
+                self.op("Expand", [self.constant(byte, f"{name}.zero", TensorProto.UINT8), width], f"{name}.zeros")
+            )
+        return found
+
+    def bands(self, x: str, q: Bands, name: str) -> str:
+        """The product with a matrix in bands, without bias, as `quantkit.bands.product` has it; signs take 2 bits."""
+        parts = []
+        if q.codes.shape[1]:
+            high = self.op("Gather", [x, self.indices(q.salient, f"{name}.salient")], f"{name}.high", axis=-1)
+            salient = Codes(q.codes.numpy(), 4, q.zero.numpy(), q.scale.numpy())
+            parts.append(self.product(high, salient, f"{name}.salient"))
+        if q.signs.shape[1]:
+            low = self.op("Gather", [x, self.indices(~q.salient, f"{name}.rest")], f"{name}.rest.in", axis=-1)
+            low = self.op("Mul", [low, self.constant(q.c[~q.salient].numpy(), f"{name}.c")], f"{name}.low")
+            signs = Codes(1 + 2 * q.signs.numpy().astype(np.uint8), 2, np.full((1, 1), 2, np.uint8), q.a.numpy())
+            parts.append(self.product(low, signs, f"{name}.rest"))
+            last = self.constant([-1], f"{name}.last", TensorProto.INT64)
+            total = self.op("ReduceSum", [low, last], f"{name}.sum", keepdims=1)
+            parts.append(self.op("Mul", [total, self.constant(q.b[:, 0].numpy(), f"{name}.b")], f"{name}.shift"))
+        return parts[0] if len(parts) == 1 else self.op("Sum", parts, f"{name}.bands")
+
+    def indices(self, chosen: Tensor, name: str) -> str:
+        """The numbers of the columns that are chosen."""
+        return self.constant(chosen.nonzero()[:, 0].numpy(), name, TensorProto.INT64)

@@ -1,0 +1,86 @@
+"""Matrices as onnxruntime takes them in MatMulNBits and GatherBlockQuantized: codes of 2, 4 or 8 bits in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hwmodel import formats
+from hwmodel.formats import Format
+from quantkit.qtensor import QTensor, units_of
+
+
+@dataclass(frozen=True)
+class Width:
+    """How a format is stored: bits of a code, and the code of zero."""
+
+    bits: int
+    zero: int
+
+
+def width_of(fmt: Format) -> Width | None:
+    """The narrowest width that holds all values in units of the smallest step, None if 8 bits do not.
+
+    >>> [width_of(formats.parse(f)) for f in ("ternary", "int3", "uint4", "e2m1")]
+    [Width(bits=2, zero=2), Width(bits=4, zero=8), Width(bits=4, zero=0), Width(bits=8, zero=128)]
+    """
+    low, high = (int(v / formats.unit(fmt)) for v in (formats.min_value(fmt), formats.max_value(fmt)))
+    for bits in (2, 4, 8):
+        half = 2 ** (bits - 1)
+        if -half <= low and high < half:
+            return Width(bits, half)
+        if low >= 0 and high < 2 * half:
+            return Width(bits, 0)
+    return None
+
+
+def block_of(columns: int, scales: int) -> int:
+    """The operator's block for rows of `columns` weights and `scales` scales; 0 if none fits.
+
+    The largest of 128, 64, 32 and 16 that divides a group; for one scale a row, of 128, 64 and 32 the one that leaves
+    least of the last block empty.
+
+    >>> block_of(2048, 1), block_of(2048, 64), block_of(172, 1), block_of(96, 12)
+    (128, 32, 64, 0)
+    """
+    if scales == 1:
+        return min((128, 64, 32), key=lambda block: -columns % block)
+    return next((block for block in (128, 64, 32, 16) if (columns // scales) % block == 0), 0)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix of codes as the operator takes it, worth scale * (code - zero).
+
+    codes: uint8 (rows, columns), below 2^bits. zero: uint8 (rows, 1) or (1, 1). scale: float32 (rows or 1, scales).
+    """
+
+    codes: np.ndarray
+    bits: int
+    zero: np.ndarray
+    scale: np.ndarray
+
+    def packed(self, block: int) -> np.ndarray:
+        """Codes in blocks, the last filled up with zeros' codes, low bits first: uint8 (rows, blocks, bytes).
+
+        >>> Codes(np.array([[1, 2, 3]], np.uint8), 4, np.array([[8]], np.uint8), np.ones((1, 1))).packed(16).tolist()
+        [[[33, 131, 136, 136, 136, 136, 136, 136]]]
+        """
+        rows, columns = self.codes.shape
+        full = np.empty((rows, columns + -columns % block), np.uint8)
+        full[:, :columns], full[:, columns:] = self.codes, self.zero
+        each = 8 // self.bits
+        parts = full.reshape(rows, -1, block // each, each)
+        held = parts[..., 0].copy()
+        for i in range(1, each):
+            held |= parts[..., i] << (i * self.bits)
+        return held
+
+
+def codes_of(q: QTensor) -> Codes:
+    """Codes of a weight whose format `width_of` knows; scales count the format's smallest steps, exactly."""
+    width = width_of(q.fmt)
+    assert width is not None
+    codes = (units_of(q) + width.zero).astype(np.uint8)
+    return Codes(codes, width.bits, np.full((1, 1), width.zero, np.uint8), (q.scale * formats.unit(q.fmt)).numpy())
