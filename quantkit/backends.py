@@ -189,7 +189,6 @@ def _connected(address: str) -> Any:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address != "local":
         answers(address)
-    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", f"{ANSWER_S:g}")
     try:
         with one_thread_per_process():
             ray.init(address=None if address == "local" else address, **options)

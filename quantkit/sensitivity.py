@@ -1,0 +1,200 @@
+"""What one layer's formats cost the network's outputs, measured with this layer quantized alone.
+
+A `Cell` is one layer in one pair of formats, with one granularity and one pipeline of methods, on the calibration
+states of a study; every other layer stays in float. It holds the errors of the outputs and what the cost model needs
+to know of the layer. Cells are kept in the study's `sensitivity.jsonl` under a digest of all that they depend on, so
+that each is measured once, whatever asks for it. Steps that train the whole network are left out of the pipeline: the
+cells tell what formats cost before training repairs it.
+
+The loss of a cell (`Cell.loss`) is a mean square, or a divergence that is one to leading order. Losses of independent
+small errors add up. That sum is what allocation minimizes; where errors are large or hit the same outputs, it is not
+the network's loss, which is why designs found with it are evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hwmodel.spec import LayerSpec
+from quantkit import shelves
+from quantkit.analyze import damage
+from quantkit.claims import Claims
+from quantkit.errors import InputError
+from quantkit.model import Calib, Model
+from quantkit.policy import Policy
+from quantkit.recipe import LayerPlan, Recipe, Step, make_plan, quantize, step_text
+from quantkit.results import Row, append_row, read_rows
+from quantkit.simulate import compile_policy
+from quantkit.sources import source_digest
+from quantkit.specs import layer_specs
+from quantkit.study import Study, visited_states
+from quantkit.tasks.episodes import Progress, compare_on_states
+
+Metric = Literal["output_error", "action_error", "action_kl", "q_error"]
+"""RMS output error over RMS output; RMS action error over the range; mean KL of actions in nats; mean |Q error|."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer in one pair of formats. errors: by metric. spec: for the cost model, its `out` unset. bits: stored."""
+
+    layer: str
+    weights: str
+    acts: str
+    granularity: str
+    errors: Mapping[str, float]
+    spec: LayerSpec
+    bits: int
+
+    @property
+    def loss(self) -> float:
+        """What adds up: the KL of actions, or else the square of the action error, or else of the output error."""
+        if "action_kl" in self.errors:
+            return self.errors["action_kl"]
+        return self.errors.get("action_error", self.errors["output_error"]) ** 2
+
+    def plan(self) -> LayerPlan:
+        """The layer's entry in a recipe."""
+        return make_plan(self.weights, self.acts, self.granularity)
+
+
+def measure(
+    study: Study,
+    folder: Path,
+    weights: Sequence[str],
+    acts: Sequence[str],
+    granularities: Sequence[str] = ("row",),
+    steps: tuple[Step, ...] = (),
+    progress: Progress | None = None,
+) -> dict[str, list[Cell]]:
+    """The cells of every layer: all pairs of formats and granularities that fit it, by layer in order.
+
+    Each that is not in the folder's `sensitivity.jsonl` is measured and written there; of several processes, one
+    measures and the others wait. InputError if no pair fits a layer, with the reason of the last.
+    """
+    steps = untrained(steps)
+    names = list(study.model.layers())
+    wanted = list(itertools.product(names, weights, acts, granularities))
+    context = _context(study)
+    found: dict[str, list[Cell]] = {name: [] for name in names}
+    problem = ""
+    with Claims(folder) as claims:
+        claims.wait("")
+        path = folder / "sensitivity.jsonl"
+        known: dict[str, list[Row]] = {}
+        for row in read_rows(path):
+            known.setdefault(row["key"], []).append(row)
+        for index, (layer, weight, act, granularity) in enumerate(wanted):
+            if progress:
+                progress(index, len(wanted))
+            try:
+                recipe = Recipe(((layer, make_plan(weight, act, granularity)),), steps)
+                key = _digest([context, recipe.to_json()])
+                if not any("spec" in row for row in known.get(key, ())):
+                    known[key] = _measured(study, recipe, layer, weight, act, granularity, key)
+                    for row in known[key]:
+                        append_row(path, row)
+            except InputError as error:
+                problem = str(error)
+                continue
+            found[layer].append(_cell(known[key]))
+        if progress:
+            progress(len(wanted), len(wanted))
+    for layer, cells in found.items():
+        if not cells:
+            raise InputError(f"layer {layer!r}: none of the formats fits it: {problem}")
+    return found
+
+
+def untrained(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps without those that train the network as a whole."""
+    training = {"refined", "trained"}
+    return tuple(step for step in steps if not shelves.methods()[step[0]].CHANGES & training)
+
+
+def read_sensitivity(folder: Path) -> list[Row]:
+    """The rows of a study's `sensitivity.jsonl`: layer, weights, acts, granularity, steps, metric, value, id."""
+    return read_rows(folder / "sensitivity.jsonl")
+
+
+def assemble(cells: Iterable[Cell], steps: tuple[Step, ...] = (), seed: int = 0) -> Recipe:
+    """The recipe that gives each layer its cell's formats: the most frequent plan for all, exceptions by name.
+
+    So layers that agree give the recipe of a sweep, and equal choices give equal recipes.
+    """
+    plans = {cell.layer: cell.plan() for cell in cells}
+    every = list(plans.values())
+    base = max(every, key=lambda plan: (every.count(plan), -every.index(plan)))
+    rest = tuple((name, plan) for name, plan in plans.items() if plan != base)
+    return Recipe((("*", base), *rest), steps, seed)
+
+
+def errors_of(study: Study, quantized: Model) -> dict[str, float]:
+    """The errors of a quantized policy's outputs on the study's states, by metric."""
+    policy = quantized.module
+    if not isinstance(policy, Policy):
+        raise InputError("this network is not a policy; sensitivities are those of a policy's outputs")
+    outputs, reference = compile_policy(policy)(study.states), study.float_outputs
+    plain = damage(torch.from_numpy(outputs), torch.from_numpy(reference), None)
+    found = {"output_error": plain.error}
+    if policy.head.kind == "box":
+        return found | {
+            "action_error": damage(torch.from_numpy(outputs), torch.from_numpy(reference), policy.head).error
+        }
+    values = study.model.meta.get("algo") in ("dqn", "qrdqn")
+    record = compare_on_states(reference, outputs, policy.head, q_values=values)
+    return found | ({"q_error": record["q_error"]} if values else {"action_kl": record["kl"]})
+
+
+def _measured(study: Study, recipe: Recipe, layer: str, weight: str, act: str, granularity: str, key: str) -> list[Row]:
+    """One row per metric; the last carries what the cost model needs, and so ends what a kill may have cut short."""
+    quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visited_states))
+    if layer in quantized.meta.get("float_layers", {}):
+        raise InputError(f"layer {layer!r} stays in float: {quantized.meta['float_layers'][layer]}")
+    part = quantized.layers()[layer]
+    q = getattr(part, "q", None)
+    spec = next(spec for spec in layer_specs(quantized) if spec.name == layer)
+    common = {"layer": layer, "weights": weight, "acts": act, "granularity": granularity}
+    common["steps"] = "+".join(step_text(step) for step in recipe.steps) or "rtn"
+    rows = [
+        {"id": _digest([key, metric]), **common, "metric": metric, "value": value, "key": key}
+        for metric, value in errors_of(study, quantized).items()
+    ]
+    rows[-1] |= {"spec": spec.to_json(), "bits": 32 * part.weight.numel() if q is None else q.bits}
+    return rows
+
+
+def _cell(rows: Sequence[Row]) -> Cell:
+    last = next(row for row in rows if "spec" in row)
+    return Cell(
+        last["layer"],
+        last["weights"],
+        last["acts"],
+        last["granularity"],
+        errors={row["metric"]: row["value"] for row in rows},
+        spec=LayerSpec.from_json(last["spec"]),
+        bits=last["bits"],
+    )
+
+
+def _context(study: Study) -> str:
+    """A digest of all that a cell depends on besides its recipe: network, head, states, our own source."""
+    model = study.model
+    tensors = hashlib.sha256()
+    for name, tensor in model.module.state_dict().items():
+        tensors.update(name.encode() + tensor.detach().numpy().tobytes())
+    head = repr(model.module.head) if isinstance(model.module, Policy) else ""
+    states = hashlib.sha256(study.states.tobytes()).hexdigest()
+    return _digest([tensors.hexdigest(), head, model.meta.get("algo"), states, source_digest()])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
