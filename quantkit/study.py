@@ -21,17 +21,18 @@ import torch
 import hwmodel
 from hwmodel.cost import HwError
 from hwmodel.devices import Device
-from hwmodel.estimate import estimate
+from hwmodel.estimate import Mapping, estimate
 from hwmodel.formats import Float, Format, element
 from quantkit.errors import InputError
 from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.policy import Policy
+from quantkit.racing import race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
-from quantkit.statistics import default_margin
+from quantkit.statistics import Floats, Verdict, default_margin
 from quantkit.tasks import episodes as episodes_task
 from quantkit.tasks.episodes import Progress, Score
 
@@ -48,7 +49,8 @@ Origin = Literal["sweep", "allocation", "search"]
 class Settings:
     """How designs are measured: what must be equal for two rows to be comparable.
 
-    latency_us or luts: the target that folds the hardware; both None = the estimate's default.
+    latency_us or luts: the target that folds the hardware; both None = the estimate's default. mapping: what makes the
+    products, as of `hwmodel.estimate`.
     """
 
     episodes: int = 20
@@ -56,6 +58,7 @@ class Settings:
     device: Device | None = None
     latency_us: float | None = None
     luts: int | None = None
+    mapping: Mapping = "lut"
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def attempt(study: Study, task: Task) -> Row:
     """
     began = time.perf_counter()
     try:
-        return evaluate_design(study, task.recipe) | {"origin": task.origin}
+        return evaluate_design(study, task.recipe, task.race) | {"origin": task.origin}
     except InputError as error:
         problem = {"error": str(error)}
     except Exception as error:
@@ -232,8 +235,11 @@ def describe_design(study: Study, recipe: Recipe) -> Row:
     }
 
 
-def evaluate_design(study: Study, recipe: Recipe) -> Row:
-    """The row of one design. What the design itself makes impossible is recorded in `error`."""
+def evaluate_design(study: Study, recipe: Recipe, raced: bool = False) -> Row:
+    """The row of one design. What the design itself makes impossible is recorded in `error`.
+
+    raced: play only as many of the episodes as decide about non-inferiority (`quantkit.racing`); `episodes` tells.
+    """
     began = time.perf_counter()
     settings = study.settings
     row = describe_design(study, recipe)
@@ -253,10 +259,28 @@ def evaluate_design(study: Study, recipe: Recipe) -> Row:
         policy.head,
         q_values=study.model.meta.get("algo") in ("dqn", "qrdqn"),
     )
-    result = episodes_task.evaluate(episodes_task.act_of(policy), spec, episodes=settings.episodes, seed=settings.seed)
-    row["score"] = result.to_json()
-    row["verdict"] = episodes_task.compare_scores(study.reference, result, margin=study.margin).to_json()
+    act = episodes_task.act_of(policy)
+    if raced:
+        result, verdict = _raced(study, act, spec)
+        row["seeds"] = [settings.seed, settings.seed + result.n - 1]
+    else:
+        result = episodes_task.evaluate(act, spec, episodes=settings.episodes, seed=settings.seed)
+        verdict = episodes_task.compare_scores(study.reference, result, margin=study.margin)
+    row |= {"score": result.to_json(), "verdict": verdict.to_json(), "episodes": result.n}
     return row | {"seconds": time.perf_counter() - began}
+
+
+def _raced(study: Study, act: episodes_task.Act, spec: EnvSpec) -> tuple[Score, Verdict]:
+    """The score on the episodes that a race played, and its verdict."""
+    parts: list[episodes_task.Rollout] = []
+
+    def play(first: int, count: int) -> Floats:
+        parts.append(episodes_task.rollout(act, spec, episodes=count, seed=study.settings.seed + first))
+        return parts[-1].returns
+
+    returns, verdict = race(study.reference.returns, play, study.margin)
+    lengths, seconds = np.concatenate([part.lengths for part in parts]), sum(part.seconds for part in parts)
+    return episodes_task.score(episodes_task.Rollout(returns, lengths, study.settings.seed, seconds)), verdict
 
 
 def hardware_cost(model: Model, settings: Settings) -> dict[str, Any] | None:
@@ -267,7 +291,13 @@ def hardware_cost(model: Model, settings: Settings) -> dict[str, Any] | None:
     if settings.device is None:
         return None
     try:
-        result = estimate(layer_specs(model), settings.device, latency_us=settings.latency_us, luts=settings.luts)
+        result = estimate(
+            layer_specs(model),
+            settings.device,
+            latency_us=settings.latency_us,
+            luts=settings.luts,
+            mapping=settings.mapping,
+        )
     except HwError as error:
         return {"error": str(error)}
     record = result.to_json()

@@ -85,6 +85,7 @@ def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
         "device": None if settings.device is None else settings.device.name,
         "latency_us": settings.latency_us,
         "luts": settings.luts,
+        "mapping": settings.mapping,
         "source": source_digest(),
         "libraries": {name: v for name, v in versions().items() if name in LIBRARIES},
     }
@@ -136,7 +137,7 @@ def open_study(
 
 def _refuse(folder: Path, key: str, old: dict[str, Any], fresh: Any, accept_versions: bool) -> None:
     """Raise InputError for a fact that differs, unless the study is older than the fact or the user accepts it."""
-    if key in ("source", "libraries") and key not in old:
+    if key not in old and (key in ("source", "libraries") or (key, fresh) == ("mapping", "lut")):
         return
     if key == "libraries":
         names = [name for name in fresh | old[key] if fresh.get(name) != old[key].get(name)]
@@ -192,8 +193,8 @@ def run(
     is called at the start and after each design. Raises as `complete`.
     """
     tasks = [Task(recipe) for recipe in recipes]
-    known = {row["id"] for row in read_rows(folder / "rows.jsonl") if "failure" not in row}
-    missing = len({task.id for task in tasks} - known)
+    known = {row["id"]: row for row in read_rows(folder / "rows.jsonl") if "failure" not in row}
+    missing = len({task.id for task in tasks if not _done(known.get(task.id), task, study)})
     with workers(study, min(jobs, missing), ray if missing else None) as mapper:
         return complete(study, tasks, folder, mapper, progress)
 
@@ -214,7 +215,8 @@ def complete(
     """
     wanted = {task.id: task for task in tasks}
     reader = RowReader(folder / "rows.jsonl")
-    known = {row["id"]: row for row in reader.fresh(tail=True) if row["id"] in wanted and "failure" not in row}
+    last = {row["id"]: row for row in reader.fresh(tail=True) if row["id"] in wanted}
+    known = {name: row for name, row in last.items() if "failure" not in row and _done(row, wanted[name], study)}
     failures: dict[str, list[Row]] = {}
     deaths: set[str] = set()
     total = len(wanted)
@@ -226,7 +228,7 @@ def complete(
 
     def catch_up() -> None:
         for row in reader.fresh():
-            if row["id"] in wanted and row["id"] not in known:
+            if (name := row["id"]) in wanted and name not in known and _done(row, wanted[name], study):
                 note(row)
 
     def claimed(todo: Sequence[str]) -> Iterator[Task]:
@@ -264,6 +266,11 @@ def complete(
             if len(known) == before:
                 time.sleep(_WAIT_S)  # all that is left is being done elsewhere
     return [known[task.id] for task in tasks]
+
+
+def _done(row: Row | None, task: Task, study: Study) -> bool:
+    """Whether the row answers the task: one whose race ended early does not answer for all episodes."""
+    return row is not None and (task.race or row.get("episodes", study.settings.episodes) >= study.settings.episodes)
 
 
 def _stop_after(failures: dict[str, list[Row]], kind: str, row: Row) -> None:

@@ -60,11 +60,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
     """The ids of the designs that are evaluated from now on; interrupted after some."""
     calls: list[str] = []
 
-    def spy(study: Study, recipe: Recipe) -> Row:
+    def spy(study: Study, recipe: Recipe, raced: bool = False) -> Row:
         if stop_after is not None and len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(design_id(recipe))
-        return evaluate_design(study, recipe)
+        return evaluate_design(study, recipe, raced)
 
     monkeypatch.setattr(quantkit.study, "evaluate_design", spy)
     return calls
@@ -203,6 +203,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "device": (cartpole, replace(SETTINGS, device=None)),
     "latency_us": (cartpole, replace(SETTINGS, latency_us=3.5)),
     "luts": (cartpole, replace(SETTINGS, luts=5000)),
+    "mapping": (cartpole, replace(SETTINGS, mapping="dsp")),
     "env": (lambda: replace_env(EnvSpec("CartPole-v0")), SETTINGS),
     "normalizer": (lambda: other_model(normalizer={"mode": "fold"}), SETTINGS),
 }

@@ -8,7 +8,7 @@ import sys
 # Each group adds its commands to `app`; `quantkit --help` lists them in this order.
 # isort: off
 from quantkit.cli.options import app
-from quantkit.cli import look as look, make as make, rtl as rtl, choose as choose, report as report
+from quantkit.cli import look as look, make as make, rtl as rtl, choose as choose, search as search, report as report
 # isort: on
 
 # Rollouts multiply small matrices: numpy's BLAS threads cost more than they bring (torch keeps its own).

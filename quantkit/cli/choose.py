@@ -22,6 +22,7 @@ from quantkit.cli.options import (
     Exceptions,
     Jobs,
     Json,
+    Mapping,
     Normalize,
     Ray,
     Seed,
@@ -79,6 +80,7 @@ def sweep(
     luts: Annotated[
         int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
     ] = None,
+    mapping: Mapping = "lut",
     jobs: Jobs = 0,
     ray: Ray = None,
     accept_versions: AcceptVersions = False,
@@ -115,7 +117,7 @@ def sweep(
         check(model, recipe)
     if ray is not None:
         answers(ray)
-    settings = Settings(episodes, seed, part, latency_us, luts)
+    settings = Settings(episodes, seed, part, latency_us, luts, mapping)
     with progress_bar("float and random policy", "episodes") as update:
         origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
         study = open_study(output, model, settings, update, origin=origin, accept_versions=accept_versions)

@@ -75,6 +75,10 @@ Exceptions = Annotated[
 States = Annotated[
     int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=_NUM)
 ]
+Mapping = Annotated[
+    Literal["lut", "dsp", "auto"],
+    typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=_HW),
+]
 Jobs = Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.", rich_help_panel=_RUN)]
 Ray = Annotated[
     str | None,

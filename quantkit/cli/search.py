@@ -1,0 +1,177 @@
+"""The command that looks for the best design by itself: search."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from quantkit.cli.choose import _show_report
+from quantkit.cli.options import (
+    _CHOOSE,
+    _HW,
+    _NUM,
+    _OUT,
+    _PRESETS,
+    _RUN,
+    AcceptVersions,
+    Checkpoint,
+    Env,
+    Episodes,
+    Jobs,
+    Json,
+    Mapping,
+    Normalize,
+    Ray,
+    Seed,
+    app,
+    listed,
+    load,
+)
+from quantkit.console import guarded, note, progress_bar
+from quantkit.errors import InputError
+
+_SEARCH = "Search"
+
+
+@app.command(
+    rich_help_panel=_CHOOSE,
+    epilog="Example: quantkit search agent.zip -o study --budget-designs 60 --episodes 100 "
+    "--weights int2,int3,int4,int8 --acts int3,int4,int6,int8 --device xc7a35t --latency-us 10",
+)
+@guarded
+def search(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
+    ],
+    budget_designs: Annotated[int, typer.Option(min=1, help="Designs to try at most.", rich_help_panel=_SEARCH)] = 60,
+    weights: Annotated[
+        str, typer.Option("--weights", metavar="F,F,..", help="Weight formats of a layer.", rich_help_panel=_SEARCH)
+    ] = "int2,int3,int4,int5,int6,int8",
+    acts: Annotated[
+        str, typer.Option("--acts", metavar="F,F,..", help="Formats of a layer's inputs.", rich_help_panel=_SEARCH)
+    ] = "int2,int3,int4,int5,int6,int8",
+    granularity: Annotated[
+        str, typer.Option(metavar="G,G,..", help="Weight scales: tensor, row, group<size>.", rich_help_panel=_SEARCH)
+    ] = "row",
+    step: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--step",
+            metavar="STEP[+STEP..]",
+            help="A pipeline of methods to choose from; repeat for more.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"One more pipeline: {_PRESETS}.", rich_help_panel=_SEARCH),
+    ] = None,
+    sampler: Annotated[
+        Literal["nsga2", "tpe"], typer.Option(help="Optuna's sampler.", rich_help_panel=_SEARCH)
+    ] = "nsga2",
+    search_seed: Annotated[int, typer.Option(min=0, help="Of the proposals.", rich_help_panel=_SEARCH)] = 0,
+    batch: Annotated[int, typer.Option(min=2, help="Designs proposed at once.", rich_help_panel=_SEARCH)] = 16,
+    race: Annotated[
+        bool, typer.Option(help="Stop a design's episodes as soon as they decide.", rich_help_panel=_NUM)
+    ] = True,
+    cost: Annotated[
+        Literal["luts", "dsps", "bram18", "latency_us", "weight_kib"] | None,
+        typer.Option(help="What return is traded for; luts, unless they are given.", rich_help_panel=_SEARCH),
+    ] = None,
+    episodes: Episodes = 20,
+    seed: Seed = 1000,
+    device: Annotated[
+        str, typer.Option(help="FPGA part (see hwmodel devices), or none.", rich_help_panel=_HW)
+    ] = "xc7a35t",
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Fold the hardware to this latency.", rich_help_panel=_HW)
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
+    ] = None,
+    mapping: Mapping = "lut",
+    max_luts: Annotated[
+        float | None, typer.Option(min=0, help="Budget of a design: LUTs.", rich_help_panel=_HW)
+    ] = None,
+    max_dsps: Annotated[float | None, typer.Option(min=0, help="DSPs.", rich_help_panel=_HW)] = None,
+    max_bram18: Annotated[float | None, typer.Option(min=0, help="18 Kb block RAMs.", rich_help_panel=_HW)] = None,
+    max_weight_kib: Annotated[float | None, typer.Option(min=0, help="KiB of weights.", rich_help_panel=_HW)] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where Optuna's record goes: sqlite:///FILE, postgresql://..; default: a file in the study.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    jobs: Jobs = 0,
+    ray: Ray = None,
+    accept_versions: AcceptVersions = False,
+    env: Env = None,
+    normalize: Normalize = "stage",
+    json: Json = False,
+) -> None:
+    """Find the front of mixed precision: allocated, then searched, with as few episodes as decide."""
+    from hwmodel.devices import find_device
+    from quantkit.presets import preset_steps
+    from quantkit.recipe import parse_format, parse_step
+
+    if latency_us is not None and luts is not None:
+        raise InputError("give --latency-us or --luts, not both")
+    for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
+        if not listed(text):
+            raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
+    for text in (*listed(weights), *listed(acts)):
+        parse_format(text)
+    pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or [])
+    pipelines = (*pipelines, *(preset_steps(name) for name in preset or [])) or (preset_steps("fast"),)
+    part = None if device == "none" else find_device(device)
+    limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
+    chosen = cost or ("weight_kib" if part is None else "luts" if luts is None else "latency_us")
+    model = load(checkpoint, env, None, normalize)
+
+    from quantkit.backends import answers, workers
+    from quantkit.report import write_report
+    from quantkit.search import SearchSpace, search
+    from quantkit.study import Settings
+    from quantkit.sweep import open_study, study_origin
+
+    if ray is not None:
+        answers(ray)
+    space = SearchSpace(listed(weights), listed(acts), listed(granularity), pipelines, search_seed)
+    settings = Settings(episodes, seed, part, latency_us, luts, mapping)
+    with progress_bar("float and random policy", "episodes") as update:
+        origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
+        study = open_study(output, model, settings, update, origin=origin, accept_versions=accept_versions)
+    with (
+        workers(study, jobs or os.cpu_count() or 1, ray) as mapper,
+        progress_bar("sensitivities", "cells") as measuring,
+        progress_bar("designs", "designs") as designs,
+    ):
+        rows = search(
+            study,
+            output,
+            space,
+            mapper,
+            designs=budget_designs,
+            sampler=sampler,
+            cost=chosen,
+            budgets={name: most for name, most in limits.items() if most is not None},
+            batch=batch,
+            races=race,
+            storage=storage,
+            measuring=measuring,
+            progress=lambda done, total, _: designs(done, total),
+        )
+    for row in rows:
+        if "error" in row:
+            note(f"left out: {row['weights']}, {row['acts']}, {row['steps']}: {row['error']}")
+    if not json:
+        played = sum(row.get("episodes", 0) for row in rows)
+        note(f"{len(rows)} designs on {played:,} episodes; all of them to the end are {len(rows) * episodes:,}")
+    _show_report(write_report(output, x=chosen), json)

@@ -1,0 +1,53 @@
+"""Few episodes first, more only where they decide: sequential non-inferiority of paired returns.
+
+After 5, 10, 20, 40, ... episodes the quantized policy's returns are compared with the float policy's on the same
+seeds. With K such looks each is made at confidence 1 - (1 - level) / K, so that a wrong "non-inferior" and a wrong
+"inferior" each have a probability of at most 1 - level over all looks together (Bonferroni; where Student's t holds at
+each look). The first decisive look ends the race. Five equal differences look decisive and are not: a policy that
+fails in one episode of twenty often shows none in five. So "non-inferior" needs 10 episodes, "inferior" 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from quantkit.statistics import Floats, Verdict, non_inferior
+
+FIRST = 5
+GOOD_FROM = 10
+"""Episodes before a policy can be called non-inferior."""
+
+
+def looks(episodes: int) -> tuple[int, ...]:
+    """After how many episodes a race of at most `episodes` looks at the returns.
+
+    >>> looks(100), looks(3)
+    ((5, 10, 20, 40, 80, 100), (3,))
+    """
+    found, n = [], FIRST
+    while n < episodes:
+        found.append(n)
+        n *= 2
+    return (*found, episodes)
+
+
+def race(
+    reference: ArrayLike, play: Callable[[int, int], Floats], margin: float, level: float = 0.95
+) -> tuple[Floats, Verdict]:
+    """The returns played until decided, and the verdict on them, each of whose bounds holds at its look's level.
+
+    reference: returns of the float policy, in order of seeds; as many episodes at most. play: `play(first, count)`
+    gives the returns of episodes first, ..., first + count - 1. "inconclusive" only after all episodes.
+    """
+    expected = np.asarray(reference, np.float64)
+    stops = looks(len(expected))
+    returns = np.empty(0)
+    for n in stops:
+        returns = np.concatenate((returns, play(len(returns), n - len(returns))))
+        verdict = non_inferior(expected[:n], returns, margin, level=1 - (1 - level) / len(stops))
+        if verdict.verdict == "inferior" or (verdict.verdict == "non-inferior" and n >= min(GOOD_FROM, stops[-1])):
+            break
+    return returns, verdict

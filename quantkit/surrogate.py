@@ -1,0 +1,54 @@
+"""A design's loss and cost without evaluating it: losses of its cells added up, and the cost model on their specs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hwmodel.cost import HwError
+from hwmodel.estimate import estimate
+from quantkit.pareto import COLUMNS, value
+from quantkit.sensitivity import Cell
+from quantkit.study import Settings
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """loss: the sum over the layers. row: what is predicted of the design's row: cost, weight memory, bits."""
+
+    loss: float
+    row: dict[str, Any]
+
+    def cost(self, column: str) -> float | None:
+        """A cost column of `quantkit.pareto`; None where there is none, as the latency of a float layer."""
+        return value(self.row, column)
+
+
+def predict(cells: Sequence[Cell], settings: Settings) -> Prediction:
+    """The prediction for one cell per layer, in the order of the layers of a chain.
+
+    What a design takes in the end differs where a method changes what lies between the layers, such as factors that
+    SmoothQuant leaves behind, and where weights are rounded along with those of the layers before.
+    """
+    specs = [replace(a.spec, out=b.spec.act) for a, b in itertools.pairwise(cells)]
+    bits = sum(cell.bits for cell in cells)
+    weights = sum(cell.spec.out_features * cell.spec.in_features for cell in cells)
+    row: dict[str, Any] = {"weight_kib": bits / 8192, "bits_per_weight": bits / weights, "cost": None}
+    if settings.device is not None:
+        try:
+            found = estimate(
+                (*specs, cells[-1].spec),
+                settings.device,
+                latency_us=settings.latency_us,
+                luts=settings.luts,
+                mapping=settings.mapping,
+            )
+            row["cost"] = {name: getattr(found, name) for name in _NAMES}
+        except HwError as error:
+            row["cost"] = {"error": str(error)}
+    return Prediction(sum(cell.loss for cell in cells), row)
+
+
+_NAMES = [path.removeprefix("cost.") for path, _, _ in COLUMNS.values() if path.startswith("cost.")]

@@ -1,0 +1,74 @@
+"""Laws of races: they end early where episodes decide, are rarely wrong, and say what they are sure of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.racing import GOOD_FROM, looks, race
+from quantkit.statistics import non_inferior
+
+
+@given(st.integers(1, 3000))
+def test_looks_double_and_end_with_all(n: int) -> None:
+    """Ascending, the last is all episodes, and there are no more looks than doublings."""
+    stops = looks(n)
+    assert stops[-1] == n and list(stops) == sorted(set(stops)) and len(stops) <= 2 + np.log2(max(1, n / 5))
+
+
+def played(differences: np.ndarray, margin: float) -> tuple[int, str]:
+    """Episodes and verdict of a race with these differences to a float policy that always returns 100."""
+    asked: list[tuple[int, int]] = []
+
+    def play(first: int, count: int) -> np.ndarray:
+        asked.append((first, count))
+        return 100 + differences[first : first + count]
+
+    returns, verdict = race(np.full(len(differences), 100.0), play, margin)
+    assert [first for first, _ in asked] == [0, *np.cumsum([count for _, count in asked])[:-1]]
+    np.testing.assert_array_equal(returns, 100 + differences[: len(returns)])
+    assert verdict.n == len(returns)
+    return len(returns), verdict.verdict
+
+
+def test_what_is_clear_is_short() -> None:
+    """A large loss takes the first look, none at all the first that may call it good, a doubtful one all episodes."""
+    noise = np.random.default_rng(3).normal(size=100)
+    assert played(noise - 50, 10) == (5, "inferior")
+    assert played(noise, 10) == (GOOD_FROM, "non-inferior")
+    assert played(3 * noise - 3 * noise.mean() - 10, 10) == (100, "inconclusive")
+
+
+def test_five_good_episodes_are_not_enough() -> None:
+    """A policy that fails once in ten, later than the fifth episode, is not called non-inferior before it fails."""
+    differences = np.zeros(40)
+    differences[9] = -200.0
+    n, verdict = played(differences, 5)
+    assert n > GOOD_FROM and verdict != "non-inferior"
+
+
+def test_a_race_of_one_look_is_the_plain_test() -> None:
+    """With as many episodes as the first look has, the verdict is that of the fixed test."""
+    reference, returns = np.array([3.0, 5.0, 4.0, 6.0]), np.array([3.5, 4.0, 4.5, 5.0])
+    _, verdict = race(reference, lambda first, count: returns[first : first + count], 2.0)
+    assert verdict == non_inferior(reference, returns, 2.0)
+
+
+@pytest.mark.parametrize(("true", "wrong"), [(-10.0, "non-inferior"), (-10.0, "inferior")])
+def test_errors_stay_below_their_level(true: float, wrong: str) -> None:
+    """At the margin itself, where both errors are likeliest, each is made in less than 5 % of 2,000 races."""
+    rng = np.random.default_rng(7)
+    outcomes = [played(rng.normal(true, 25.0, 80), 10.0)[1] for _ in range(2000)]
+    assert outcomes.count(wrong) / len(outcomes) < 0.05
+
+
+def test_sabotage_looks_without_correction_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error law notices a race that makes each look at the full level."""
+    import quantkit.racing
+
+    real = quantkit.racing.non_inferior
+    monkeypatch.setattr(quantkit.racing, "non_inferior", lambda a, b, m, level: real(a, b, m, level=0.95))
+    with pytest.raises(AssertionError):
+        test_errors_stay_below_their_level(-10.0, "inferior")
