@@ -187,8 +187,7 @@ def _connected(address: str) -> Any:
     except ImportError:
         raise InputError('Ray is not installed; pip install "quantkit[study]", or leave --ray out') from None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if address != "local":
-        answers(address)
+    answers(address)
     try:
         with one_thread_per_process():
             ray.init(address=None if address == "local" else address, **options)
@@ -199,8 +198,8 @@ def _connected(address: str) -> Any:
 
 
 def answers(address: str) -> None:
-    """InputError unless something accepts connections at HOST:PORT or ray://HOST:PORT; "auto" is Ray's to find."""
-    if address == "auto":
+    """InputError unless something listens at HOST:PORT or ray://HOST:PORT; auto and local are for Ray to find."""
+    if address in ("auto", "local"):
         return
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")

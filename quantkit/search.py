@@ -17,7 +17,7 @@ Optuna's storage is a record of the trials, written after each batch, and not wh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,7 @@ def search(
     mapper: Mapper,
     *,
     designs: int,
+    episodes: int | None = None,
     sampler: Sampler = "nsga2",
     cost: str = "luts",
     budgets: Mapping[str, float] | None = None,
@@ -93,7 +94,8 @@ def search(
 ) -> list[Row]:
     """Rows of the designs that were tried, in order: the allocation's first, then at most `designs` in all.
 
-    cost: the resource that is traded for return. budgets: on all resources. batch: designs at once, on which the
+    episodes: once so many were played, no more designs are proposed; None: no bound. cost: the resource that is traded
+    for return. budgets: on all resources. batch: designs at once, on which the
     result depends. storage: URL for Optuna's record, None for a journal file in the folder. Designs that the front
     needs complete returns of are played to their end at last and counted once. Raises InputError for formats that
     fit no layer, impossible budgets, a storage that cannot be opened, and as `complete`.
@@ -118,7 +120,7 @@ def search(
     guide = _Guide(study, space, tables, limits, cost, sampler, batch)
     guide.begin(seeds, settled)
     idle = 0
-    while len(settled) < designs and idle < _IDLE:
+    while len(settled) < designs and idle < _IDLE and (episodes is None or _played(settled.values()) < episodes):
         chosen = guide.ask(settled, designs - len(settled))
         idle = 0 if chosen else idle + 1
         evaluate(chosen, "search", races)
@@ -147,6 +149,10 @@ def paired(study: Study, rows: Sequence[Row]) -> list[Row]:
             row = row | {"score": row["score"] | {"mean": mean}}
         found.append(row)
     return found
+
+
+def _played(rows: Iterable[Row]) -> int:
+    return sum(row.get("episodes", 0) for row in rows)
 
 
 def _short(row: Mapping[str, Any], study: Study) -> bool:

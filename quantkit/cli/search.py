@@ -49,6 +49,9 @@ def search(
         Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
     ],
     budget_designs: Annotated[int, typer.Option(min=1, help="Designs to try at most.", rich_help_panel=_SEARCH)] = 60,
+    budget_episodes: Annotated[
+        int | None, typer.Option(min=1, help="Propose no more after so many.", rich_help_panel=_SEARCH)
+    ] = None,
     weights: Annotated[
         str, typer.Option("--weights", metavar="F,F,..", help="Weight formats of a layer.", rich_help_panel=_SEARCH)
     ] = "int2,int3,int4,int5,int6,int8",
@@ -159,6 +162,7 @@ def search(
             space,
             mapper,
             designs=budget_designs,
+            episodes=budget_episodes,
             sampler=sampler,
             cost=chosen,
             budgets={name: most for name, most in limits.items() if most is not None},

@@ -1,0 +1,180 @@
+"""Searched mixed precision against uniform precision, at equal numbers of episodes: the hypervolume of both fronts.
+
+    python benchmarks/search_hypervolume.py [AGENT ..] [--data ../shared/data/rl-zoo] [--episodes 40] [--fresh 100]
+
+Uniform: every pair of int2, 3, 4, 5, 6, 8 for weights and inputs of all layers, 36 designs, all their episodes.
+Searched: `quantkit.search` over the same formats for each layer, with the same methods (preset fast), device and
+latency, until it has played nine tenths of the uniform designs' episodes; completing its front's returns takes the
+rest. Both fronts are chosen by those episodes and then measured on fresh ones, so that no design profits from the
+episodes that chose it.
+
+Hypervolume: what a front dominates in the plane of LUTs and return, up to the LUTs of int8 x int8 (the design that one
+starts from) and down to the return of random actions; over the logarithm of LUTs, in which halving them counts the same
+everywhere, and over LUTs themselves. Returns above the float policy's count as the float policy's. Agents: lander and
+pendulum (of this repository), and of --data cheetah (SAC) and walker (A2C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from report import REPORTS, publish
+
+from hwmodel.devices import find_device
+from quantkit.backends import workers
+from quantkit.loading import load_checkpoint
+from quantkit.pareto import front, value
+from quantkit.presets import preset_steps
+from quantkit.recipe import Recipe
+from quantkit.results import Row, read_rows
+from quantkit.search import SearchSpace, search
+from quantkit.study import Settings, Study, Task
+from quantkit.sweep import Space, complete, open_study
+from quantkit.tasks import episodes as episodes_task
+
+FORMATS = ("int2", "int3", "int4", "int5", "int6", "int8")
+STEPS = preset_steps("fast")
+FRESH_SEED = 500_000
+Point = tuple[float, float]
+
+
+def agents(data: Path) -> dict[str, tuple[Path, str]]:
+    """Checkpoint and part of each agent."""
+    here = Path(__file__).parent / "agents"
+    return {
+        "lander": (here / "ppo" / "LunarLander-v3.zip", "xc7a35t"),
+        "pendulum": (here / "sac" / "Pendulum-v1.zip", "xc7a35t"),
+        "cheetah": (data / "sac" / "HalfCheetah-v3_1", "xc7z020"),
+        "walker": (data / "a2c" / "BipedalWalker-v3_1", "xc7a35t"),
+    }
+
+
+def hypervolume(points: Sequence[Point], luts: float, worst: float, best: float, log: bool) -> float:
+    """Area that (LUTs, return) points dominate left of `luts` and above `worst`, returns cut at `best`.
+
+    >>> hypervolume([(10, 3.0), (20, 9.0), (15, 2.0)], luts=40, worst=1.0, best=5.0, log=False)
+    100.0
+    """
+    scale = math.log2 if log else float
+    total, right = 0.0, luts
+    level = {x: y for x, y in points if x < luts and y > worst}
+    for x in sorted(level, reverse=True):
+        top = max(min(y, best) for other, y in level.items() if other <= x)
+        total += (scale(right) - scale(x)) * (top - worst)
+        right = x
+    return total
+
+
+def fresh(study: Study, rows: Sequence[Row], folder: Path, episodes: int) -> list[Point]:
+    """The designs of the rows with returns of episodes that nothing has seen."""
+    settings = replace(study.settings, episodes=episodes, seed=FRESH_SEED)
+    other = open_study(folder, study.model, settings)
+    with workers(other) as mapper:
+        again = complete(other, [Task(Recipe.from_json(row["recipe"])) for row in rows], folder, mapper)
+    return [(value(row, "luts") or 0.0, value(row, "mean") or 0.0) for row in again]
+
+
+def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int, work: Path) -> list[dict[str, Any]]:
+    """A row for each front of one agent, and its picture."""
+    work.mkdir(parents=True, exist_ok=True)
+    model = load_checkpoint(path)
+    settings = Settings(episodes=episodes, device=find_device(part))
+    uniform = open_study(work / "uniform", model, settings)
+    began = time.perf_counter()
+    with workers(uniform) as mapper:
+        tasks = [Task(recipe) for recipe in Space(FORMATS, FORMATS, pipelines=(STEPS,)).recipes()]
+        rows_uniform = complete(uniform, tasks, work / "uniform", mapper)
+    seconds = [time.perf_counter() - began]
+    budget = sum(row["episodes"] for row in rows_uniform)
+    study = open_study(work / "search", model, settings)
+    began = time.perf_counter()
+    with workers(study) as mapper:
+        space = SearchSpace(FORMATS, FORMATS, pipelines=(STEPS,))
+        rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=int(0.9 * budget))
+    seconds.append(time.perf_counter() - began)
+    played = [budget, sum(row.get("episodes", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
+    chosen = []
+    for rows in (rows_uniform, rows_search):
+        whole = [row for row in rows if row.get("episodes") == episodes]
+        chosen.append([whole[i] for i in front(whole, "luts", "mean")])
+    points = [fresh(uniform, rows, work / "fresh", fresh_episodes) for rows in chosen]
+    reference = json.loads((work / "fresh" / "study.json").read_text())
+    best, worst = reference["reference"]["mean"], reference["random"]["mean"]
+    eight = next(value(row, "luts") for row in rows_uniform if (row["weights"], row["acts"]) == ("int8", "int8"))
+    found = []
+    for i, kind in enumerate(("uniform", "searched")):
+        volumes = {
+            scale: [hypervolume(points[j], eight or 0.0, worst, best, scale == "log") for j in (0, i)]
+            for scale in ("log", "linear")
+        }
+        near = [x for x, y in points[i] if y >= best - 0.05 * (best - worst)]
+        found.append({
+            "agent": name, "front": kind, "designs": len((rows_uniform, rows_search)[i]), "episodes": played[i],
+            "on_front": len(points[i]), "fewest_luts": min(x for x, _ in points[i]),
+            "fewest_luts_within_5_percent": min(near, default=""),
+            **{f"hypervolume_{scale}": round(pair[1], 2) for scale, pair in volumes.items()},
+            **{f"ratio_{scale}": round(pair[1] / pair[0], 3) for scale, pair in volumes.items()},
+            "float_return": round(best, 1), "random_return": round(worst, 1), "seconds": round(seconds[i], 1),
+        })  # fmt: skip
+        print(found[-1], flush=True)
+    _draw(name, points, [rows_uniform, rows_search], best, worst, eight or 0.0)
+    return found
+
+
+def _draw(name: str, points: list[list[Point]], rows: list[list[Row]], best: float, worst: float, eight: float) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from quantkit.figures import STYLE
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.2))
+        for (kind, color), mine, every in zip(
+            (("uniform", "#2166ac"), ("searched", "#d6604d")), points, rows, strict=True
+        ):
+            tried = [(value(r, "luts"), value(r, "mean")) for r in every if value(r, "mean") is not None]
+            axes.plot(*zip(*tried, strict=True), ".", color=color, alpha=0.25, markersize=4)
+            ordered = sorted(mine)
+            tops = [max(y for x, y in ordered if x <= at) for at, _ in ordered]
+            axes.step([x for x, _ in ordered] + [eight], [*tops, tops[-1]], where="post", color=color, label=kind)
+            axes.plot(*zip(*ordered, strict=True), "o", color=color, markersize=4)
+        axes.axhline(best, color="#777777", linewidth=1, linestyle="--")
+        axes.text(eight, best, "float", ha="right", va="bottom", color="#777777")
+        axes.set(xscale="log", xlabel="LUTs", ylabel="return", title=name)
+        axes.set_ylim(bottom=worst)
+        axes.legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(REPORTS / "studies" / f"search_{name}.png")
+        plt.close(figure)
+
+
+def main(names: Sequence[str], data: Path, episodes: int, fresh_episodes: int, work: Path) -> None:
+    """Measure and publish."""
+    torch.set_num_threads(1)
+    (REPORTS / "studies").mkdir(parents=True, exist_ok=True)
+    known = agents(data)
+    rows = []
+    for name in names:
+        rows += compare(name, *known[name], episodes, fresh_episodes, work / name)
+    publish("studies/search_hypervolume", rows, packages=("torch", "optuna", "scipy", "gymnasium"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("agents", nargs="*", default=["lander"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/rl-zoo"))
+    parser.add_argument("--episodes", type=int, default=40)
+    parser.add_argument("--fresh", type=int, default=100)
+    parser.add_argument("--work", type=Path, default=Path("studies_out"), help="Studies; run again to go on.")
+    args = parser.parse_args()
+    assert episodes_task.EVALUATION_SEED < FRESH_SEED
+    main(args.agents, args.data, args.episodes, args.fresh, args.work)
