@@ -474,7 +474,7 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert done.stderr == ""
 
 
-COMMANDS = ("inspect", "evaluate", "analyze", "quantize", "export", "rtl", "verify", "sweep", "pareto")
+COMMANDS = ("inspect", "evaluate", "analyze", "quantize", "export", "rtl", "verify", "sweep", "search", "pareto")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

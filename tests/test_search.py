@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 from small_policies import cartpole
 from test_study import without_timings
+from typer.testing import CliRunner
 
 import quantkit.study
 from hwmodel.devices import find_device
 from quantkit.backends import workers
+from quantkit.cli import app
 from quantkit.errors import InputError
 from quantkit.pareto import front, value
 from quantkit.recipe import Recipe, parse_step
@@ -188,3 +191,66 @@ def test_a_space_that_is_used_up_ends_a_search(tmp_path: Path) -> None:
     with workers(study) as mapper:
         rows = search(study, tmp_path / "s", space, mapper, designs=500, batch=BATCH)
     assert len(rows) == len(by_id(rows)) <= 8
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+AGENT = Path(__file__).parents[1] / "benchmarks/agents/sac/Pendulum-v1.zip"
+SMALL = ("--budget-designs", "3", "-n", "3", "--jobs", "1", "--batch", "2")
+
+
+def call(*arguments: Any) -> Any:
+    """`quantkit search` in this process."""
+    return CliRunner().invoke(app, ["search", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_command_searches_and_shows_a_front(tmp_path: Path) -> None:
+    """Options from a file and from the command line: the rows, the record and the figure are in the folder."""
+    config = tmp_path / "study.toml"
+    config.write_text(
+        'weights = ["int3", "int5"]\nacts = "int4"\nbudget-designs = 9\ndevice = "xc7z020"\nstep = "gptq"\n'
+    )
+    result = call(AGENT, "-o", tmp_path / "s", *SMALL, "--config", config, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["designs"] == 3
+    settings = json.loads((tmp_path / "s/study.json").read_text())["settings"]
+    assert settings["device"] == "xc7z020" and settings["episodes"] == 3
+    rows = read_rows(tmp_path / "s/rows.jsonl")
+    assert len(rows) == 3 and {row["steps"] for row in rows} == {"gptq"}
+    assert {"sensitivity.jsonl", "optuna.journal", "pareto.png"} <= {p.name for p in (tmp_path / "s").iterdir()}
+
+
+MISTAKES = {
+    'devise = "xc7z020"': ("devise", "'device'"),
+    "weights = [[1]]": ("weights",),
+    "weights = ": ("study.toml",),
+    'weights = "int9"': ("int9",),
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_in_a_study_file_is_one_line(text: str, tmp_path: Path) -> None:
+    """The file, the key and the nearest option are named, before anything is loaded."""
+    (tmp_path / "study.toml").write_text(text)
+    result = call("nothing.zip", "-o", tmp_path / "s", "--config", tmp_path / "study.toml")
+    assert result.exit_code == 2 and all(word in result.stderr.replace("\n", " ") for word in MISTAKES[text])
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--storage", "sqlite:////no/such/folder/x.db"), ("--storage", "cannot be opened")),
+        (("--max-luts", "3"), ("luts <= 3", "nearest")),
+        (("--device", "none", "--cost", "luts"), ("luts", "device")),
+        (("--weights", "int4,innt3"), ("innt3",)),
+        (("--ray", "127.0.0.1:1"), ("127.0.0.1:1", "answers")),
+        (("--granularity", "group7"), ("net.", "7")),
+    ],
+)
+def test_a_mistake_of_a_search_is_one_line(options: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    """Exit code 2 and one line that names what is wrong."""
+    result = call(AGENT, "-o", tmp_path / "s", *SMALL, *options)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line

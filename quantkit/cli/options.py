@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,53 @@ Cache = Annotated[
     typer.Option(
         "--kv-cache", metavar="NAME[:k=v,..]", help="Cache of keys and values: saq:levels=16-8-4, kivi:bits=2, ...",
         rich_help_panel=_NUM,
+    ),
+]  # fmt: skip
+
+
+def _configured(context: typer.Context, path: Path | None) -> Path | None:
+    """Defaults of the command's options from a file; BadParameter in one line for what is no option."""
+    if path is None:
+        return None
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            found = yaml.safe_load(path.read_text())
+        else:
+            import tomllib
+
+            found = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except Exception as error:  # yaml's own kinds
+        raise typer.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    names = {p.name: p for p in context.command.params if p.name not in ("config", "help", None)}
+    names |= {option.lstrip("-"): p for p in names.values() for option in p.opts if option.startswith("--")}
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{path} holds no options; accepted: lines such as device = ...")
+    defaults: dict[str, object] = {}
+    for key, value in found.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), [str(name) for name in names], n=1, cutoff=0.0)
+            raise typer.BadParameter(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
+        parameter = names[key]
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
+            raise typer.BadParameter(f"{path}: {key!r} is not a number, a text or a list of them")
+        if isinstance(value, list) and not getattr(parameter, "multiple", False):
+            value = ",".join(map(str, value))
+        defaults[str(parameter.name)] = (
+            [value] if getattr(parameter, "multiple", False) and isinstance(value, str) else value
+        )
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", is_eager=True, callback=_configured,
+        help="TOML or YAML with any of these options by name; the command line wins.", rich_help_panel=_RUN,
     ),
 ]  # fmt: skip
 

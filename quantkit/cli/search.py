@@ -19,6 +19,7 @@ from quantkit.cli.options import (
     _RUN,
     AcceptVersions,
     Checkpoint,
+    Config,
     Env,
     Episodes,
     Jobs,
@@ -115,6 +116,7 @@ def search(
     jobs: Jobs = 0,
     ray: Ray = None,
     accept_versions: AcceptVersions = False,
+    config: Config = None,
     env: Env = None,
     normalize: Normalize = "stage",
     json: Json = False,
@@ -135,6 +137,10 @@ def search(
     pipelines = (*pipelines, *(preset_steps(name) for name in preset or [])) or (preset_steps("fast"),)
     part = None if device == "none" else find_device(device)
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
+    if storage is not None:
+        from quantkit.search import open_storage
+
+        open_storage(storage, output)
     chosen = cost or ("weight_kib" if part is None else "luts" if luts is None else "latency_us")
     model = load(checkpoint, env, None, normalize)
 
