@@ -83,7 +83,7 @@ def draw_pareto(
             xs = [value(drawable[i], x) or 0.0 for i in some]
             ys = [value(drawable[i], y) or 0.0 for i in some]
             if y == "mean":
-                bars = [_interval(drawable[i], reference) for i in some]
+                bars = [half_interval(drawable[i], reference) for i in some]
                 strength = 0.75 if chosen else 0.16
                 axes.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=color, alpha=strength, elinewidth=1.2, zorder=2)
             axes.scatter(
@@ -109,12 +109,15 @@ def draw_pareto(
         )  # fmt: skip
 
 
-def _interval(row: Row, reference: Row) -> float:
-    """Half the 95 % t interval of the paired difference to the reference, 0 where it is unknown."""
+def half_interval(row: Row, reference: Row) -> float:
+    """Half the 95 % t interval of the paired difference to the reference, 0 where it is unknown.
+
+    A design that played fewer episodes is paired with the reference's first ones: they have the same seeds.
+    """
     ours, theirs = row["score"].get("returns") or [], reference.get("returns") or []
-    if len(ours) != len(theirs) or len(ours) < 2:
+    if len(ours) > len(theirs) or len(ours) < 2 or row["score"].get("seed") != reference.get("seed"):
         return 0.0
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    differences = [a - b for a, b in zip(ours, theirs, strict=False)]
     return float(t_quantile(0.975, len(ours) - 1) * statistics.stdev(differences) / math.sqrt(len(ours)))
 
 

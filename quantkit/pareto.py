@@ -22,7 +22,11 @@ COLUMNS: dict[str, tuple[str, str, bool]] = {
     "agreement": ("fidelity.agreement", "action agreement", True),
     "action_error": ("fidelity.action_error", "action error", False),
     "kl": ("fidelity.kl", "KL to the float policy", False),
+    "q_error": ("fidelity.q_error", "error of Q-values", False),
+    "q_regret": ("fidelity.q_regret", "Q-value lost by the action", False),
 }
+COSTS = ("luts", "ffs", "dsps", "bram18", "latency_us", "weight_kib", "bits_per_weight")
+"""The columns that say what a design takes; the others say how well it acts."""
 
 
 def value(row: Mapping[str, Any], column: str) -> float | None:

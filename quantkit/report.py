@@ -35,6 +35,18 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     return document, rows
 
 
+def failures(folder: Path) -> list[tuple[str, str]]:
+    """(design, reason) of every row that has an error."""
+    names = ("weights", "acts", "granularity", "steps")
+    rows = {row["id"]: row for row in read_rows(folder / "rows.jsonl")}.values()
+    return [(", ".join(str(row.get(n)) for n in names), row["error"]) for row in rows if "error" in row]
+
+
+def default_cost(rows: Sequence[Mapping[str, Any]]) -> str:
+    """ "luts", or "weight_kib" where no design has any: no device, or float inputs."""
+    return "weight_kib" if all(value(row, "luts") is None for row in rows) else "luts"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One flat record per design for a spreadsheet: names, numbers, and a front_X column for each front."""
     fronts = {x: set(front(rows, x, "mean")) for x in FRONTS}
@@ -60,8 +72,7 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
     from quantkit.figures import pareto_figure, save_figure
 
     document, rows = read_study(folder)
-    if x == "luts" and all(value(row, x) is None for row in rows):
-        x = "weight_kib"  # no device, or float inputs: there is no hardware to cost
+    x = default_cost(rows) if x == "luts" else x
     for column in (x, y):
         if all(value(row, column) is None for row in rows):
             present = [name for name in COLUMNS if any(value(row, name) is not None for row in rows)]

@@ -14,6 +14,7 @@ from quantkit.cli.options import (
     Checkpoint,
     Env,
     Episodes,
+    Force,
     Json,
     Normalize,
     Seed,
@@ -21,6 +22,31 @@ from quantkit.cli.options import (
     load,
 )
 from quantkit.console import guarded, print_json, print_table, progress_bar, say
+
+
+@app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit report study -o study.html")
+@guarded
+def report(
+    study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="Default: STUDY/report.html.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The study's checkpoint, where it lies now: for the layers' shapes.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    force: Force = False,
+) -> None:
+    """Write a study as one page that needs no network: fronts, each design's layers, returns, cost, sensitivity."""
+    from quantkit.page import write_page
+
+    path = study / "report.html" if output is None else output
+    write_page(study, path, checkpoint=checkpoint, force=force or output is None)
+    say(f"{path}: {path.stat().st_size:,} bytes")
+    if show:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())
 
 
 @app.command(
