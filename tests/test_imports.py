@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _STUDIES = ("study", "backends", "sweep", "sensitivity", "surrogate", "allocate", "search")
-_PAGES = ("report", "figures", "analysis_figure", "page", "pick", "markdown")
+_PAGES = ("report", "figures", "analysis_figure", "page", "pick", "card", "markdown")
 TOP = {f"quantkit.{n}" for n in (*_STUDIES, *_PAGES, "analyze", "cli")}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
 CORE = {
@@ -205,7 +205,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures", "quantkit.analysis_figure"),
         "plotly": ("quantkit.page",),
-        "jinja2": ("quantkit.page",),
+        "jinja2": ("quantkit.page", "quantkit.card"),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),
         "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders"),
         "optuna": ("quantkit.search",),

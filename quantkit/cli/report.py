@@ -9,8 +9,10 @@ import typer
 
 from quantkit.cli.options import (
     _CHOOSE,
+    _HW,
     _IN,
     _NUM,
+    _OUT,
     Checkpoint,
     Env,
     Episodes,
@@ -21,7 +23,7 @@ from quantkit.cli.options import (
     app,
     load,
 )
-from quantkit.console import guarded, print_json, print_table, progress_bar, say
+from quantkit.console import guarded, print_json, print_table, progress_bar, say, warn
 
 
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit report study -o study.html")
@@ -47,6 +49,99 @@ def report(
         import webbrowser
 
         webbrowser.open(path.absolute().as_uri())
+
+
+@app.command(
+    rich_help_panel=_CHOOSE,
+    epilog="Example: quantkit pick study -o best --max-loss 2% --device xc7z020 --latency-us 20",
+)
+@guarded
+def pick(
+    study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2%|RETURN",
+            help="The cheapest design proved to lose no more (95 % bound): in return, or of the distance to random.",
+        ),
+    ] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The cheapest non-inferior design on the front.")] = False,
+    design: Annotated[str | None, typer.Option("--id", help="This design (the beginning of its id).")] = None,
+    x: Annotated[
+        str | None,
+        typer.Option(help="What cheap means: luts (default), ffs, dsps, bram18, latency_us, weight_kib, ..."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Price it for this part. Default: the study's.", rich_help_panel=_HW)
+    ] = None,
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)
+    ] = None,
+    luts: Annotated[
+        int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)
+    ] = None,
+    tries: Annotated[
+        int,
+        typer.Option(min=1, help="For another target, price this many of the cheapest anew.", rich_help_panel=_HW),
+    ] = 8,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The study's checkpoint, if it has moved.", rich_help_panel=_IN)
+    ] = None,
+    confirm: Annotated[
+        int | None,
+        typer.Option(min=0, help="Episodes on fresh seeds; 0: none. Default: the study's.", rich_help_panel=_NUM),
+    ] = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="Measure noise, delay and changed dynamics too.", rich_help_panel=_NUM)
+    ] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Take a design away: quantized policy, verified ONNX, QONNX, hardware estimate and a model card."""
+    from quantkit.pick import pick as run
+
+    with progress_bar("pick", "steps") as update:
+        record = run(
+            study, output, max_loss=max_loss, at_knee=knee, design=design, x=x, device=device, latency_us=latency_us,
+            luts=luts, tries=tries, checkpoint=checkpoint, confirm=confirm, robustness=robustness, force=force,
+            progress=lambda _, done, total: update(done, total),
+        )  # fmt: skip
+    verified = record["onnx"]["verified"]
+    if json:
+        print_json({"output": str(output), **record})
+    else:
+        _show_pick(output, record)
+    for line in record["differences"]:
+        warn(f"not as in the study: {line}")
+    if not verified["ok"]:
+        raise typer.Exit(1)
+
+
+def _show_pick(output: Path, record: dict[str, Any]) -> None:
+    row, score, verdict = record["row"], record["row"]["score"], record["row"]["verdict"]
+    say(f"{row['id']}: weights {row['weights']}, inputs {row['acts']}, {row['steps']}, per {row['granularity']}")
+    say(f"  {record['chosen']['why']}")
+    bounds = "" if verdict["low"] is None else f" [{verdict['low']:+.2f}, {verdict['high']:+.2f}]"
+    say(f"  return {_number(score['mean'], score['stderr'])}, {verdict['diff_mean']:+.2f}{bounds} to float")
+    if fresh := record.get("fresh"):
+        low = fresh["verdict"]["low"]
+        bounds = "" if low is None else f" [{low:+.2f}, {fresh['verdict']['high']:+.2f}]"
+        say(
+            f"  on {fresh['score']['n']} fresh seeds {_number(fresh['score']['mean'], fresh['score']['stderr'])}, "
+            f"{fresh['verdict']['diff_mean']:+.2f}{bounds}: {fresh['verdict']['verdict']}"
+        )
+    if (price := record["estimate"]) is not None:
+        say(
+            f"  {price['device']}: {price['luts']:,} LUTs, {price['ffs']:,} flip-flops, {price['dsps']} DSPs, "
+            f"{price['bram18']} BRAM18, {price['latency_us']:g} µs"
+        )
+    verified = record["onnx"]["verified"]
+    word = "verified" if verified["ok"] else f"NOT verified: {verified['reason']}"
+    say(f"  onnxruntime: return {verified['mean']:.2f} on the study's {verified['episodes']} seeds; {word}")
+    if record["onnx"]["qonnx_missing"]:
+        say(f"  no QONNX: {record['onnx']['qonnx_missing']}")
+    say(f"wrote {output}/ (README.md is its card)")
 
 
 @app.command(

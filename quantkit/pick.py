@@ -1,0 +1,428 @@
+"""From a point of a study to a directory that can be deployed: quantized policy, ONNX, estimate, card.
+
+The design is quantized again from the checkpoint and the study's own calibration states, and what it
+gives is compared with its row: recipe, fidelity, hardware and, episode by episode, returns. A
+difference (another version, another machine's rounding) is written down and said, not hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hwmodel.cost import HwError
+from hwmodel.devices import Device, find_device
+from hwmodel.estimate import Estimate, estimate
+from quantkit.artifact import save_artifact, summary
+from quantkit.card import write_card
+from quantkit.errors import InputError
+from quantkit.export import export_onnx
+from quantkit.files import check_new, new_directory, new_file, sha256_of
+from quantkit.loading import load_checkpoint
+from quantkit.model import Calib, Model
+from quantkit.pareto import COLUMNS, COSTS, front, knee, value
+from quantkit.recipe import Recipe, quantize
+from quantkit.report import default_cost, read_study
+from quantkit.results import Row, append_row, versions
+from quantkit.simulate import compile_policy
+from quantkit.specs import layer_specs
+from quantkit.study import Settings, design_id, hardware_cost, policy_of, verify_export, visited_states
+from quantkit.tasks.episodes import Progress, compare_on_states, compare_scores, evaluate_policy
+from quantkit.tasks.robustness import compare, default_conditions
+from quantkit.verify import verify
+
+CONFIRM_SEED = 500_000
+"""The first of the fresh seeds: far from those of evaluation and of calibration."""
+QONNX_STATES = 256
+MARKER = "pick.json"
+_PRICED = ("luts", "ffs", "dsps", "bram18", "latency_us")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The part and what folds the hardware on it: one of latency_us and luts, or neither (the default latency)."""
+
+    device: Device
+    latency_us: float | None = None
+    luts: int | None = None
+
+    def __str__(self) -> str:
+        if self.latency_us is not None:
+            return f"{self.device.name} within {self.latency_us:g} µs"
+        return self.device.name if self.luts is None else f"{self.device.name} within {self.luts:,} LUTs"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A design: its row, the model quantized again, its price (None without a part), how it was chosen in words."""
+
+    row: Row
+    model: Model
+    priced: Estimate | None
+    why: str
+
+
+def parse_loss(text: str, span: float) -> float:
+    """The tolerated loss of return that "2%" (of `span`, the distance of float and random) or "5.5" stands for.
+
+    >>> parse_loss("2%", 400.0), parse_loss("5.5", 400.0)
+    (8.0, 5.5)
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        found = float(number)
+    except ValueError:
+        found = math.nan
+    if rest or not (math.isfinite(found) and found >= 0):
+        raise InputError(f"--max-loss {text!r} is neither a share such as 2% nor a return such as 5.5, from 0 on")
+    return found * span / 100 if percent else found
+
+
+def loss_bound(row: Mapping[str, Any]) -> float:
+    """The one-sided 95 % upper bound of the paired loss of return against float; inf where none is known."""
+    low = (row.get("verdict") or {}).get("low")
+    return math.inf if low is None else -float(low)
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """A design in a few words."""
+    return f"{row['id']} (weights {row['weights']}, inputs {row['acts']}, {row['steps']}, per {row['granularity']})"
+
+
+def span_of(document: Mapping[str, Any]) -> float:
+    """Distance between the mean returns of the float and the random policy."""
+    return abs(float(document["reference"]["mean"]) - float(document["random"]["mean"]))
+
+
+def wanted(
+    document: Mapping[str, Any],
+    rows: Sequence[Row],
+    x: str,
+    *,
+    max_loss: str | None = None,
+    at_knee: bool = False,
+    design: str | None = None,
+) -> tuple[list[Row], str]:
+    """The designs that satisfy the wish, cheapest by `x` first and of equal ones the best, and the wish in words.
+
+    InputError unless one wish is given, for an id that names no design or several, and where no design is within
+    the loss: it says the nearest and what binds.
+    """
+    if (max_loss is not None) + at_knee + (design is not None) != 1:
+        raise InputError("give one of --max-loss, --knee and --id")
+    priced = [row for row in rows if value(row, x) is not None]
+    if design is not None:
+        found = [row for row in rows if row["id"].startswith(design)]
+        if len(found) != 1:
+            some = ", ".join(row["id"] for row in (found or rows)[:4])
+            raise InputError(f"--id {design!r} names {len(found)} designs of the study; there are: {some}, ...")
+        return found, f"design {found[0]['id']} was asked for"
+    if not priced:
+        raise InputError(f"no design of the study has a number for {x!r}; take another --x")
+    if at_knee:
+        index = knee(rows, front(rows, x, "mean"), document["reference"]["mean"], document["margin"], x)
+        assert index is not None
+        return [
+            rows[index]
+        ], f"the knee of return against {COLUMNS[x][1]}: the cheapest non-inferior design on the front"
+    assert max_loss is not None
+    span = span_of(document)
+    limit = parse_loss(max_loss, span)
+    share = f", {max_loss} of the {span:.4g} between float and random" if max_loss.rstrip().endswith("%") else ""
+    words = f"at most {limit:.4g} of return lost{share}"
+    good = [row for row in priced if loss_bound(row) <= limit]
+    if not good:
+        near = min(priced, key=lambda row: (loss_bound(row), value(row, x)))
+        bound, mean = loss_bound(near), -near["verdict"]["diff_mean"]
+        binds = (
+            f"its mean loss is {mean:.4g}, and {near['score']['n']} episodes leave the interval that wide"
+            if mean <= limit
+            else f"its mean loss alone is {mean:.4g}"
+        )
+        percent = f" ({100 * bound / span:.3g}%)" if span and math.isfinite(bound) else ""
+        raise InputError(
+            f"no design of the study is proved to lose at most {limit:.4g} of return; the nearest possible is "
+            f"--max-loss {math.ceil(bound * 100) / 100 if math.isfinite(bound) else bound:g}{percent}, "
+            f"by {named(near)}: {binds}"
+        )
+    return sorted(good, key=lambda row: (value(row, x) or 0.0, -row["score"]["mean"])), words
+
+
+def study_model(document: Mapping[str, Any], folder: Path, checkpoint: Path | None = None) -> Model:
+    """The float model of a study, from `checkpoint` or where the study remembers it; InputError if it is another."""
+    settings, origin = document["settings"], document.get("origin") or {}
+    path = checkpoint or (Path(origin["path"]) if origin.get("path") else None)
+    if path is None or (checkpoint is None and not path.exists()):
+        raise InputError(
+            f"the checkpoint of {folder} ({settings.get('checkpoint')}) is not where it was; give --checkpoint"
+        )
+    normalize: Any = "fold" if settings.get("normalizer") == "fold" else "stage"
+    model = load_checkpoint(path, env=origin.get("env"), normalize=normalize)
+    if model.meta.get("sha256") != settings.get("checkpoint_sha256"):
+        theirs, ours = (str(v)[:12] for v in (model.meta.get("sha256"), settings.get("checkpoint_sha256")))
+        raise InputError(f"{path} is another checkpoint (sha256 {theirs}) than that of {folder} ({ours})")
+    return model
+
+
+def study_states(folder: Path, model: Model) -> np.ndarray:
+    """The calibration states of a study; InputError if they are gone or not the model's."""
+    path = folder / "calibration.npy"
+    try:
+        states: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise InputError(f"{path}: missing or damaged; run the sweep again in a new directory") from None
+    if states.shape[1:] != tuple(model.example.shape[1:]):
+        raise InputError(f"{path}: states of shape {states.shape} do not fit the policy's {model.example.shape[1:]}")
+    return states
+
+
+def rebuild(row: Row, model: Model, states: np.ndarray) -> Model:
+    """The design of a row, quantized as the study did it; InputError if the row's recipe has another id."""
+    recipe = Recipe.from_json(row["recipe"])
+    if design_id(recipe) != row["id"]:
+        raise InputError(f"design {row['id']}: its recipe is that of {design_id(recipe)}; the study's rows are damaged")
+    return quantize(model, recipe, Calib(torch.from_numpy(states), visit=visited_states))
+
+
+def choose(
+    rows: Sequence[Row],
+    why: str,
+    model: Model,
+    states: np.ndarray,
+    target: Target | None,
+    *,
+    x: str,
+    same_target: bool,
+    tries: int = 8,
+    progress: Progress | None = None,
+) -> Choice:
+    """The cheapest by `x` of the first `tries` rows, each quantized again and priced for the target.
+
+    same_target: the rows are priced for it already, so that the first one that fits is the cheapest. Without a target
+    the first row. InputError where no row can be built within it: the nearest, and what binds.
+    """
+    found: list[tuple[tuple[float, float], Choice]] = []
+    misses: list[tuple[float, str]] = []
+    looked = list(rows[: max(1, tries)])
+    for done, row in enumerate(looked):
+        if progress:
+            progress(done, len(looked))
+        built = rebuild(row, model, states)
+        if target is None:
+            return Choice(row, built, None, why)
+        try:
+            price = estimate(layer_specs(built), target.device, latency_us=target.latency_us, luts=target.luts)
+        except HwError as error:
+            number, text = _nearest(built, target)
+            misses.append((number, f"{text}, by {named(row)}: {error}"))
+            continue
+        if not price.fits:
+            number, text = _nearest(built, target)
+            misses.append((number, f"{text}, by {named(row)}: it needs {_over(price, target.device)}"))
+            continue
+        cost = float(getattr(price, x)) if x in _PRICED else value(row, x) or 0.0
+        found.append(((cost, -row["score"]["mean"]), Choice(row, built, price, why)))
+        if same_target:
+            break
+    if not found:
+        raise InputError(f"no design can be built in {target} ({why}); the nearest possible is {min(misses)[1]}")
+    best = min(found, key=lambda pair: pair[0])[1]
+    if len(rows) > 1 and not same_target:
+        best = replace(
+            best, why=f"{why}; of {len(rows)} such designs the {len(looked)} cheapest were priced for {target}"
+        )
+    elif len(rows) > 1:
+        best = replace(best, why=f"{why}; the cheapest of {len(rows)} such designs")
+    return best
+
+
+def _nearest(model: Model, target: Target) -> tuple[float, str]:
+    """What comes nearest to a target that is missed, and how near: the lowest latency that fits, or the fewest LUTs."""
+    part = target.device
+    try:
+        if target.luts is not None:
+            least = estimate(layer_specs(model), part, latency_us=1e9)
+            return least.luts, f"{least.luts:,} LUTs ({least.latency_us:g} µs)"
+        quickest = estimate(layer_specs(model), part, luts=part.luts)
+    except HwError:
+        return math.inf, f"none in {part.name}"
+    if not quickest.fits:
+        return math.inf, f"a larger part than {part.name}"
+    return quickest.latency_us, f"{quickest.latency_us:g} µs ({quickest.luts:,} LUTs)"
+
+
+def _over(price: Estimate, part: Device) -> str:
+    name = str(price.binding)
+    return f"{getattr(price, name):,} {COLUMNS[name][1]} of {getattr(part, name):,}"
+
+
+def differences(choice: Choice, model: Model, document: Mapping[str, Any], states: np.ndarray) -> list[str]:
+    """What of the design's row is not reproduced: fidelity on the study's states, and the hardware it was priced at."""
+    row, settings = choice.row, document["settings"]
+    policy, _ = policy_of(choice.model)
+    q_values = model.meta.get("algo") in ("dqn", "qrdqn")
+    reference = compile_policy(policy_of(model)[0])(states)
+    fresh: dict[str, Any] = {
+        "fidelity": compare_on_states(reference, compile_policy(policy)(states), policy.head, q_values=q_values)
+    }
+    if settings.get("device"):
+        part = find_device(settings["device"])
+        own = Settings(device=part, latency_us=settings.get("latency_us"), luts=settings.get("luts"))
+        fresh["cost"] = json.loads(json.dumps(hardware_cost(choice.model, own)))
+    found = []
+    for name, ours in fresh.items():
+        theirs = row.get(name) or {}
+        keys = [key for key in {**theirs, **ours} if key != "model" and theirs.get(key) != ours.get(key)]
+        found += [f"{name}.{key}: {theirs.get(key)} in the row, {ours.get(key)} here" for key in sorted(keys)]
+    return found
+
+
+def pick(
+    folder: Path,
+    output: Path,
+    *,
+    max_loss: str | None = None,
+    at_knee: bool = False,
+    design: str | None = None,
+    x: str | None = None,
+    device: str | None = None,
+    latency_us: float | None = None,
+    luts: int | None = None,
+    tries: int = 8,
+    checkpoint: Path | None = None,
+    confirm: int | None = None,
+    robustness: bool = False,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Choose a design of a study and write its directory; what pick.json says.
+
+    confirm: episodes on fresh seeds, of float and design; None for as many as the study has, 0 for none. Raises
+    InputError for wishes that cannot be met (`wanted`, `choose`), before anything is written.
+    """
+    document, rows = read_study(folder)
+    settings, reference = document["settings"], document["reference"]
+    if latency_us is not None and luts is not None:
+        raise InputError("give --latency-us or --luts, not both")
+    column = default_cost(rows) if x is None else x
+    if column not in COSTS:
+        raise InputError(f"--x {x!r} is no cost; costs: {', '.join(COSTS)}")
+    part = device or settings.get("device")
+    if part is None and (latency_us is not None or luts is not None):
+        raise InputError("the study names no part; give --device for a latency or LUT budget")
+    asked = latency_us is not None or luts is not None
+    folded = (latency_us, luts) if asked else (settings.get("latency_us"), settings.get("luts"))
+    target = None if part is None else Target(find_device(part), *folded)
+    study_target = (settings.get("device"), settings.get("latency_us"), settings.get("luts"))
+    same = target is not None and (target.device.name, *folded) == study_target
+    eligible, why = wanted(document, rows, column, max_loss=max_loss, at_knee=at_knee, design=design)
+    check_new(output, force=force, marker=MARKER)
+
+    model = study_model(document, folder, checkpoint)
+    states = study_states(folder, model)
+
+    def count(what: str) -> Progress | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    choice = choose(
+        eligible, why, model, states, target, x=column, same_target=same, tries=tries, progress=count("price")
+    )
+    row, seed = choice.row, int(reference.get("seed", settings.get("seed", 0)))
+    problems = differences(choice, model, document, states)
+    record: dict[str, Any] = {
+        "format_version": 1,
+        "study": folder.name,
+        "chosen": {"why": choice.why, "by": column, "loss_bound": _finite(loss_bound(row)), "designs": len(rows)},
+        "target": None
+        if target is None
+        else {"device": target.device.name, "latency_us": folded[0], "luts": folded[1]},
+        "row": row,
+        "reference": reference,
+        "random": document.get("random"),
+        "margin": document["margin"],
+        "settings": settings,
+        "summary": summary(choice.model),
+        "estimate": None if choice.priced is None else choice.priced.to_json(),
+        "capacity": None if target is None else {k: getattr(target.device, k) for k in _PRICED[:4]},
+        "versions": versions(),
+    }
+    if (confirm := reference["n"] if confirm is None else confirm) > 0:
+        record["fresh"] = _confirm(choice.model, model, document["margin"], confirm, count("fresh seeds"))
+    if robustness:
+        policy, spec = policy_of(choice.model)
+        options: dict[str, Any] = {"reference": policy_of(model)[0], "episodes": reference["n"], "seed": seed}
+        found = compare(policy, spec, default_conditions(spec), **options, progress=count("robustness"))
+        record["robustness"] = found
+        append_row(folder / "robustness.jsonl", {"id": row["id"], **found})
+    with new_directory(output, force=force, marker=MARKER) as place:
+        save_artifact(choice.model, place / "model")
+        for file in (place / "model").iterdir():
+            shutil.move(file, place / file.name)
+            (place / file.name).chmod(0o644)
+        (place / "model").rmdir()
+        record["onnx"] = _export(choice.model, place, states, row["score"]["n"], seed, count("verify in onnxruntime"))
+        mean = record["onnx"]["verified"]["mean_torch"]
+        if mean != row["score"]["mean"]:
+            problems.append(f"score.mean: {row['score']['mean']} in the row, {mean} here, on the same seeds")
+        record["differences"] = problems
+        if choice.priced is not None:
+            _write(place / "estimate.json", record["estimate"])
+        _write(place / MARKER, record)
+        write_card(place, record, {p.name: (p.stat().st_size, sha256_of(p)) for p in sorted(place.iterdir())})
+    return record
+
+
+def _export(
+    model: Model, place: Path, states: np.ndarray, episodes: int, seed: int, progress: Progress | None
+) -> dict[str, Any]:
+    """policy.onnx, compared with torch on states and whole episodes, and policy.qonnx.onnx, or why there is none."""
+    path = place / "policy.onnx"
+    export_onnx(model, path, postprocess=True)
+    found: dict[str, Any] = {
+        "file": path.name,
+        "verified": verify_export(model, path, episodes=episodes, seed=seed, progress=progress).to_json(),
+        "qonnx": None,
+        "qonnx_verified": None,
+        "qonnx_missing": None,
+    }
+    try:
+        export_onnx(model, place / "policy.qonnx.onnx", to="qonnx")
+        found["qonnx"] = "policy.qonnx.onnx"
+        found["qonnx_verified"] = verify(model, place / "policy.qonnx.onnx", states=states[:QONNX_STATES]).to_json()
+    except InputError as error:
+        found["qonnx_missing"] = str(error).replace(f"{place}/", "")
+    return found
+
+
+def _confirm(design: Model, model: Model, margin: float, episodes: int, progress: Progress | None) -> dict[str, Any]:
+    """Scores and verdict of design and float on seeds that no choice has seen."""
+    scores = []
+    for index, one in enumerate((model, design)):
+        policy, spec = policy_of(one)
+        tick: Progress | None = None
+        if progress is not None:
+
+            def tick(done: int, _: int, base: int = index * episodes) -> None:
+                assert progress is not None
+                progress(base + done, 2 * episodes)
+
+        scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=CONFIRM_SEED, progress=tick))
+    verdict = compare_scores(scores[0], scores[1], margin=margin)
+    return {"reference": scores[0].to_json(), "score": scores[1].to_json(), "verdict": verdict.to_json()}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _write(path: Path, document: Any) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
