@@ -148,6 +148,14 @@ def estimate(
         float, typer.Option(help="Clock frequency assumed; it is not predicted.", rich_help_panel="Hardware")
     ] = 100.0,
     mapping: MappingOption = "lut",
+    unroll: Annotated[
+        bool,
+        typer.Option(
+            "--unroll",
+            help="All products at once, weights in the logic, of a quantkit rtl directory.",
+            rich_help_panel="Hardware",
+        ),
+    ] = False,
     coeffs: CoeffsOption = None,
     compare: CompareOption = False,
     json_: Json = False,
@@ -163,21 +171,29 @@ def estimate(
     with plain_errors():
         from hwmodel.devices import find_device
         from hwmodel.estimate import estimate as run
+        from hwmodel.estimate import estimate_unrolled
         from hwmodel.mac import use_coefficients
+        from hwmodel.network import read_network
 
         use_coefficients(coeffs)
         part = find_device(device)
         if latency_us is not None and luts is not None:
             fail("give --latency-us or --luts, not both")
-        specs = read_specs(directory)
-        found = run(
-            specs,
-            part,
-            latency_us=latency_us,
-            luts=luts,
-            clock_mhz=clock_mhz,
-            mapping=checked_mapping(mapping),
-        )
+        if unroll:
+            if latency_us is not None or luts is not None or mapping != "lut":
+                fail("--unroll has one design only; leave out --latency-us, --luts and --mapping")
+            network = read_network(directory)  # unrolled, weights are the cost
+            specs, found = network.specs, estimate_unrolled(network, part, clock_mhz=clock_mhz)
+        else:
+            specs = tuple(read_specs(directory))
+            found = run(
+                specs,
+                part,
+                latency_us=latency_us,
+                luts=luts,
+                clock_mhz=clock_mhz,
+                mapping=checked_mapping(mapping),
+            )
         others = {}
         if compare:
             from hwmodel.baselines import compare_network

@@ -33,6 +33,9 @@ def validate(
     units: Annotated[int, typer.Option(help="Multiply-accumulate elements.", rich_help_panel="Sample")] = 60,
     layers: Annotated[int, typer.Option(help="Folded matrix-vector layers.", rich_help_panel="Sample")] = 20,
     policies: Annotated[int, typer.Option(help="Whole folded perceptrons.", rich_help_panel="Sample")] = 10,
+    unrolled: Annotated[
+        int, typer.Option(help="Small perceptrons with weights in the logic.", rich_help_panel="Sample")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the sample.", rich_help_panel="Sample")] = 0,
     family: FamilyOption = "xc7",
     jobs: Jobs = 0,
@@ -57,6 +60,7 @@ def validate(
             units,
             layers,
             policies,
+            unrolled,
             seed=seed,
             jobs=jobs or os.cpu_count() or 1,
             cache=cache.expanduser(),
@@ -191,7 +195,7 @@ def _show(record: dict[str, Any]) -> None:
             "-" if rank is None else f"{rank:.3f}",
         ]
 
-    for kind in ("units", "layers", "policies"):
+    for kind in ("units", "layers", "policies", "unrolled"):
         found = record[kind]
         if not found["n"]:
             continue
@@ -206,6 +210,6 @@ def _show(record: dict[str, Any]) -> None:
             table.add_row("", title, "", *numbers(baseline), "", "", "")
         table.add_section()
     Console().print(table)
-    for kind in ("layers", "policies"):
+    for kind in ("layers", "policies", "unrolled"):
         if clocks := record[kind].get("fmax_mhz"):
             print(f"{kind}: {clocks['median']:g} MHz ({clocks['min']:g}..{clocks['max']:g}) by {record['nextpnr']}")

@@ -19,6 +19,7 @@ from hwmodel.mac import pipeline_stages
 from hwmodel.memory import rom
 from hwmodel.network import Layer
 from hwmodel.packing import Packing, fields
+from hwmodel.unroll import sum_lines
 from hwmodel.yosys import Unit, mac_unit
 from hwmodel.yosys import unit as unit_of
 
@@ -172,6 +173,8 @@ def layer_text(index: int, layer: Layer, plan: Fold, *, beside_dsps: bool = Fals
 
     beside_dsps: other layers use DSPs, so products of this one must be written such that no flow puts them there.
     """
+    if plan.unrolled:
+        return _unrolled(index, layer, plan)
     weight, act = layer.formats
     acc, ab, share = layer.acc_bits, bits(act), plan.share
     words, slot, row = (
@@ -235,11 +238,7 @@ def layer_text(index: int, layer: Layer, plan: Fold, *, beside_dsps: bool = Fals
         unused += ["row", "next"]
     else:
         rows = plan.spec.out_features // plan.units
-        if plan.converter == "thresholds":
-            emitted = _thresholds(index, layer, plan, row)
-        else:
-            emitted = _arithmetic(index, layer, plan, row)
-        stages, wires, found = emitted
+        stages, wires, found = _converters(index, layer, plan, row)
         roms += found
         lines += [
             f"  delay #(.N({stages}), .BITS(2)) through (clk, rst, {{fire, fire & closing}}, {{write, finished}});",
@@ -252,6 +251,51 @@ def layer_text(index: int, layer: Layer, plan: Fold, *, beside_dsps: bool = Fals
     if unused:
         lines.append(f"  wire unused = &{{1'b0, {', '.join(unused)}}};")
     return "\n".join([*lines, "endmodule", ""]), roms
+
+
+def _converters(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
+    """What turns `values` into `results`: stages, Verilog, memories. row: bits of a row's number."""
+    return (_thresholds if plan.converter == "thresholds" else _arithmetic)(index, layer, plan, row)
+
+
+def _unrolled(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
+    """`layer_text` of a layer with its weights in the logic: `start` one cycle before `acts`."""
+    rows, acc = plan.spec.out_features, layer.acc_bits
+    stages, sums = sum_lines(layer)
+    act, out = bits(layer.formats[1]), acc if layer.spec.out is None else bits(layer.spec.out)
+    head = [
+        f"// {layer.spec.name}: {rows} x {plan.spec.in_features} {plan.spec.weight} in the logic, "
+        f"input {plan.spec.act}, {plan.cycles} cycles",
+        "/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules",
+        "/* verilator lint_off UNUSED */  // not every bit of every sum is read",
+        f"module layer{index} (",
+        "    input clk,",
+        "    input rst,",
+        "    input start,",
+        "    output busy,",
+        "    output [0:0] col,",
+        f"    input [{plan.spec.in_features * act - 1}:0] acts,",
+        "    output write,",
+        f"    output [{rows * out - 1}:0] results,",
+        "    output finished",
+        ");",
+        "  assign busy = 1'b0;",
+        "  assign col = 1'b0;",
+        "  wire fire;",
+        f"  delay #(.N({stages + 1}), .BITS(1)) to_sum (clk, rst, start, fire);",
+    ]
+    tail = ["endmodule", "/* verilator lint_on WIDTH */", "/* verilator lint_on UNUSED */", ""]
+    if layer.thresholds is None:
+        ends = ["  assign results = values;", "  assign write = fire;", "  assign finished = fire;"]
+        return "\n".join([*head, *sums, *ends, *tail]), []
+    after, lines, roms = _converters(index, layer, plan, 1)
+    ends = [
+        f"  delay #(.N({after}), .BITS(1)) through (clk, rst, fire, write);",
+        "  assign finished = write;",
+        "  wire [0:0] row = 1'b0, next = 1'b0;",
+        *lines,
+    ]
+    return "\n".join([*head, *sums, *ends, *tail]), roms
 
 
 def _elements(plan: Fold, weight: Format, act: Format, acc: int, beside_dsps: bool) -> list[str]:
@@ -318,7 +362,7 @@ def _arithmetic(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, li
     found, out = solve(layer), layer.spec.out
     assert found is not None and out is not None
     acc, width, k, n = layer.acc_bits, found.bits, found.factor_bits, bits(out)
-    one, base = int(found.factors[0]), 0
+    base = 0
     factors = found.factors
     if found.kind == "shift":
         base = int(factors.min()).bit_length() - 1
@@ -344,14 +388,17 @@ def _arithmetic(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, li
             f"  {offsets.name} u{u}_offsets (clk, {late}, u{u}_offset);",
             f"  wire [{k - 1}:0] u{u}_factor;",
         ]
-        if found.kind == "constant":
+        scale_kind, one = found.kind, int(found.factors[0])
+        if plan.unrolled and found.kind == "runtime":  # one row each: its factor is a constant
+            scale_kind, one = "constant", int(found.factors[u])
+        if scale_kind == "constant":
             lines += [f"  assign u{u}_factor = {k}'d0;"]
         else:
             scale = Rom(f"{name}_factor", k, tuple(int(m) for m in factors[mine]))
             roms.append(scale)
             lines += [f"  {scale.name} u{u}_factors (clk, {early}, u{u}_factor);"]
         lines += [
-            f"  affine #(.ACC({acc}), .SCALE({SCALES[found.kind]}), .K({k}), .FACTOR({one}), .BASE({base}), "
+            f"  affine #(.ACC({acc}), .SCALE({SCALES[scale_kind]}), .K({k}), .FACTOR({one}), .BASE({base}), "
             f".T({width}))",
             f"    u{u}_affine (clk, {value}, u{u}_factor, u{u}_offset, u{u}_t);",
         ]

@@ -13,8 +13,10 @@ from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key
+from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
 from hwmodel.spec import LayerSpec, PerGroup
+from hwmodel.unroll import plan_unrolled
 
 __all__ = ["Estimate", "HwError", "LayerEstimate", "Mapping", "default_cycles", "estimate"]
 
@@ -97,6 +99,18 @@ def estimate(
     return _estimate(specs, device, latency_us, luts, clock_mhz, mapping)
 
 
+def estimate_unrolled(network: Network, device: Device, *, clock_mhz: float = 100.0) -> Estimate:
+    """Resources and latency with every weight in the logic (`hwmodel.unroll`): counted from the weights themselves.
+
+    `HwError` for inputs of a layer that are no integers.
+    """
+    if clock_mhz <= 0:
+        raise HwError(f"a clock has more than 0 MHz, not {clock_mhz:g}")
+    chosen = plan_unrolled(network, device, fit=False)
+    with pricing(device.family):
+        return _summary(chosen, device, clock_mhz, "lut")
+
+
 @lru_cache(maxsize=4096)
 def _estimate(
     specs: tuple[LayerSpec, ...],
@@ -155,7 +169,7 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float]:
     Whole designs were judged as the emitter writes them: linear layers without scales per group or tables.
     """
     known = coefficients()["residual"]
-    kind = "layers" if len(chosen) == 1 else "policies"
+    kind = "unrolled" if chosen[0].unrolled else "layers" if len(chosen) == 1 else "policies"
     emitted = all(
         fold.spec.positions == 1 and not isinstance(fold.spec.granularity, PerGroup) and "table" not in fold.converter
         for fold in chosen

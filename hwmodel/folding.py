@@ -38,7 +38,7 @@ class Fold:
     """One layer at one parallelism: cost of everything it needs, its cycles, and what was chosen.
 
     units: converters, each serving pe / units elements in turn. pack: how products share DSPs whose wide port has
-    `port` bits; None where they are made of LUTs.
+    `port` bits; None where they are made of LUTs. unrolled: weights are in the logic (`hwmodel.unroll`).
     """
 
     spec: LayerSpec
@@ -52,6 +52,7 @@ class Fold:
     units: int
     pack: Packing | None = None
     port: int = 25
+    unrolled: bool = False
 
     @property
     def row_folds(self) -> int:

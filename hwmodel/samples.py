@@ -110,6 +110,26 @@ def policy_samples(count: int, seed: int) -> list[DesignSample]:
     return found
 
 
+def unrolled_samples(count: int, seed: int) -> list[tuple[str, tuple[Layer, ...]]]:
+    """Family and layers of perceptrons with integer inputs, small enough to unroll: 3 to 8, 8 to 16, 1 to 4 features.
+
+    Weights have 2 to 6 bits, of every family in turn.
+    """
+    rng = random.Random(f"unrolled {seed}")
+    found = []
+    for i in range(count):
+        family = FAMILIES[i % len(FAMILIES)]
+        weight: Format = Int(rng.randint(2, 6))
+        if family in ("minifloat", "mixed"):
+            weight = rng.choice([f for b in (3, 4, 5) for f in minifloats(b) if f.exp <= 2])
+        elif family != "int":
+            weight = TERNARY if family == "ternary" else BINARY
+        acts = [Int(rng.randint(3, 8)), Int(rng.randint(2, 4), signed=rng.random() < 0.5)]
+        sizes = (rng.choice((3, 4, 6, 8)), rng.choice((8, 12, 16)), rng.choice((1, 2, 4)))
+        found.append((family, random_layers([weight] * 2, acts, sizes, rng)))
+    return found
+
+
 def _port(family: str, rng: random.Random) -> int | None:
     """Every second design of integers has its products in DSPs of 7-series parts."""
     return WIDE_PORT["xc7"] if family == "int" and rng.random() < 0.5 else None

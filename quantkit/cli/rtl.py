@@ -30,6 +30,10 @@ def rtl(
         str,
         typer.Option(help="Products in DSPs: none, all, or layers such as net.0,net.2.", rich_help_panel=_HW),
     ] = "none",
+    unroll: Annotated[
+        bool,
+        typer.Option("--unroll", help="All products at once, weights in the logic; no target.", rich_help_panel=_HW),
+    ] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -37,14 +41,21 @@ def rtl(
     from hwmodel import emit
     from hwmodel.devices import find_device
     from hwmodel.plan import plan_network
+    from hwmodel.unroll import plan_unrolled
     from quantkit.artifact import load_artifact
+    from quantkit.errors import InputError
     from quantkit.files import check_new, new_directory
     from quantkit.rtl_export import network_of
 
     part = find_device(device)
     check_new(output, force=force, marker="network.json")
     network, _ = network_of(load_artifact(directory))
-    plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
+    if unroll:
+        if latency_us is not None or luts is not None or dsp != "none":
+            raise InputError("--unroll has one design only; leave out --latency-us, --luts and --dsp")
+        plans = plan_unrolled(network, part)
+    else:
+        plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
     with new_directory(output, force=force, marker="network.json") as folder:
         emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
     document = emit.summary(network, plans, part, clock_mhz)
