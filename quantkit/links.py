@@ -151,7 +151,7 @@ def _part(module: nn.Module, name: str) -> Any:
     return getattr(module.get_submodule(owner), leaf)
 
 
-def _matrix(layer: Any) -> Tensor:
+def matrix_of(layer: Any) -> Tensor:
     """The float weight as (outputs, inputs / groups, positions); of an embedding (features, tokens, 1)."""
     weight: Tensor = layer.weight.detach()
     if isinstance(layer, nn.ConvTranspose2d):
@@ -161,8 +161,8 @@ def _matrix(layer: Any) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1)
 
 
-def _store(layer: Any, matrix: Tensor) -> None:
-    """Give the layer the weight of which this is the `_matrix`."""
+def store_matrix(layer: Any, matrix: Tensor) -> None:
+    """Give the layer the weight of which this is the `matrix_of`."""
     shape = layer.weight.shape
     if isinstance(layer, nn.ConvTranspose2d):
         matrix = turned(matrix.reshape(*matrix.shape[:2], *shape[2:]), layer.groups)
@@ -173,27 +173,27 @@ def _store(layer: Any, matrix: Tensor) -> None:
 
 def row_range(layer: Layer, *, bias: bool = True) -> Tensor:
     """Largest magnitude of each output's weights and, if asked for, bias, (outputs,)."""
-    top = _matrix(layer).abs().amax(dim=(1, 2))
+    top = matrix_of(layer).abs().amax(dim=(1, 2))
     own = getattr(layer, "bias", None)
     return torch.maximum(top, own.detach().abs()) if bias and isinstance(own, Tensor) else top
 
 
 def column_range(layer: Layer) -> Tensor:
     """Largest magnitude of the weights that meet each input channel, (inputs,)."""
-    matrix, groups = _matrix(layer).abs(), shape_of(layer).groups
+    matrix, groups = matrix_of(layer).abs(), shape_of(layer).groups
     return matrix.reshape(groups, -1, *matrix.shape[1:]).amax(dim=(1, 3)).flatten()
 
 
 def scale_columns(layer: Layer, factor: Tensor) -> None:
     """Multiply the weights that meet input channel i by factor[i], in place of the old ones."""
-    matrix, groups = _matrix(layer), shape_of(layer).groups
+    matrix, groups = matrix_of(layer), shape_of(layer).groups
     split = matrix.reshape(groups, -1, *matrix.shape[1:])
-    _store(layer, (split * factor.reshape(groups, 1, -1, 1)).reshape(matrix.shape))
+    store_matrix(layer, (split * factor.reshape(groups, 1, -1, 1)).reshape(matrix.shape))
 
 
 def scale_rows(layer: Layer, factor: Tensor) -> None:
     """Multiply output i (weights and bias) by factor[i]."""
-    _store(layer, _matrix(layer) * factor[:, None, None])
+    store_matrix(layer, matrix_of(layer) * factor[:, None, None])
     _scale(getattr(layer, "bias", None), factor)
 
 

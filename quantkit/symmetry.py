@@ -41,18 +41,18 @@ class Factors:
 @torch.no_grad()
 def free_factors(graph: fx.GraphModule, example: Tensor, policy: Policy | None = None) -> Factors:
     """Follow the graph on the example; policy: whose network it is, if the input stage may be scaled, too."""
-    follower = _Follower(graph, policy)
+    follower = Follower(graph, policy)
     follower.run(example)
     roots = follower.variables.roots
     rows, columns = ({n: roots(v) for n, v in found.items()} for found in (follower.rows, follower.columns))
-    columns = {n: torch.where(v == _ANY, 0, v) for n, v in columns.items()}
+    columns = {n: torch.where(v == ANY, 0, v) for n, v in columns.items()}
     return Factors(rows, columns, frozenset(follower.norms))
 
 
-_ANY = 1 << 30  # the label of an element that is always zero
+ANY = 1 << 30  # the label of an element that is always zero
 
 
-class _Variables:
+class Variables:
     """Signed union-find. Label 0: the factor is 1. v: that of variable v. -v: its inverse."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Variables:
 
     def root(self, label: int) -> int:
         """The label that all equal ones share."""
-        if label == _ANY:
+        if label == ANY:
             return label
         found = abs(label)
         sign = 1
@@ -79,7 +79,7 @@ class _Variables:
     def equate(self, a: int, b: int) -> None:
         """Make two labels equal; one that equals its own inverse is 0."""
         a, b = self.root(a), self.root(b)
-        if a == b or _ANY in (a, b):
+        if a == b or ANY in (a, b):
             return
         if a == 0 or a == -b:
             self.parent[abs(b)] = 0
@@ -103,7 +103,7 @@ class _Variables:
         second = (pairs + (1 << 31)) % (1 << 32) - (1 << 31)
         for left, right in zip(((pairs - second) >> 32).tolist(), second.tolist(), strict=True):
             self.equate(left, right)
-        return torch.where(u == _ANY, v, u).expand(a.shape)
+        return torch.where(u == ANY, v, u).expand(a.shape)
 
     def merge(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
         """Equate all labels along `dims`, which stay with size 1."""
@@ -128,7 +128,7 @@ def _slim(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _inverse(labels: Tensor) -> Tensor:
-    return torch.where(labels == _ANY, labels, -labels)
+    return torch.where(labels == ANY, labels, -labels)
 
 
 _SAME_MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout2d, Point)
@@ -148,7 +148,7 @@ _POOLS = {
 }
 
 
-class _Follower(fx.Interpreter):
+class Follower(fx.Interpreter):
     """Runs a graph, and finds for every value the labels of its elements (None: all are 0).
 
     rows, columns, norms: as in `Factors`, before the last variables are made equal.
@@ -156,7 +156,7 @@ class _Follower(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, policy: Policy | None) -> None:
         super().__init__(graph)
-        self.policy, self.variables = policy, _Variables()
+        self.policy, self.variables = policy, Variables()
         self.labels: dict[fx.Node, Any] = {}
         self.rows: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor] = {}
@@ -282,7 +282,7 @@ class _Follower(fx.Interpreter):
         if target in (aten.mean, aten.sum, aten.amax) and rest and isinstance(rest[0], list | tuple) and rest[0]:
             return self.variables.merge(self._of(source), rest[0]).reshape(value.shape)
         if target is aten.pad and (len(rest) < 2 or (rest[1] == "constant" and not any(rest[2:]))):
-            return nn.functional.pad(self._of(source), rest[0], value=_ANY)
+            return nn.functional.pad(self._of(source), rest[0], value=ANY)
         return None
 
     @staticmethod

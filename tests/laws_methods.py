@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from strategies import WEIGHT_FORMATS
-from tiny_models import MODELS, SINGLES, attention, correlated, generator, single
+from tiny_models import MODELS, SINGLES, attention, correlated, generator, single, stream
 from torch import nn
 
 from hwmodel import formats
@@ -35,6 +35,14 @@ WEIGHTS = sorted(n for n, m in METHODS.items() if "weights" in m.CHANGES and n n
 FLOATS = sorted(n for n, m in METHODS.items() if "float" in m.CHANGES)
 REFINED = sorted(n for n, m in METHODS.items() if "refined" in m.CHANGES)
 BIASES = sorted(n for n, m in METHODS.items() if "bias" in m.CHANGES and n not in REFINED + TRAINED)
+NEEDS = {"rotate": {"stream": stream}}  # methods that refuse any other network
+ANYWHERE = [n for n in METHODS if n not in NEEDS]
+
+
+def cases(names) -> dict:
+    """Every method with every network, as arguments of `parametrize`."""
+    found = {f"{n}-{k}": (n, build) for n in names for k, build in NEEDS.get(n, MODELS).items()}
+    return {"argnames": ("name", "build"), "argvalues": list(found.values()), "ids": list(found)}
 
 
 def options(name: str, **more) -> dict:
@@ -119,15 +127,13 @@ def check_changes(name: str, method: ModuleType | SimpleNamespace, build) -> Non
     assert not any(m.training for m in model.module.modules())
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(**cases(METHODS))
 def test_only_what_changes_names(name, build):
     """What CHANGES does not name stays bit for bit (rescaling takes the bias along); no hook and no mode is left."""
     check_changes(name, METHODS[name], build)
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(**cases(METHODS))
 def test_deterministic_and_pure(name, build):
     """The same seed gives the same bits, and the model given to quantize stays as it was."""
     model, calib = build()
@@ -178,7 +184,7 @@ def with_threads(threads: int, build, recipe: Recipe) -> tuple[dict, list]:
 
 
 @pytest.mark.parametrize("build", SPLIT.values(), ids=SPLIT)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_threads_change_nothing(name, build):
     """Codes, scales, biases and diagnostics are the same bytes on one thread and on two."""
     one, two = (with_threads(threads, build, recipe(name)) for threads in (1, 2))
@@ -210,8 +216,7 @@ def test_threads_change_no_preset(preset, build):
     assert not differences(one[0], two[0])
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(**cases(METHODS))
 def test_diagnostics_are_numbers(name, build):
     """apply returns finite floats by name."""
     report = [s for s in quantize(build()[0], recipe(name), build()[1]).meta["steps"] if s["name"] == name][-1]
@@ -243,7 +248,7 @@ def test_groups(name, act_order):
     assert error_of(done, model, calib) < 0.3
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_planned_layers_only(name):
     """Layers without a plan keep their class and weights; an already quantized layer keeps its codes."""
     model, calib = MODELS["tanh_policy"]()
@@ -299,7 +304,7 @@ KINDS = ["zero channel", "zero layer", "huge", "tiny", "huge channel", "few samp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_survives(name, kind):
     """Zero channels, huge and tiny scales and degenerate calibration end in a finite network."""
     model, calib = odd(kind)
@@ -331,11 +336,21 @@ def check_float(method, build, **more) -> None:
     assert (after - before).abs().max() <= 1e-4 * before.abs().max()
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize(**cases(FLOATS))
 def test_function_is_preserved(name, build):
     """A float method leaves the output of the float network as it was, up to what no argmax depends on."""
     check_float(METHODS[name], build)
+
+
+@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_refuses(name, build):
+    """A method that cannot help a network says so in one line and has changed nothing."""
+    model, calib = prepared(build)
+    before = facts(model)
+    with pytest.raises(InputError, match=rf"^step '{name}': nothing in this network [^\n]*$"):
+        METHODS[name].apply(model, calib)
+    assert not differences(before, facts(model))
 
 
 @pytest.mark.parametrize("scale", ["absmax", "mse", "importance"])

@@ -155,7 +155,7 @@ def weights_of(method: str) -> str:
     return "ternary" if "trained" in changes else "binary" if "bands" in changes else "int3"
 
 
-@pytest.mark.parametrize("method", shelves.method_names())
+@pytest.mark.parametrize("method", [m for m in shelves.method_names() if m != "rotate"])  # it refuses such a network
 def test_quantize_does_not_change_its_input(method: str) -> None:
     """Module, metadata and calibration inputs are the same afterwards, bit for bit, hooks included."""
     model, recipe = cartpole(act=nn.ReLU), uniform(weights_of(method), "int4", steps=((method, {}),))
@@ -173,7 +173,7 @@ def test_quantize_does_not_change_its_input(method: str) -> None:
     json.dumps(done.meta, allow_nan=False)
 
 
-@pytest.mark.parametrize("method", shelves.method_names())
+@pytest.mark.parametrize("method", [m for m in shelves.method_names() if m != "rotate"])  # it refuses such a network
 def test_the_same_recipe_gives_the_same_bits(method: str) -> None:
     """Two runs agree bit for bit, even with the same calibration set used twice."""
     model, recipe = cartpole(act=nn.ReLU), uniform(weights_of(method), "e2m1", steps=((method, {}),), seed=3)

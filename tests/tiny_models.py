@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantkit.capture import captured
 from quantkit.methods import act_scales, rtn
 from quantkit.model import Calib, Model
 from quantkit.policy import Head, InputStage, Policy
@@ -144,6 +145,31 @@ def attention(width: int = 16, length: int = 5, samples: int = 61) -> tuple[Mode
     """A transformer block on short sequences."""
     inputs = correlated(samples * length, width, seed=35).reshape(samples, length, width)
     return _wrap(TinyAttention(width), inputs, 46, "module")
+
+
+class TinyStream(nn.Module):
+    """A residual stream that two branches read through normalizations, an outlier in one of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(7, 12), nn.Linear(12, 3)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(12), nn.RMSNorm(12), nn.LayerNorm(12, bias=False)
+        self.up, self.down = nn.Linear(12, 18), nn.Linear(18, 12, bias=False)
+        self.gate, self.mix, self.out = nn.Linear(12, 10), nn.Linear(12, 10), nn.Linear(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.down(F.relu(self.up(self.norm1(x))))
+        y = self.norm2(x)
+        x = x + self.out(F.silu(self.gate(y)) * self.mix(y))
+        return self.head(self.norm3(x))
+
+
+def stream() -> tuple[Model, Calib]:
+    """A captured network with a residual stream of 12 channels."""
+    model, calib = _wrap(TinyStream(), correlated(83, 7, seed=38), 47, "module")
+    model.module.embed.weight.data[5] *= 20
+    return captured(model), calib
 
 
 SINGLES = {
