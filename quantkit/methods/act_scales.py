@@ -4,6 +4,14 @@ A signed integer format becomes unsigned of the same width where no input is neg
 for instance): the same bits then resolve the range twice as finely. Narrow stays narrow only when
 the format stays signed.
 
+With `scale=output` the clipping of a layer's input is searched by what it does to the layer's output (as Lin et al.,
+"AWQ", MLSys 2024, arXiv 2306.00978, section 4, do for weights): of the scale of least squared error times 2^(k / 8),
+k = -12..12, the one with the smallest
+
+    E |W Q(x) + b - y|^2,    x the input as the layers before leave it, y the float network's output of the layer.
+
+A value that the weights hardly look at may then be clipped, and one that they multiply is kept.
+
 A block format needs no scale from here, as its scales are found at run time, only the rule that finds
 them, and the factor of minifloat scales: with it the largest input seen gets the largest scale.
 The default for shared exponents is "even" and not the "floor" of OCP MX 1.0, which clips e2m1 by up to a quarter
@@ -15,18 +23,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from hwmodel.formats import Block, Float, Int, max_value
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import Sample, Site, Visit, collect
+from quantkit.observers import Sample, Site, Visit, collect, layerwise, share, spread
 from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
 from quantkit.qtensor import BlockRule, ScaleRule, base_for, fit_groups
+from quantkit.rounding import round_to
 
 CHANGES = frozenset({"acts"})
+
+Rule = Literal["absmax", "percentile", "mse", "output"]
 
 
 @dataclass
@@ -41,7 +53,7 @@ def each(
     model: Model,
     calib: Calib,
     *,
-    scale: ScaleRule = "mse",
+    scale: Rule = "mse",
     percentile: float = 99.99,
     pow2: bool = False,
     unsigned: bool = True,
@@ -51,14 +63,15 @@ def each(
     """Fit a scale to the input of every layer, from what reaches it in the float network, and at once to every other
     activation planned to be quantized.
 
-    samples: how many values per layer the search looks at. block_rule: of block formats (`qtensor.block_scale`), None
-    for even with e8m0 and absmax with minifloat scales; of the other options they heed none. Returns how many inputs
+    scale: "output" holds for layers, places without a weight then go by "mse". samples: how many values per layer the
+    search looks at. block_rule: of block formats (`qtensor.block_scale`), None for even with e8m0 and absmax with
+    minifloat scales; of the other options they heed none. Returns how many inputs
     became unsigned, how many channels are zero on the whole calibration set, and how many places never ran and stay
     float. A layer whose whole input is zero gets the scale of its weights. Raises InputError for an input that is not
     finite.
     """
-    if scale == "importance":
-        raise InputError("step 'act_scales': rule 'importance' is for weights; accepted: absmax, percentile, mse")
+    if scale not in get_args(Rule):
+        raise InputError(f"step 'act_scales': rule {scale!r} is not for inputs; accepted: {', '.join(get_args(Rule))}")
     report = {"unsigned_inputs": 0.0, "silent_channels": 0.0, "idle": 0.0}
 
     def fit(name: str, part: QLayer | Point, sample: Sample) -> None:
@@ -87,14 +100,18 @@ def each(
         report["silent_channels"] += float((sample.top == 0).sum())
         if isinstance(part, QLayer) and not values.any():
             values = part.weight.detach().flatten()
-        fitted = fit_groups(values.reshape(1, 1, -1), fmt, scale, percentile=percentile, pow2=pow2)
+        rule: ScaleRule = "mse" if scale == "output" else scale
+        fitted = fit_groups(values.reshape(1, 1, -1), fmt, rule, percentile=percentile, pow2=pow2)
         part.set_act(ActQuant(fmt, float(fitted)))
 
     def fit_layer(site: Site) -> None:
-        sample = Sample(samples, len(site.floats))
-        for x in site.floats:
+        floats = site.floats or site.inputs
+        sample = Sample(samples, len(floats))
+        for x in floats:
             sample(site.layer, x)
         fit(site.name, site.layer, sample)
+        if scale == "output" and isinstance(site.layer.act, ActQuant):
+            site.layer.set_act(by_output(site, site.layer.act, samples, pow2))
 
     points = {name: point for name, point in model.points().items() if point.plan.act is not None}
     seen = {name: Sample(samples, len(calib.batches())) for name in points}
@@ -110,6 +127,8 @@ def each(
 @functools.wraps(each)
 def apply(model: Model, calib: Calib, **options: Any) -> dict[str, float]:
     """`each` in one pass over the model as it is, where no other step shares the walk."""
+    if options.get("scale") == "output":
+        return layerwise(each)(model, calib, **options)
     step = each(model, calib, **options)
     seen = {name: Sample(step.samples, len(calib.batches())) for name in step.names}
     if seen:
@@ -118,6 +137,31 @@ def apply(model: Model, calib: Calib, **options: Any) -> dict[str, float]:
     for name in step.names:
         step.fit(name, layers[name], seen[name])
     return step.report
+
+
+def by_output(site: Site, act: ActQuant, samples: int, pow2: bool) -> ActQuant:
+    """The quantizer with the best of the scales around its own by the error of the layer's output.
+
+    samples: the rows of inputs looked at hold about so many values, and are at least 256.
+    """
+    layer = site.layer
+    layer.set_act(None)
+    groups, columns = layer.groups, layer.weight[0].numel()
+    w = layer.weight.detach().float().reshape(groups, -1, columns)
+    bias, limit = layer.bias.reshape(groups, 1, -1), share(site, max(256, samples // (columns * groups)))
+    rows, wanted = [], []
+    for x, y in zip(site.inputs, site.targets, strict=True):
+        at = spread(layer, x, limit)
+        rows.append(layer.columns(x, at))
+        wanted.append(layer.output_rows(y, at) - bias)
+    x, y = torch.cat(rows, dim=1), torch.cat(wanted, dim=1)
+    scales = [act.scale * 2.0 ** (k if pow2 else k / 8) for k in (range(-1, 2) if pow2 else range(-12, 13))]
+
+    def error(s: float) -> float:
+        return float((torch.bmm(round_to(x / s, act.fmt), w.mT).mul_(s) - y).square().sum(dtype=torch.float64))
+
+    best = min([act.scale, *scales], key=error)
+    return ActQuant(act.fmt, best)
 
 
 def _block(fmt: Block, rule: BlockRule | None, top: Tensor) -> BlockAct:
