@@ -36,7 +36,6 @@ from quantkit.model import Calib
 from quantkit.observers import Gram, walk
 from quantkit.qlayers import QLayer
 from quantkit.recipe import Recipe, make_plan, quantize
-from quantkit.specs import bits_per_weight
 from quantkit.tasks.perplexity import encode, evaluate, read_documents
 
 LAYERS = "model.layers.*"
@@ -155,9 +154,7 @@ def ours(model: Any, calib: Calib, weights: str, step: str, options: dict[str, A
     done = quantize(model, Recipe(((LAYERS, make_plan(weights, "float")),), ((step, options),)), calib)
     layers = done.qlayers()
     numel = sum(layer.weight.numel() for layer in layers.values())
-    floats = [layer for name, layer in done.layers().items() if name not in layers]
-    stored = bits_per_weight(done) * (numel + sum(f.weight.numel() for f in floats))
-    stored -= 32 * sum(f.weight.numel() for f in floats)
+    stored = sum(layer.q.bits for layer in layers.values())
     if step == "gptq":
         stored -= 16 * sum(len(layer.weight) for layer in layers.values())
     return {n: layer.effective_weight() for n, layer in layers.items()}, stored / numel
