@@ -170,6 +170,7 @@ def test_exports_import_no_method() -> None:
         "export_qcdq",
         "export_nbits",
         "export_walk",
+        "export_compressed",
         "verify",
         "verify_graph",
         "onnx_formats",
@@ -207,9 +208,10 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "plotly": ("quantkit.page",),
         "jinja2": ("quantkit.page", "quantkit.card"),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),
-        "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders"),
         "optuna": ("quantkit.search",),
         "ray": ("quantkit.backends",),
+        "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders", "quantkit.export_compressed"),
+        "compressed_tensors": ("quantkit.export_compressed",),
         "stable_baselines3": (),
     }
     for library, allowed in homes.items():
