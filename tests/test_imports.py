@@ -171,6 +171,7 @@ def test_exports_import_no_method() -> None:
         "export_nbits",
         "export_walk",
         "export_compressed",
+        "export_gguf",
         "verify",
         "verify_graph",
         "onnx_formats",
@@ -212,6 +213,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "ray": ("quantkit.backends",),
         "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders", "quantkit.export_compressed"),
         "compressed_tensors": ("quantkit.export_compressed",),
+        "gguf": ("quantkit.export_gguf",),
         "stable_baselines3": (),
     }
     for library, allowed in homes.items():
