@@ -1,6 +1,7 @@
 """Tequila against AbsMean (BitNet), TWN and LSQ from the same start, data, order of batches and number of steps.
 
     python benchmarks/tequila.py --data ../shared/data/lm
+    python benchmarks/tequila.py --subject arithmetic --steps 400 --out tequila_arithmetic
 
 Language: the linear layers of the blocks of stories260k (embedding, head and normalizations stay as they are, inputs
 in float), one scale per output channel; trained on windows of 64 tokens of 400 TinyStories by KL to the float logits.
@@ -10,6 +11,10 @@ with the same seed, with the standard error paired by document.
 Policy: a PPO agent of LunarLander, all layers ternary with int8 inputs, distilled on 2,048 states of its own rollouts;
 return of 20 episodes from seed 1000, and the share of 2,048 states of other episodes on which the action is the float
 policy's. `to_absmean` is the return less AbsMean's, paired by episode.
+
+Arithmetic: the language policy that GRPO has trained (benchmarks/train_arithmetic_policy.py), the same layers, trained
+on 8,192 answers of its own by KL to its logits where it answers; mean reward of greedy answers to 1,000 other problems,
+`agreement_percent` those on which the answer is the float policy's, `to_absmean` paired by problem.
 
 Tequila's lambda is the paper's 1e-3 and its scale AbsMean's unless a row says so. "+ bias" trains a bias in every layer
 besides, which asks how much of the gain is just a bias. RTN rounds without training, at the ternary scale of least
@@ -37,9 +42,10 @@ from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
 from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.study import calib_for, policy_of, visited_states
-from quantkit.tasks import episodes, perplexity
+from quantkit.tasks import episodes, perplexity, reward
 
-AGENT = Path(__file__).parent / "agents" / "ppo" / "LunarLander-v3.zip"
+AGENTS = Path(__file__).parent / "agents"
+AGENT = AGENTS / "ppo" / "LunarLander-v3.zip"
 WINDOW, CUT = 64, 256
 METHODS: dict[str, dict[str, Any]] = {
     "Tequila": {"biases": False},
@@ -148,6 +154,37 @@ def policy(methods: list[str], seeds: int, options: dict[str, Any]) -> list[dict
     return rows
 
 
+def arithmetic(methods: list[str], seeds: int, options: dict[str, Any], problems: int) -> list[dict]:
+    """Rewards of the language policy."""
+    folder = AGENTS / "arithmetic"
+    model, tokenizer = captured(hf.load(folder)), hf.read_tokenizer(folder)
+    end, equals = model.meta["config"]["eos_token_id"], tokenizer.token_to_id("=")
+    task = reward.arithmetic(problems, seed=1000)
+    reference = reward.evaluate(causal_lm(model), tokenizer, task, end=end)
+    answers = reward.rollouts(causal_lm(model), tokenizer, reward.arithmetic(8192, seed=1), end=end)
+    options = options | {"prompt_end": equals, "answer_end": end}
+    rows: list[dict[str, Any]] = []
+    base: dict[int, reward.Reward] = {}
+    for method in methods:
+        for seed in seeds_of(method, seeds):
+            began = time.perf_counter()
+            plan = (("model.layers.*", make_plan("ternary", "float", "row")),)
+            done = quantize(model, Recipe(plan, steps(method, options), seed), Calib(answers, batch=256))
+            found = row("arithmetic", method, seed, options, done, time.perf_counter() - began)
+            score = reward.evaluate(causal_lm(done), tokenizer, task, end=end)
+            if method == "AbsMean":
+                base[seed] = score
+            gain, error = reward.compare(base[seed], score) if seed in base else (math.nan, math.nan)
+            found |= {"metric": "reward", "float": round(reference.mean, 4), "value": round(score.mean, 4)}
+            found |= {"stderr": round(score.stderr, 4), "to_absmean": round(gain, 4)}
+            found["to_absmean_stderr"] = round(error, 4)
+            same = sum(a == b for a, b in zip(score.answers, reference.answers, strict=True))
+            found["agreement_percent"] = round(100 * same / score.n, 2)
+            rows.append(found)
+            print(found, flush=True)
+    return rows
+
+
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, and behind those of a method their mean with the standard error over seeds."""
     result = []
@@ -173,19 +210,33 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with stories260k/ and text/")
+    parser.add_argument("--data", type=Path, help="folder with stories260k/ and text/")
+    parser.add_argument(
+        "--subject", choices=["language", "policy", "arithmetic"], action="append", help="more than once"
+    )
+    parser.add_argument("--methods", nargs="+", choices=["RTN", *METHODS], default=["RTN", "AbsMean", *METHODS])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150, help="of the language model, 16 windows each")
-    parser.add_argument("--lr", type=float, default=0.05, help="of the language model")
+    parser.add_argument("--steps", type=int, default=150, help="of a language model, 16 windows each or 64 answers")
+    parser.add_argument("--lr", type=float, default=0.05, help="of a language model")
     parser.add_argument("--documents", type=int, default=40)
+    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--out", default="tequila", help="name of the table in reports/language")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    methods = ["RTN", "AbsMean", *(m for m in METHODS if m != "AbsMean")]
-    rows = policy(methods, args.seeds, {"steps": 1000, "batch": 64, "lr": 0.05})
-    small = {"steps": args.steps, "batch": 16, "lr": args.lr}
-    rows += language(args.data, methods, args.seeds, small, args.documents)
+    methods, subjects = list(dict.fromkeys(args.methods)), args.subject or ["policy", "language"]
+    if "language" in subjects and args.data is None:
+        parser.error("--data is needed for stories260k")
+    rows = []
+    if "policy" in subjects:
+        rows += policy(methods, args.seeds, {"steps": 1000, "batch": 64, "lr": 0.05})
+    if "language" in subjects:
+        small = {"steps": args.steps, "batch": 16, "lr": args.lr}
+        rows += language(args.data, methods, args.seeds, small, args.documents)
+    if "arithmetic" in subjects:
+        options = {"steps": args.steps, "batch": 64, "lr": args.lr}
+        rows += arithmetic(methods, args.seeds, options, args.problems)
     (REPORTS / "language").mkdir(parents=True, exist_ok=True)
-    publish("language/tequila", over_seeds(rows), packages=("torch", "transformers"), title="tequila")
+    publish(f"language/{args.out}", over_seeds(rows), packages=("torch", "transformers"), title=args.out)
 
 
 if __name__ == "__main__":

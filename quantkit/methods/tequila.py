@@ -171,20 +171,37 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(outputs, float outputs, inputs) -> the mean over the batch."""
 
 
-def _loss(model: Model, example: Tensor, inputs: Tensor, distill: float) -> Loss:
-    """What is minimized; `example` are float outputs on some inputs."""
+def answering(ids: Tensor, prompt_end: int, answer_end: int | None = None) -> Tensor:
+    """Where a token of an answer is predicted, bool like ids (batch, tokens): from `prompt_end` on, to `answer_end`.
+
+    >>> answering(torch.tensor([[5, 9, 7, 8, 1, 1]]), 9, 1).long().tolist()
+    [[0, 1, 1, 1, 0, 0]]
+    """
+    begun = (ids == prompt_end).cumsum(dim=1) > 0
+    return begun if answer_end is None else begun & ((ids == answer_end).cumsum(dim=1) == 0)
+
+
+def _loss(model: Model, example: Tensor, inputs: Tensor, distill: float, ends: tuple[int | None, int | None]) -> Loss:
+    """What is minimized; `example` are float outputs on some inputs, `ends` the tokens of `answering`."""
     tokens = not inputs.is_floating_point() and example.dim() == 3
+    prompt_end, answer_end = ends
+    if (answer_end is not None and prompt_end is None) or (prompt_end is not None and not tokens):
+        raise InputError("step 'tequila': prompt_end is for language models, answer_end for prompts that have an end")
+    if prompt_end is not None and not answering(inputs, prompt_end, answer_end).any():
+        raise InputError(f"step 'tequila': no input has the token {prompt_end} that ends a prompt")
     if distill != 1 and not tokens:
         raise InputError(f"step 'tequila': distill={distill} predicts the next token, which only a language model does")
     if tokens:
 
         def language(y: Tensor, t: Tensor, ids: Tensor) -> Tensor:
             total = y.new_zeros(())
+            where = slice(None) if prompt_end is None else answering(ids, prompt_end, answer_end)
             if distill > 0:
-                log_p, log_q = F.log_softmax(t, dim=-1), F.log_softmax(y, dim=-1)
+                log_p, log_q = F.log_softmax(t[where], dim=-1), F.log_softmax(y[where], dim=-1)
                 total = total + distill * (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
             if distill < 1:
-                total = total + (1 - distill) * F.cross_entropy(y[:, :-1].transpose(1, 2), ids[:, 1:])
+                each = F.cross_entropy(y[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+                total = total + (1 - distill) * (each if prompt_end is None else each[where[:, :-1]]).mean()
             return total
 
         return language
@@ -207,6 +224,8 @@ def apply(
     reactivate: float = 1e-3,
     quantizer: Quantizer = "absmean",
     distill: float = 1.0,
+    prompt_end: int | None = None,
+    answer_end: int | None = None,
     biases: bool = False,
     others: bool = False,
     rounds: int = 4,
@@ -246,7 +265,7 @@ def apply(
         teacher = _teacher(model)
         first = calib.inputs[: 4 * batch]
         example = torch.cat([teacher.module(x) for x in first.split(batch)])
-        loss = _loss(model, example, calib.inputs, distill)
+        loss = _loss(model, example, calib.inputs, distill, (prompt_end, answer_end))
     student, trainees = _student(model, quantizer, reactivate)
     start = {name: t.codes()[0] for name, t in trainees.items() if t.w is not None}
 
