@@ -2,16 +2,17 @@
 
     python benchmarks/search_hypervolume.py [AGENT ..] [--data ../shared/data/rl-zoo] [--episodes 40] [--fresh 100]
 
-Uniform: every pair of int2, 3, 4, 5, 6, 8 for weights and inputs of all layers, 36 designs, all their episodes.
-Searched: `quantkit.search` over the same formats for each layer, with the same methods (preset fast), device and
-latency, until it has played nine tenths of the uniform designs' episodes; completing its front's returns takes the
-rest. Both fronts are chosen by those episodes and then measured on fresh ones, so that no design profits from the
-episodes that chose it.
+Uniform: binary, ternary, int2, 3, 4, 6, 8 for the weights and int2, 3, 4, 5, 6, 8 for the inputs of all layers: 42
+designs, all their episodes. Searched: `quantkit.search` over the same formats for each layer, with the same methods
+(preset fast), device and latency, until it has played three quarters of the uniform designs' episodes; completing its
+front's returns takes about the rest. Both fronts are chosen by those episodes and then measured on fresh ones, so that
+no design profits from the episodes that chose it.
 
 Hypervolume: what a front dominates in the plane of LUTs and return, up to the LUTs of int8 x int8 (the design that one
-starts from) and down to the return of random actions; over the logarithm of LUTs, in which halving them counts the same
-everywhere, and over LUTs themselves. Returns above the float policy's count as the float policy's. Agents: lander and
-pendulum (of this repository), and of --data cheetah (SAC) and walker (A2C).
+starts from), over the logarithm of LUTs, in which halving them counts the same everywhere, and over LUTs themselves.
+Downwards it ends at the return of random actions (`random`), or half way from there to the float policy (`half`):
+what is below is of no use. Returns above the float policy's count as the float policy's. Agents: lander and pendulum
+(of this repository), and of --data cheetah (SAC) and walker (A2C).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from quantkit.study import Settings, Study, Task
 from quantkit.sweep import Space, complete, open_study
 from quantkit.tasks import episodes as episodes_task
 
-FORMATS = ("int2", "int3", "int4", "int5", "int6", "int8")
+WEIGHTS = ("binary", "ternary", "int2", "int3", "int4", "int6", "int8")
+ACTS = ("int2", "int3", "int4", "int5", "int6", "int8")
 STEPS = preset_steps("fast")
 FRESH_SEED = 500_000
 Point = tuple[float, float]
@@ -91,15 +93,15 @@ def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int
     uniform = open_study(work / "uniform", model, settings)
     began = time.perf_counter()
     with workers(uniform) as mapper:
-        tasks = [Task(recipe) for recipe in Space(FORMATS, FORMATS, pipelines=(STEPS,)).recipes()]
+        tasks = [Task(recipe) for recipe in Space(WEIGHTS, ACTS, pipelines=(STEPS,)).recipes()]
         rows_uniform = complete(uniform, tasks, work / "uniform", mapper)
     seconds = [time.perf_counter() - began]
     budget = sum(row["episodes"] for row in rows_uniform)
     study = open_study(work / "search", model, settings)
     began = time.perf_counter()
     with workers(study) as mapper:
-        space = SearchSpace(FORMATS, FORMATS, pipelines=(STEPS,))
-        rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=int(0.9 * budget))
+        space = SearchSpace(WEIGHTS, ACTS, pipelines=(STEPS,))
+        rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=int(0.75 * budget))
     seconds.append(time.perf_counter() - began)
     played = [budget, sum(row.get("episodes", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
     chosen = []
@@ -112,17 +114,18 @@ def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int
     eight = next(value(row, "luts") for row in rows_uniform if (row["weights"], row["acts"]) == ("int8", "int8"))
     found = []
     for i, kind in enumerate(("uniform", "searched")):
+        floors = {"random": worst, "half": (worst + best) / 2}
         volumes = {
-            scale: [hypervolume(points[j], eight or 0.0, worst, best, scale == "log") for j in (0, i)]
+            f"{scale}_{floor}": [hypervolume(points[j], eight or 0.0, low, best, scale == "log") for j in (0, i)]
             for scale in ("log", "linear")
+            for floor, low in floors.items()
         }
         near = [x for x, y in points[i] if y >= best - 0.05 * (best - worst)]
         found.append({
             "agent": name, "front": kind, "designs": len((rows_uniform, rows_search)[i]), "episodes": played[i],
             "on_front": len(points[i]), "fewest_luts": min(x for x, _ in points[i]),
             "fewest_luts_within_5_percent": min(near, default=""),
-            **{f"hypervolume_{scale}": round(pair[1], 2) for scale, pair in volumes.items()},
-            **{f"ratio_{scale}": round(pair[1] / pair[0], 3) for scale, pair in volumes.items()},
+            **{f"ratio_{kind_}": round(pair[1] / pair[0], 3) for kind_, pair in volumes.items()},
             "float_return": round(best, 1), "random_return": round(worst, 1), "seconds": round(seconds[i], 1),
         })  # fmt: skip
         print(found[-1], flush=True)

@@ -1,7 +1,8 @@
 """Search for the front of return against cost: seeded by allocation, led by Optuna, thrifty with episodes.
 
 1. Sensitivities of every pipeline are measured (`sensitivity`), and the front of mixed precision under the budgets is
-   allocated (`allocate`). Its designs, and the uniform ones nearest to it in cost, are the first.
+   allocated (`allocate`). Its designs are the first, with the predicted front of uniform precision, which is there to
+   be beaten.
 2. Optuna (NSGA-II or TPE) proposes formats for each layer, a granularity and a pipeline, a batch at a time. More are
    proposed than evaluated: those whose predicted cost is over a budget, or whose predicted loss and cost most others
    beat, are dropped before an episode is played.
@@ -27,7 +28,7 @@ from quantkit.allocate import RESOURCES, budget_front, default_latency, problem
 from quantkit.backends import Mapper
 from quantkit.claims import Claims
 from quantkit.errors import InputError
-from quantkit.pareto import front, value
+from quantkit.pareto import front, nondominated, value
 from quantkit.recipe import Recipe, Step, step_text
 from quantkit.results import Row
 from quantkit.sensitivity import Cell, assemble, measure
@@ -176,7 +177,7 @@ def _seeds(
     designs: int,
     measuring: Progress | None,
 ) -> tuple[Tables, list[Seed]]:
-    """The cells of each pipeline, and the recipes of the allocated fronts, in turns between the pipelines."""
+    """The cells of each pipeline, and what to begin with: allocated and uniform fronts, in turns of the pipelines."""
     tables: Tables = []
     fronts: list[list[Seed]] = []
     points = max(2, min(16, designs // (2 * len(space.pipelines))))
@@ -191,10 +192,25 @@ def _seeds(
         part = study.settings.device
         port = WIDE_PORT[part.family] if part is not None and study.settings.mapping == "dsp" else None
         given = problem(cells, on={cost, *allowed}, port=port)
-        found = budget_front(given, cost, allowed, points)
-        fronts.append([(assemble(point.cells, steps, space.seed), point.cells) for point in found])
+        chosen = [point.cells for point in budget_front(given, cost, allowed, points)]
+        chosen += _uniform_front(study, cells, limits, cost)[:points]
+        fronts.append([(assemble(some, steps, space.seed), some) for some in chosen])
     turns = [seed for group in itertools.zip_longest(*fronts) for seed in group if seed is not None]
     return tables, list({design_id(recipe): (recipe, cells) for recipe, cells in turns}.values())[:designs]
+
+
+def _uniform_front(
+    study: Study, cells: Mapping[str, Sequence[Cell]], limits: Limits, cost: str
+) -> list[tuple[Cell, ...]]:
+    """Of the designs with one pair of formats for all layers, those on the predicted front of loss against cost."""
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in itertools.chain.from_iterable(cells.values()):
+        groups.setdefault((cell.weights, cell.acts, cell.granularity), []).append(cell)
+    whole = [tuple(group) for group in groups.values() if len(group) == len(cells)]
+    guesses = [predict(group, study.settings) for group in whole]
+    known = [i for i, guess in enumerate(guesses) if not limits.over(guess.row) and guess.cost(cost) is not None]
+    points = [(guesses[i].cost(cost) or 0.0, guesses[i].loss) for i in known]
+    return [whole[known[i]] for i in nondominated(points, (False, False))]
 
 
 class _Guide:
