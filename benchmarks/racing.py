@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import publish
+from report import REPORTS, publish
 
 from hwmodel.devices import find_device
 from quantkit.backends import workers
@@ -79,6 +79,7 @@ def main(episodes: int, orders: int, work: Path | None) -> None:
         [verdict for _, verdict in every], list(fixed) * orders, choices.most_common(1)[0][0], orders,
     )  # fmt: skip
     table.append(mean | {"same_choice": round(choices[choice(rows, list(fixed))] / orders, 3)})
+    (REPORTS / "studies").mkdir(parents=True, exist_ok=True)
     publish("studies/racing", table, packages=("torch", "gymnasium"))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import publish
+from report import REPORTS, publish
 
 from hwmodel.devices import find_device
 from quantkit.backends import Mapper, workers
@@ -79,7 +79,7 @@ def main(designs: int, episodes: int) -> None:
         numbers = {k: f"{row[k]:.4g}" if k in row else "" for k in ("evaluating_cpu_s", "beside_cpu_s", "share")}
         common = {k: row[k] for k in ("what", "processes", "designs")} | {"seconds": round(row["seconds"], 2)}
         table.append(common | numbers | {"speed": speed, "load_1m": round(os.getloadavg()[0], 1)})
-    (Path(__file__).parent.parent / "reports" / "studies").mkdir(parents=True, exist_ok=True)
+    (REPORTS / "studies").mkdir(parents=True, exist_ok=True)
     publish("studies/study_overhead", table, packages=("torch", "gymnasium"))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import publish
+from report import REPORTS, publish
 
 from hwmodel.devices import find_device
 from quantkit.backends import workers
@@ -86,7 +86,7 @@ def main(designs: int, verify: int, episodes: int) -> None:
             "verdict": row["verdict"]["verdict"], **head,
         })  # fmt: skip
     print(head)
-    (Path(__file__).parent.parent / "reports" / "studies").mkdir(parents=True, exist_ok=True)
+    (REPORTS / "studies").mkdir(parents=True, exist_ok=True)
     publish("studies/surrogate", table, packages=("torch", "numpy"))
 
 

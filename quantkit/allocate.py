@@ -20,6 +20,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,8 @@ from quantkit.sensitivity import Cell
 RESOURCES = ("luts", "dsps", "bram18", "latency_us", "weight_kib")
 """What can have a budget."""
 _GAP = 1e-6
-_SECONDS = 20.0
+_FIRST = 256
+"""Variables of the first integer program."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,6 @@ def _names(cells: Iterable[Cell]) -> list[tuple[str, str, str]]:
 
 def _solve(given: Problem, budgets: Mapping[str, float], minimize: str) -> Allocation | None:
     """None if nothing is within the budgets."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
     given = _within(given, budgets)
@@ -206,20 +207,61 @@ def _solve(given: Problem, budgets: Mapping[str, float], minimize: str) -> Alloc
         unit = max(float(use.max()), 1e-30)
         add(np.arange(n), use / unit, -np.inf, budget * (1 + 1e-12) / unit)
     matrix = csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(len(low), n))
-    result = milp(
-        objective,
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.ones(n),
-        bounds=Bounds(0, 1),
-        options={"time_limit": _SECONDS, "mip_rel_gap": _GAP},
-    )
-    if result.x is None:
+    solution = _least(objective, matrix, np.array(low), np.array(high))
+    if solution is None:
         return None
-    chosen = np.flatnonzero(result.x > 0.5)
+    chosen = np.flatnonzero(solution > 0.5)
     chosen = chosen[np.argsort(given.layer[chosen])]
     cells = tuple(given.cells[i] for i in chosen)
     costs = dict(zip(RESOURCES, given.uses[chosen].sum(axis=0).tolist(), strict=True))
     return Allocation(cells, sum(cell.loss for cell in cells), costs)
+
+
+def _least(objective: np.ndarray, matrix: Any, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+    """Binaries x that minimize objective @ x with low <= matrix @ x <= high; None if there are none.
+
+    A program without integrality gives a bound and each variable's reduced cost, by how much at least the objective
+    exceeds the bound if that variable is 1. The integer program over the few with the smallest gives a solution; those
+    whose reduced cost is above its distance from the bound cannot be in a better one. No limit of time: the
+    same program has the same solution on any machine.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+    equal = low == high
+    relaxed = linprog(
+        objective, A_eq=matrix[equal], b_eq=high[equal], A_ub=matrix[~equal] if (~equal).any() else None,
+        b_ub=high[~equal] if (~equal).any() else None, method="highs",
+    )  # fmt: skip
+    if relaxed.x is None:
+        return None
+    prices = np.zeros(len(low))
+    prices[equal] = relaxed.eqlin.marginals
+    if (~equal).any():
+        prices[~equal] = relaxed.ineqlin.marginals
+    reduced = objective - matrix.T @ prices
+    order = np.argsort(reduced, kind="stable")
+    count = _FIRST
+    while True:
+        some = np.sort(order[:count])
+        result = milp(
+            objective[some],
+            constraints=LinearConstraint(matrix[:, some], low, high),
+            integrality=np.ones(len(some)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": _GAP},
+        )
+        enough = len(some) == len(objective)
+        if result.x is not None:
+            possible = int((reduced <= result.fun - relaxed.fun + _GAP * abs(result.fun)).sum())
+            if enough or possible <= count:
+                found = np.zeros(len(objective))
+                found[some] = result.x
+                return found
+            count = possible
+        elif enough:
+            return None
+        else:
+            count *= 4
 
 
 def _within(given: Problem, budgets: Mapping[str, float]) -> Problem:
