@@ -155,7 +155,7 @@ def _limits(axes: Axes, ys: Sequence[float], on_front: Sequence[float], center: 
 def _label(axes: Axes, row: Row, x: str, y: str) -> None:
     px, py = value(row, x) or 0.0, value(row, y) or 0.0
     names = f"W {row['weights']} · A {row['acts']}\n{row['steps']}, per {row['granularity']}"
-    text = f"{names}\n{px:,.0f} {COLUMNS[x][1]}"
+    text = _plain(f"{names}\n{px:,.0f} {COLUMNS[x][1]}")
     axes.scatter([px], [py], s=190, facecolors="none", edgecolors="black", linewidths=1.5, zorder=6)
     across = axes.transAxes.inverted().transform(axes.transData.transform((px, py)))[0]
     side = "left" if across < 0.25 else "right" if across > 0.75 else "center"
@@ -166,6 +166,74 @@ def _label(axes: Axes, row: Row, x: str, y: str) -> None:
         bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": "#888888", "lw": 0.8},
         arrowprops={"arrowstyle": "-", "color": "#444444", "lw": 1.0, "shrinkB": 8, "relpos": (corner, 0.0)},
     )  # fmt: skip
+
+
+def returns_figure(rows: Sequence[Row], reference: Row) -> Figure:
+    """Every episode's return of the float policy (top) and of each design, as points with a box of quartiles."""
+    names = ["float", *(f"W {row['weights']} · A {row['acts']}\n{row['steps']}" for row in rows)]
+    returns = [reference.get("returns") or [], *(row["score"].get("returns") or [] for row in rows)]
+    colors = ["#555555", *(FAMILIES[row["family"]][0] for row in rows)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 1.1 + 0.55 * len(names)), layout="constrained")
+        places = range(len(names), 0, -1)
+        boxes = axes.boxplot(
+            [list(r) for r in returns], positions=list(places), orientation="horizontal", widths=0.55, showfliers=False,
+            medianprops={"color": "#222222"},
+        )  # fmt: skip
+        for line in (*boxes["boxes"], *boxes["whiskers"], *boxes["caps"]):
+            line.set(color="#888888", linewidth=1.0)
+        for place, values, color in zip(places, returns, colors, strict=True):
+            lift = [place + 0.16 * math.sin(2.4 * i) for i in range(len(values))]  # points side by side, always alike
+            axes.scatter(values, lift, s=14, color=color, alpha=0.65, linewidths=0, zorder=3)
+        axes.set_yticks(list(places), [_plain(name) for name in names])
+        axes.set_xlabel("return of an episode")
+    return figure
+
+
+def hardware_figure(row: Row, capacity: Mapping[str, int]) -> Figure:
+    """The share of the part that each layer of a priced design takes, by resource. capacity: {column: how many}."""
+    layers = row["cost"]["layers"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.4, 2.9), layout="constrained")
+        labels = [COLUMNS[name][1] for name in capacity]
+        left = [0.0] * len(capacity)
+        shades = plt.get_cmap("Blues_r")
+        for index, layer in enumerate(layers):
+            share = [100 * layer[name] / have for name, have in capacity.items()]
+            color = shades(0.15 + 0.6 * index / max(1, len(layers) - 1))
+            axes.barh(labels, share, left=left, color=color, edgecolor="white", label=_plain(layer["name"]))
+            left = [a + b for a, b in zip(left, share, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel(_plain(f"% of {row['cost']['device']}"))
+        if len(layers) <= 8:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=4, frameon=False, fontsize=8.5)
+    return figure
+
+
+def sensitivity_figure(table: Mapping[str, Any], title: str) -> Figure:
+    """A map of `layers` against `formats` with `values` (None: not measured), each cell with its number."""
+    layers, formats, values = table["layers"], table["formats"], table["values"]
+    numbers = [[math.nan if v is None else v for v in line] for line in values]
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        widest = max(min(len(name), 44) for name in (*layers, *formats))
+        size = (2.0 + 0.08 * widest + 0.95 * len(formats), 1.3 + 0.06 * widest + 0.38 * len(layers))
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        image = axes.imshow(numbers, cmap="OrRd", aspect="auto")
+        axes.set_xticks(range(len(formats)), [_plain(f) for f in formats], rotation=35, ha="right")
+        axes.set_yticks(range(len(layers)), [_plain(name) for name in layers])
+        axes.set_title(_plain(title), loc="left", fontsize=11)
+        low, high = image.get_clim()
+        for y, line in enumerate(numbers):
+            for x, v in enumerate(line):
+                dark = math.isfinite(v) and v > low + 0.6 * (high - low)
+                axes.text(x, y, f"{v:.2g}", ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
+    return figure
+
+
+def _plain(text: str, longest: int = 44) -> str:
+    """Text that matplotlib takes as it is, each line cut to `longest` characters."""
+    lines = (line if len(line) <= longest else line[: longest - 1] + "…" for line in text.split("\n"))
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:

@@ -308,7 +308,8 @@ def _meaning(document: Mapping[str, Any], study: Mapping[str, Any]) -> list[str]
         + (f" ({_text(random['mean'])})." if "mean" in random else "."),
         "Non-inferior: the one-sided 95 % bound of the paired loss is within the margin. Inferior: the gain's bound is "
         "below it. Inconclusive: more episodes are needed. The bounds hold for one design, not for the best of many.",
-        "The design to take: the cheapest one on the front that is non-inferior.",
+        "The design to take: the cheapest on the front that is non-inferior; where none is, the cheapest whose mean "
+        "return is within the margin, else the best.",
     ]
     if study["device"]:
         lines.append(

@@ -62,13 +62,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`table` as CSV, cheapest design first; an old file is replaced."""
+    import pandas as pd
+
+    with new_file(path, force=True) as temporary:
+        frame = pd.DataFrame(table(rows)).sort_values(["luts", "weight_kib"], kind="stable")
+        frame.to_csv(temporary, index=False)
+
+
 def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = "pareto") -> dict[str, Any]:
     """Write pareto.csv, STEM.png and STEM.svg into the study; what `quantkit pareto` prints.
 
     The result has `front` (rows ordered by cost), `knee` (the design to take) and `files`.
     """
-    import pandas as pd
-
     from quantkit.figures import pareto_figure, save_figure
 
     document, rows = read_study(folder)
@@ -80,9 +87,7 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
     on_front = front(rows, x, y)
     reference, margin = document["reference"], document["margin"]
     chosen = knee(rows, on_front, reference["mean"], margin, x)
-    with new_file(folder / "pareto.csv", force=True) as path:
-        frame = pd.DataFrame(table(rows)).sort_values(["luts", "weight_kib"], kind="stable")
-        frame.to_csv(path, index=False)
+    write_table(rows, folder / "pareto.csv")
     settings = document["settings"]
     env = (settings.get("env") or {}).get("id", "")
     title = f"{env} ({str(settings['algo']).upper()}): {len(rows)} designs, {settings['episodes']} episodes each"

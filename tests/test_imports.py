@@ -207,7 +207,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures", "quantkit.analysis_figure"),
         "plotly": ("quantkit.page",),
-        "jinja2": ("quantkit.page", "quantkit.card"),
+        "jinja2": ("quantkit.page", "quantkit.card", "quantkit.markdown"),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),
         "optuna": ("quantkit.search",),
         "ray": ("quantkit.backends",),

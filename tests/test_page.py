@@ -27,7 +27,7 @@ from quantkit.study import design_id
 
 AGENTS = Path(__file__).parents[1] / "benchmarks/agents"
 AGENT = AGENTS / "sac/Pendulum-v1.zip"
-HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>&amp;\''
+HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>&amp;$^$\''
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,7 @@ def hostile(folder: Path) -> Path:
         }  # fmt: skip
         layer = {"name": HOSTILE, "luts": 1, "ffs": 1, "dsps": 0, "bram18": 0, "pe": 1, "simd": 1, "cycles": 9}
         row["cost"] = row["cost"] | {"layers": [layer | {"memory": HOSTILE, "converter": HOSTILE}], "residual": 0.1}
+        row["cost"]["device"] = HOSTILE
         row["verdict"] = {"verdict": HOSTILE, "diff_mean": 1.0, "low": 0.0, "high": 2.0}
     rows.append({"id": "bad", "error": HOSTILE})
     study(folder, rows)
@@ -182,7 +183,9 @@ def hostile(folder: Path) -> Path:
     cell = {"layer": HOSTILE, "weights": HOSTILE, "acts": "x", "granularity": "y", "steps": "z", "metric": HOSTILE}
     append_row(folder / "sensitivity.jsonl", cell | {"id": "a", "value": 1.0})
     numbers = {"mean": 1.0, "worst_decile": 1.0, "chatter": 0.1}
-    found = {"episodes": 1, "seed": 0, "rows": [{"condition": HOSTILE, **numbers}]}
+    apart = {"mean": 0.0, "low": None, "high": None}
+    harder = {"condition": HOSTILE, **numbers, "reference": numbers, "difference": apart}
+    found = {"episodes": 1, "seed": 0, "rows": [harder]}
     append_row(folder / "robustness.jsonl", {"id": HOSTILE + "0", **found})
     return folder
 

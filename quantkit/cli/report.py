@@ -24,6 +24,7 @@ from quantkit.cli.options import (
     load,
 )
 from quantkit.console import guarded, print_json, print_table, progress_bar, say, warn
+from quantkit.errors import InputError
 
 
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit report study -o study.html")
@@ -36,10 +37,21 @@ def report(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The study's checkpoint, where it lies now: for the layers' shapes.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Markdown and PNGs in a directory, and no page.")
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     force: Force = False,
 ) -> None:
     """Write a study as one page that needs no network: fronts, each design's layers, returns, cost, sensitivity."""
+    if markdown is not None:
+        if output is not None or show:
+            raise InputError("give --markdown DIR, or -o FILE.html and --open, not both")
+        from quantkit.markdown import write_markdown
+
+        found = write_markdown(study, markdown, checkpoint=checkpoint, force=force)
+        say("\n".join(f"wrote {path}" for path in found["files"]))
+        return
     from quantkit.page import write_page
 
     path = study / "report.html" if output is None else output

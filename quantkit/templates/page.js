@@ -3,7 +3,8 @@
 const S = JSON.parse(document.getElementById("study").textContent);
 const D = S.designs, $ = (id) => document.getElementById(id);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
-const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
+  .replace(/\$/g, "&#36;");  // plotly's texts are HTML, and between dollars mathematics
 const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 const still = {...config, displayModeBar: false};
 const families = {integer: "circle", minifloat: "diamond", mixed: "square"};
@@ -240,7 +241,7 @@ function drawHardware(d) {
   if (!d.cost) return;
   const names = Object.keys(resources), n = Math.max(d.cost.length - 1, 1);
   if (drawn) Plotly.react($("hardware"), d.cost.map((layer, k) => ({
-    type: "bar", orientation: "h", name: layer.name, y: names.map((r) => resources[r]),
+    type: "bar", orientation: "h", name: esc(layer.name), y: names.map((r) => resources[r]),
     x: names.map((r) => 100 * layer[r] / S.device[r]),
     marker: {color: mix(css("accent"), css("card"), 0.95 - 0.65 * k / n), line: {color: css("card"), width: 1}},
     hovertext: names.map((r) => `${esc(layer.name)}: ${number(layer[r])} ${resources[r]}`), hoverinfo: "text",
