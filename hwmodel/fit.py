@@ -321,7 +321,10 @@ def product_table(samples: list[Sample]) -> dict[str, tuple[float, float, int]]:
         ]
         # A wider product can do the work of a narrower one, so cost is made monotone: halfway
         # between never more than a wider pair and never less than a narrower one.
-        table[key] = ((min(mine, *wider) + max(mine, *narrower)) / 2, *best[key][1:])
+        # Mapping to ECP5 is for speed where a product stands alone, so there what is too large is what is wrong.
+        least = min(mine, *wider)
+        most = least if fabric.family() == "ecp5" else max(mine, *narrower)
+        table[key] = ((least + most) / 2, *best[key][1:])
     return table
 
 
