@@ -105,7 +105,7 @@ def check(decoder: Decoder) -> None:
             held = BANDS if not isinstance(layer.q, QTensor) else f"{layer.q.fmt} per {layer.q.granularity}"
             raise InputError(
                 f"layer {name!r}: {held}, in rows of {layer.weight.shape[1]}, is not one of gguf's types; accepted: "
-                f"{ACCEPTED}, in rows of a multiple of 32"
+                f"{ACCEPTED}, in rows of a multiple of 32; or leave the layer float: --layer '{name}=float/float'"
             )
         if scale_error(layer.q) > 2.0**-10:
             raise InputError(

@@ -87,6 +87,12 @@ def check(decoder: Decoder) -> None:
         raise InputError("attention with a scale of its own is not exported; accepted: GPT-2's default")
 
 
+def check_level(level: int) -> None:
+    """InputError for an accuracy level that is not exported."""
+    if level not in LEVELS:
+        raise InputError(f"accuracy level {level}; accepted: 1 (inputs stay float32), 4 (inputs rounded to 8 bits)")
+
+
 def _minifloats() -> list[str]:
     """The minifloats that 8 bits hold."""
     return [str(f) for bits in range(3, 9) for f in formats.minifloats(bits) if width_of(f) is not None]
@@ -134,8 +140,7 @@ def summary(decoder: Decoder, path: Path) -> dict[str, Any]:
 
 def build(decoder: Decoder, *, level: int = 4) -> ModelProto:
     """The ONNX model; level: the operator's accuracy_level, 1 (float32 inputs) or 4 (inputs rounded to 8 bits)."""
-    if level not in LEVELS:
-        raise InputError(f"accuracy level {level}; accepted: 1 (inputs stay float32), 4 (inputs rounded to 8 bits)")
+    check_level(level)
     check(decoder)
     return Builder(decoder, level).model()
 

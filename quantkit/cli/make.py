@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -140,7 +140,9 @@ def quantize(
 )
 @guarded
 def generate(
-    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize, or a Hugging Face one.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory written by quantkit quantize, a Hugging Face one, or model.onnx.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to go on from.", rich_help_panel=_IN)],
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to make at most; fewer where the model ends.", rich_help_panel=_NUM)
@@ -156,7 +158,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a text with a language model."""
-    from quantkit.caches import make_cache, parse_cache
+    from quantkit.caches import parse_cache
     from quantkit.errors import InputError
 
     if temperature is not None and not sample:
@@ -165,39 +167,49 @@ def generate(
         raise InputError(f"--temperature {temperature:g}: accepted: a number above 0")
     if kv_cache is not None:
         parse_cache(kv_cache)
-    model = load(directory, None, None, "stage")
+    heat = 0.0 if not sample else 1.0 if temperature is None else temperature
+    if directory.suffix == ".onnx":
+        from quantkit.onnx_generate import continued as continued_onnx
 
-    from quantkit.language import continued, is_language
-    from quantkit.loaders.hf import read_tokenizer
-
-    if not is_language(model):
-        raise InputError(f"{directory} is no language model; accepted: a directory of one, quantized or not")
-    made = continued(
-        model,
-        read_tokenizer(directory),
-        prompt,
-        max_tokens,
-        temperature=0.0 if not sample else 1.0 if temperature is None else temperature,
-        seed=seed,
-        cache=None if kv_cache is None else lambda config: make_cache(kv_cache, config),
-    )
+        if kv_cache is not None:
+            raise InputError(f"{directory}: an ONNX file has a cache of its own in float32; leave out --kv-cache")
+        made = continued_onnx(directory, prompt, max_tokens, temperature=heat, seed=seed)
+    else:
+        made = _continued(directory, prompt, max_tokens, heat, seed, kv_cache)
     if json:
         print_json(made)
     else:
         say(made["text"])
 
 
+def _continued(
+    directory: Path, prompt: str, tokens: int, heat: float, seed: int, kv_cache: str | None
+) -> dict[str, Any]:
+    """The prompt continued in torch."""
+    from quantkit.caches import make_cache
+    from quantkit.errors import InputError
+    from quantkit.language import continued, is_language
+    from quantkit.loaders.hf import read_tokenizer
+
+    model = load(directory, None, None, "stage")
+    if not is_language(model):
+        raise InputError(f"{directory} is no language model; accepted: a directory of one, quantized or not")
+    cache = None if kv_cache is None else lambda config: make_cache(kv_cache, config)
+    return continued(model, read_tokenizer(directory), prompt, tokens, temperature=heat, seed=seed, cache=cache)
+
+
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")
 @guarded
 def export(
     directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.", rich_help_panel=_OUT)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File or directory to write.", rich_help_panel=_OUT)],
     to: Annotated[
-        Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn"],
+        Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn", "onnx-nbits", "compressed-tensors", "gguf"],
         typer.Option(
             help="qdq: exact in onnxruntime, scales after the sum; qdq-real: scales inside DequantizeLinear, for other "
             "converters; qcdq: the same with Clip, 8-bit types and opset 13; qonnx: for hls4ml and other QONNX tools; "
-            "finn: QONNX that keeps FINN's rules."
+            "finn: QONNX that keeps FINN's rules. Language models: onnx-nbits: directory with model.onnx, weights of "
+            "2, 4 or 8 bits and a cache; compressed-tensors: directory for transformers; gguf: file for llama.cpp."
         ),
     ] = "qdq",
     postprocess: Annotated[
@@ -206,15 +218,54 @@ def export(
             "--postprocess/--raw", help="Put argmax, squashing, clipping and rescaling of actions into the file."
         ),
     ] = False,
+    accuracy_level: Annotated[
+        int, typer.Option(help="Of onnx-nbits: 4 rounds inputs to 8 bits and is fast, 1 keeps float32.")
+    ] = 4,
     factory: Factory = None,
     force: Force = False,
+    json: Json = False,
 ) -> None:
-    """Write an ONNX file: input `obs`, output `actions`, normalizer inside."""
+    """Write an ONNX file: input `obs`, output `actions`, normalizer inside; or a language model for a stock runtime."""
+    if to in ("onnx-nbits", "compressed-tensors", "gguf"):
+        from quantkit.export_language import export as export_language
+
+        found = {"output": str(output), "to": to}
+        found |= export_language(directory, output, to, level=accuracy_level, force=force)
+        if json:
+            print_json(found)
+        else:
+            for line in exported(found):
+                say(line)
+        return
     from quantkit.artifact import load_artifact
+    from quantkit.errors import InputError
     from quantkit.export import export_onnx
 
-    export_onnx(load_artifact(directory, factory=factory), output, to=to, postprocess=postprocess, overwrite=force)
-    say(f"{output}: {output.stat().st_size:,} bytes; prove it with: quantkit verify {directory} {output}")
+    model = load_artifact(directory, factory=factory)
+    if "config" in model.meta:
+        raise InputError(f"{directory} is a language model; accepted: --to onnx-nbits, compressed-tensors, gguf")
+    export_onnx(model, output, to=to, postprocess=postprocess, overwrite=force)
+    if json:
+        print_json({"output": str(output), "to": to, "bytes": output.stat().st_size})
+    else:
+        say(f"{output}: {output.stat().st_size:,} bytes; prove it with: quantkit verify {directory} {output}")
+
+
+def exported(found: dict[str, Any]) -> list[str]:
+    """What `export` says of a language model's file."""
+    output, to = found["output"], found["to"]
+    lines = [f"{output}: {found['bytes']:,} bytes; the weights' bits make {found['accounted_bytes']:,}"]
+    if found.get("wider"):
+        name, how = next(iter(found["wider"].items()))
+        lines.append(f"{len(found['wider'])} layers are stored wider: {name}: {how}, ...")
+    if to == "onnx-nbits":
+        lines.append(f"logits of 16 tokens in onnxruntime are within {found['error']:.1e} of the largest of torch's")
+        lines.append(f"go on with: quantkit generate {output}/model.onnx --prompt TEXT")
+    elif to == "gguf":
+        lines.append(f"scales are float16, off by up to {found['scale_error']:.1e}; tokenizer: {found['tokenizer']}")
+    else:
+        lines.append(f"go on with: transformers.AutoModelForCausalLM.from_pretrained('{output}')")
+    return lines
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit verify agent.q agent.onnx --episodes 20")
