@@ -246,8 +246,8 @@ def _scheme(layer: QLayer) -> dict[str, Any]:
     """The library's QuantizationScheme of a layer, without its targets."""
     q, name = layer.q, stored_as(layer)
     assert isinstance(q, QTensor) and name is not None
-    weights = {"num_bits": _bits(q.fmt), "type": "float" if isinstance(q.fmt, Float) else "int", "symmetric": True}
-    weights |= {"dynamic": False, "group_size": None}
+    weights: dict[str, Any] = {"num_bits": _bits(q.fmt), "type": "float" if isinstance(q.fmt, Float) else "int"}
+    weights |= {"symmetric": True, "dynamic": False, "group_size": None}
     match q.granularity:
         case PerTensor():
             weights["strategy"] = "tensor"

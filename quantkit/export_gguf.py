@@ -241,7 +241,8 @@ def stored(layer: Plain | QLayer, heads: int = 0) -> Stored:
     scale = interleaved(scale, heads).unsqueeze(-1)
     values = interleaved(q.codes if kind == "MXFP4" else values_of(q).to(torch.int8), heads)
     codes = values.reshape(rows, blocks, -1).numpy()
-    d = scale.to(torch.float16).numpy().view(np.uint8)
+    d: np.ndarray = scale.to(torch.float16).numpy().view(np.uint8)
+    parts: list[np.ndarray]
     match kind:
         case "Q8_0":
             parts = [d, codes.view(np.uint8)]

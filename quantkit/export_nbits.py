@@ -12,7 +12,7 @@ quantized weights.
 A layer is one MatMulNBits. Codes are stored in the next width of 2, 4 or 8 bits that holds the format's values in
 units of its smallest step, which is exact for integers up to 8 bits, ternary and binary weights, and minifloats such
 as e2m1 or e2m3. Scales are stored once, for a row or group, and repeated by Expand for the blocks of the operator:
-onnxruntime computes that when it loads the file. Tequila's biases are the operator's.
+onnxruntime computes that when it loads the file; those of e8m0 are stored as exponents. Biases are the operator's own.
 
 The operator's `accuracy_level` (onnxruntime 1.31, x86 with AVX-512 VNNI, one thread, 2048 x 2048, one row): at 1
 inputs stay float32, and 2- and 8-bit weights are 15 to 35 times slower than a float32 product, 4-bit ones twice as
@@ -383,7 +383,11 @@ class Builder:
         i64 = TensorProto.INT64
         rows, columns = codes.codes.shape
         blocks, own = -(-columns // block), codes.scale.shape[1]
-        each = self.constant(codes.scale[..., None], f"{name}.scale")
+        each = (
+            self.powers(codes.scale[..., None], name)
+            if codes.pow2
+            else self.constant(codes.scale[..., None], f"{name}.scale")
+        )
         times = self.constant([rows, own, blocks // own], f"{name}.times", i64)
         shape = self.constant([rows, blocks], f"{name}.blocks", i64)
         found = [self.op("Reshape", [self.op("Expand", [each, times], f"{name}.repeated"), shape], f"{name}.scales")]
@@ -394,6 +398,12 @@ class Builder:
                 self.op("Expand", [self.constant(byte, f"{name}.zero", TensorProto.UINT8), width], f"{name}.zeros")
             )
         return found
+
+    def powers(self, scale: np.ndarray, name: str) -> str:
+        """Powers of two, stored as exponents of 8 bits."""
+        exponents = self.constant(np.frexp(scale)[1] - 1, f"{name}.exponents", TensorProto.INT8)
+        wide = self.op("Cast", [exponents], f"{name}.exponents.float", to=TensorProto.FLOAT)
+        return self.op("Pow", [self.constant(2.0, f"{name}.two"), wide], f"{name}.scale")
 
     def bands(self, x: str, q: Bands, name: str) -> str:
         """The product with a matrix in bands, without bias, as `quantkit.bands.product` has it; signs take 2 bits."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hwmodel import formats
 from hwmodel.formats import Format
-from quantkit.qtensor import QTensor, units_of
+from quantkit.qtensor import QTensor, scale_format, values_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ def block_of(columns: int, scales: int) -> int:
 class Codes:
     """A matrix of codes as the operator takes it, worth scale * (code - zero).
 
-    codes: uint8 (rows, columns), below 2^bits. zero: uint8 (rows, 1) or (1, 1). scale: float32 (rows or 1, scales).
+    codes: uint8 (rows, columns), below 2^bits. zero: uint8 (rows, 1) or (1, 1). scale: float32 (rows or 1, scales), all
+    powers of two from 2^-127 on where pow2.
     """
 
     codes: np.ndarray
     bits: int
     zero: np.ndarray
     scale: np.ndarray
+    pow2: bool = False
 
     def packed(self, block: int) -> np.ndarray:
         """Codes in blocks, the last filled up with zeros' codes, low bits first: uint8 (rows, blocks, bytes).
@@ -80,7 +83,9 @@ class Codes:
 
 def codes_of(q: QTensor) -> Codes:
     """Codes of a weight whose format `width_of` knows; scales count the format's smallest steps, exactly."""
-    width = width_of(q.fmt)
+    width, unit = width_of(q.fmt), formats.unit(q.fmt)
     assert width is not None
-    codes = (units_of(q) + width.zero).astype(np.uint8)
-    return Codes(codes, width.bits, np.full((1, 1), width.zero, np.uint8), (q.scale * formats.unit(q.fmt)).numpy())
+    codes = (values_of(q) / unit + width.zero).to(torch.uint8).numpy()
+    scale = (q.scale * unit).numpy()
+    pow2 = scale_format(q.granularity) == "e8m0" and bool(scale.min() >= 2.0**-127)
+    return Codes(codes, width.bits, np.full((1, 1), width.zero, np.uint8), scale, pow2)

@@ -176,10 +176,13 @@ def test_bands_are_two_products(salient: int, tmp_path: Path) -> None:
     assert apart(runner(model, tmp_path).step(ids(2, 7).numpy()), logits_of(plain, ids(2, 7))) < 3e-6
 
 
-@pytest.mark.parametrize("name", ["ternary", "int4", "int8"])
-def test_the_file_is_as_large_as_its_bits(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [("ternary", PerRow()), ("int4", PerGroup(32)), ("int4", PerGroup(32, "e8m0")), ("int8", PerRow())],
+)
+def test_the_file_is_as_large_as_its_bits(name: str, granularity, tmp_path: Path) -> None:
     """Bytes on disk are within 2 % of the accounted bits of all weights."""
-    model, _ = rounded(network(layers=1, hidden=768), name)
+    model, _ = rounded(network(layers=1, hidden=768, intermediate_size=768), name, granularity)
     found = export_nbits.export(decoder_of(model, model.config), tmp_path / "out")
     assert found["bytes"] == (tmp_path / "out" / "model.onnx").stat().st_size
     assert abs(found["bytes"] / found["accounted_bytes"] - 1) < 0.02

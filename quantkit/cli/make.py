@@ -226,10 +226,10 @@ def export(
     json: Json = False,
 ) -> None:
     """Write an ONNX file: input `obs`, output `actions`, normalizer inside; or a language model for a stock runtime."""
-    if to in ("onnx-nbits", "compressed-tensors", "gguf"):
+    if to == "onnx-nbits" or to == "compressed-tensors" or to == "gguf":
         from quantkit.export_language import export as export_language
 
-        found = {"output": str(output), "to": to}
+        found: dict[str, Any] = {"output": str(output), "to": to}
         found |= export_language(directory, output, to, level=accuracy_level, force=force)
         if json:
             print_json(found)
