@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_lm import VOCABULARY, llama, tokens
 from torch import nn
 
 from quantkit.errors import InputError
+from quantkit.language import causal_lm
+from quantkit.loaders import hf
+from quantkit.model import Calib
+from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.tasks.reward import (
     Task,
     arithmetic,
@@ -26,6 +32,8 @@ from quantkit.tasks.reward import (
     verify_arithmetic,
 )
 
+POLICY = Path(__file__).parent.parent / "benchmarks" / "agents" / "arithmetic"
+CURVE = Path(__file__).parent.parent / "reports" / "language" / "arithmetic_training.csv"
 END = 1
 
 
@@ -59,6 +67,12 @@ class Graph(nn.Module):
 
 
 LETTERS = Task("letters", ("abc", "de", "fgh", "z", "abcde", "xy"), lambda _, answer: float("A" in answer), 7)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """(model of the repository, tokenizer)."""
+    return hf.load(POLICY), hf.read_tokenizer(POLICY)
 
 
 def test_prompts_come_from_their_seed():
@@ -184,6 +198,35 @@ def test_rollouts_are_prompts_with_answers():
     for prompt, answer, row in zip(LETTERS.prompts, answers, rows.tolist(), strict=True):
         made = [*Letters().encode(prompt).ids, *(ord(c) - 65 for c in answer)]
         assert row[: len(made)] == made[: len(row)] and set(row[len(made) :]) <= {END}
+
+
+def test_the_policy_of_the_repository_has_its_accuracy(policy):
+    """Greedy answers of the committed policy to fresh problems are as often right as its training recorded."""
+    model, tokenizer = policy
+    recorded = pd.read_csv(CURVE, comment="#").exact_match.iloc[-1]
+    score = evaluate(model.module, tokenizer, arithmetic(300, 77), end=model.module.config.eos_token_id)
+    noise = math.sqrt(recorded * (1 - recorded) * (1 / 300 + 1 / 500))
+    assert recorded > 0.9 and score.exact_match > recorded - 4 * noise
+    assert score.mean == pytest.approx(score.exact_match + 0.1 * (1 - score.exact_match))
+
+
+def test_reinforcement_raised_the_reward():
+    """The curve of the committed policy rises from imitation to reinforcement by many standard errors."""
+    curve = pd.read_csv(CURVE, comment="#")
+    taught, last = curve[curve.phase == "careless"].iloc[-1], curve.iloc[-1]
+    assert last.phase == "grpo" and last.reward - taught.reward > 5 * math.hypot(last.stderr, taught.stderr)
+
+
+def test_eight_bits_keep_the_reward(policy):
+    """The policy in int8 weights answers within the interval of the float policy; its KL is small and positive."""
+    model, tokenizer = policy
+    task, end = arithmetic(200, 78), model.module.config.eos_token_id
+    reference = evaluate(model.module, tokenizer, task, end=end)
+    recipe = Recipe((("model.layers.*", make_plan("int8", "float")),))
+    small = causal_lm(quantize(model, recipe, Calib(torch.arange(8)[None])))
+    score = evaluate(small, tokenizer, task, end=end)
+    assert reference.low <= score.mean <= reference.high
+    assert 0 < kl(small, model.module, tokenizer, task, end=end)[0] < 0.01
 
 
 def test_bad_requests_are_refused():
