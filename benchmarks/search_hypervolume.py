@@ -11,8 +11,9 @@ no design profits from the episodes that chose it.
 Hypervolume: what a front dominates in the plane of LUTs and return, up to the LUTs of int8 x int8 (the design that one
 starts from), over the logarithm of LUTs, in which halving them counts the same everywhere, and over LUTs themselves.
 Downwards it ends at the return of random actions (`random`), or half way from there to the float policy (`half`):
-what is below is of no use. Returns above the float policy's count as the float policy's. Agents: lander and pendulum
-(of this repository), and of --data cheetah (SAC) and walker (A2C).
+what is below is of no use. Returns above the float policy's count as the float policy's. `ratio_possible` is what a
+design with the fewest LUTs of all and the float policy's return would reach (log, random). A table and a picture for
+each agent: lander and pendulum (of this repository), and of --data cheetah (SAC) and walker (A2C).
 """
 
 from __future__ import annotations
@@ -120,13 +121,16 @@ def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int
             for scale in ("log", "linear")
             for floor, low in floors.items()
         }
+        cheapest = min(x for mine in points for x, _ in mine)
+        possible = hypervolume([(cheapest, best)], eight or 0.0, worst, best, True) / volumes["log_random"][0]
         near = [x for x, y in points[i] if y >= best - 0.05 * (best - worst)]
         found.append({
             "agent": name, "front": kind, "designs": len((rows_uniform, rows_search)[i]), "episodes": played[i],
             "on_front": len(points[i]), "fewest_luts": min(x for x, _ in points[i]),
             "fewest_luts_within_5_percent": min(near, default=""),
             **{f"ratio_{kind_}": round(pair[1] / pair[0], 3) for kind_, pair in volumes.items()},
-            "float_return": round(best, 1), "random_return": round(worst, 1), "seconds": round(seconds[i], 1),
+            "ratio_possible": round(possible, 3), "float_return": round(best, 1), "random_return": round(worst, 1),
+            "seconds": round(seconds[i], 1),
         })  # fmt: skip
         print(found[-1], flush=True)
     _draw(name, points, [rows_uniform, rows_search], best, worst, eight or 0.0)
@@ -165,10 +169,9 @@ def main(names: Sequence[str], data: Path, episodes: int, fresh_episodes: int, w
     torch.set_num_threads(1)
     (REPORTS / "studies").mkdir(parents=True, exist_ok=True)
     known = agents(data)
-    rows = []
     for name in names:
-        rows += compare(name, *known[name], episodes, fresh_episodes, work / name)
-    publish("studies/search_hypervolume", rows, packages=("torch", "optuna", "scipy", "gymnasium"))
+        rows = compare(name, *known[name], episodes, fresh_episodes, work / name)
+        publish(f"studies/search_{name}", rows, packages=("torch", "optuna", "scipy", "gymnasium"))
 
 
 if __name__ == "__main__":

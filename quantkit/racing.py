@@ -1,10 +1,11 @@
 """Few episodes first, more only where they decide: sequential non-inferiority of paired returns.
 
 After 5, 10, 20, 40, ... episodes the quantized policy's returns are compared with the float policy's on the same
-seeds. With K such looks each is made at confidence 1 - (1 - level) / K, so that a wrong "non-inferior" and a wrong
-"inferior" each have a probability of at most 1 - level over all looks together (Bonferroni; where Student's t holds at
-each look). The first decisive look ends the race. Five equal differences look decisive and are not: a policy that
-fails in one episode of twenty often shows none in five. So "non-inferior" needs 10 episodes, "inferior" 5.
+seeds. Half of the error that is allowed goes to the last look, the other half in equal parts to those before
+(`levels`), so that a wrong "non-inferior" and a wrong "inferior" each have a probability of at most 1 - level over all
+looks together (Bonferroni; where Student's t holds at each look). The first decisive look ends the race. Five equal
+differences look decisive and are not: a policy that fails in one episode of twenty often shows none in five. So
+"non-inferior" needs 10 episodes, "inferior" 5.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ def looks(episodes: int) -> tuple[int, ...]:
     return (*found, episodes)
 
 
+def levels(count: int, level: float = 0.95) -> tuple[float, ...]:
+    """The confidence of each of `count` looks.
+
+    >>> [round(v, 4) for v in levels(6)], levels(1)
+    ([0.995, 0.995, 0.995, 0.995, 0.995, 0.975], (0.95,))
+    """
+    if count == 1:
+        return (level,)
+    return (*[1 - (1 - level) / 2 / (count - 1)] * (count - 1), 1 - (1 - level) / 2)
+
+
 def race(
     reference: ArrayLike, play: Callable[[int, int], Floats], margin: float, level: float = 0.95
 ) -> tuple[Floats, Verdict]:
@@ -45,9 +57,9 @@ def race(
     expected = np.asarray(reference, np.float64)
     stops = looks(len(expected))
     returns = np.empty(0)
-    for n in stops:
+    for n, confidence in zip(stops, levels(len(stops), level), strict=True):
         returns = np.concatenate((returns, play(len(returns), n - len(returns))))
-        verdict = non_inferior(expected[:n], returns, margin, level=1 - (1 - level) / len(stops))
+        verdict = non_inferior(expected[:n], returns, margin, level=confidence)
         if verdict.verdict == "inferior" or (verdict.verdict == "non-inferior" and n >= min(GOOD_FROM, stops[-1])):
             break
     return returns, verdict
