@@ -18,10 +18,12 @@ Optuna's storage is a record of the trials, written after each batch, and not wh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from hwmodel.packing import WIDE_PORT
 from quantkit.allocate import RESOURCES, budget_front, default_latency, problem
@@ -29,6 +31,7 @@ from quantkit.backends import Mapper
 from quantkit.claims import Claims
 from quantkit.errors import InputError
 from quantkit.pareto import front, nondominated, value
+from quantkit.racing import race
 from quantkit.recipe import Recipe, Step, step_text
 from quantkit.results import Row
 from quantkit.sensitivity import Cell, assemble, measure
@@ -88,6 +91,7 @@ def search(
     cost: str = "luts",
     budgets: Mapping[str, float] | None = None,
     batch: int = 16,
+    points: int = 12,
     races: bool = True,
     storage: str | None = None,
     measuring: Progress | None = None,
@@ -96,19 +100,21 @@ def search(
     """Rows of the designs that were tried, in order: the allocation's first, then at most `designs` in all.
 
     episodes: once so many were played, no more designs are proposed; None: no bound. cost: the resource that is traded
-    for return. budgets: on all resources. batch: designs at once, on which the
-    result depends. storage: URL for Optuna's record, None for a journal file in the folder. Designs that the front
-    needs complete returns of are played to their end at last and counted once. Raises InputError for formats that
-    fit no layer, impossible budgets, a storage that cannot be opened, and as `complete`.
+    for return. budgets: on all resources. batch: designs at once, on which the result depends. points: at most of each
+    front to begin with, allocated and uniform, for each pipeline. storage: URL for Optuna's record, None for a journal
+    file in the folder. Designs of which the front needs complete returns are played to their end at last, and count
+    once. Raises InputError for formats that fit no layer, impossible budgets, a storage that cannot be opened, and as
+    `complete`.
     """
     limits = Limits(dict(budgets or {}))
     _check(study, cost, limits)
     record = open_storage(storage, folder)
-    tables, seeds = _seeds(study, folder, space, cost, limits, designs, measuring)
+    tables, seeds = _seeds(study, folder, space, cost, limits, points, measuring)
+    seeds = seeds[:designs]
     settled: dict[str, Row] = {}
 
-    def evaluate(recipes: Sequence[Recipe], origin: Any, race: bool) -> None:
-        tasks = [Task(recipe, origin, race) for recipe in recipes]
+    def evaluate(recipes: Sequence[Recipe], origin: Any, raced: bool) -> None:
+        tasks = [Task(recipe, origin, raced) for recipe in recipes]
 
         def update(done: int, _total: int, row: Row | None) -> None:
             if progress and row is not None:
@@ -118,10 +124,10 @@ def search(
             settled[row["id"]] = row
 
     evaluate([recipe for recipe, _ in seeds], "allocation", races)
-    guide = _Guide(study, space, tables, limits, cost, sampler, batch)
+    guide = _Guide(study, space, tables, limits, cost, sampler, batch, races)
     guide.begin(seeds, settled)
     idle = 0
-    while len(settled) < designs and idle < _IDLE and (episodes is None or _played(settled.values()) < episodes):
+    while len(settled) < designs and idle < _IDLE and (episodes is None or guide.played(settled) < episodes):
         chosen = guide.ask(settled, designs - len(settled))
         idle = 0 if chosen else idle + 1
         evaluate(chosen, "search", races)
@@ -152,10 +158,6 @@ def paired(study: Study, rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _played(rows: Iterable[Row]) -> int:
-    return sum(row.get("episodes", 0) for row in rows)
-
-
 def _short(row: Mapping[str, Any], study: Study) -> bool:
     return row.get("episodes", study.settings.episodes) < study.settings.episodes
 
@@ -174,13 +176,12 @@ def _seeds(
     space: SearchSpace,
     cost: str,
     limits: Limits,
-    designs: int,
+    points: int,
     measuring: Progress | None,
 ) -> tuple[Tables, list[Seed]]:
     """The cells of each pipeline, and what to begin with: allocated and uniform fronts, in turns of the pipelines."""
     tables: Tables = []
     fronts: list[list[Seed]] = []
-    points = max(2, min(16, designs // (2 * len(space.pipelines))))
     for steps in space.pipelines:
         cells = measure(study, folder, space.weights, space.acts, space.granularities, steps, measuring)
         tables.append({(c.layer, c.weights, c.acts, c.granularity): c for options in cells.values() for c in options})
@@ -196,7 +197,7 @@ def _seeds(
         chosen += _uniform_front(study, cells, limits, cost)[:points]
         fronts.append([(assemble(some, steps, space.seed), some) for some in chosen])
     turns = [seed for group in itertools.zip_longest(*fronts) for seed in group if seed is not None]
-    return tables, list({design_id(recipe): (recipe, cells) for recipe, cells in turns}.values())[:designs]
+    return tables, list({design_id(recipe): (recipe, cells) for recipe, cells in turns}.values())
 
 
 def _uniform_front(
@@ -217,11 +218,19 @@ class _Guide:
     """Optuna's side of a search: proposals, and what became of them. One instance lives as long as its search."""
 
     def __init__(
-        self, study: Study, space: SearchSpace, tables: Tables, limits: Limits, cost: str, sampler: Sampler, batch: int
+        self,
+        study: Study,
+        space: SearchSpace,
+        tables: Tables,
+        limits: Limits,
+        cost: str,
+        sampler: Sampler,
+        batch: int,
+        races: bool,
     ) -> None:
         optuna = _optuna()
         self.model, self.space, self.tables, self.limits = study, space, tables, limits
-        self.cost, self.batch = cost, batch
+        self.cost, self.batch, self.races = cost, batch, races
         self.layers = list(study.model.layers())
         if sampler == "nsga2":
             chosen: Any = optuna.samplers.NSGAIISampler(population_size=batch, seed=space.seed)
@@ -272,13 +281,26 @@ class _Guide:
                 self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
             trial.set_user_attr("design", name)
-            (row,) = paired(self.model, [row])
-            cost, mean = value(row, self.cost), value(row, "mean")
-            if cost is None or mean is None or self.limits.over(row):
+            cost = value(row, self.cost)
+            if cost is None or "score" not in row or self.limits.over(row):
                 self.study.tell(trial, [self.worst, self.model.random.mean])
             else:
-                self.study.tell(trial, [cost, mean])
+                self.study.tell(trial, [cost, self.model.reference.mean + self._shown(row)[1]])
         self.asked.clear()
+
+    def played(self, rows: Mapping[str, Row]) -> int:
+        """Episodes of the rows, as they were when they were told."""
+        return sum(self._shown(row)[0] for row in rows.values() if "score" in row)
+
+    def _shown(self, row: Row) -> tuple[int, float]:
+        """Episodes and mean paired difference that count: in races those of the race, though it was completed since.
+
+        So that what is proposed does not depend on which returns an earlier run completed.
+        """
+        returns, reference = np.asarray(row["score"]["returns"]), np.asarray(self.model.reference.returns)
+        if self.races:
+            returns, _ = race(reference, lambda first, count: returns[first : first + count], self.model.margin)
+        return len(returns), float((returns - reference[: len(returns)]).mean())
 
     def _beaten(self, one: Prediction, rows: Mapping[str, Row]) -> int:
         """How many evaluated designs are predicted to cost no more and to lose no more."""

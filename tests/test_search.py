@@ -46,7 +46,7 @@ def searched(folder: Path, **options: Any) -> list[Row]:
     """A search in this process."""
     study = begin(folder)
     with workers(study) as mapper:
-        return search(study, folder, SPACE, mapper, designs=DESIGNS, batch=BATCH, **options)
+        return search(study, folder, SPACE, mapper, designs=DESIGNS, batch=BATCH, points=2, **options)
 
 
 def by_id(rows: list[Row]) -> dict[str, Row]:
@@ -93,6 +93,18 @@ def test_the_same_search_again_pays_for_nothing(
     assert (folder / "rows.jsonl").read_bytes() == before
 
 
+def test_a_larger_budget_goes_on_from_a_smaller(straight: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    """Ended early, which completes a front of its own, and run again, it proposes what one long search does."""
+    study = begin(tmp_path / "s")
+    for designs in (DESIGNS - 5, DESIGNS - 3, DESIGNS):
+        with workers(study) as mapper:
+            rows = search(study, tmp_path / "s", SPACE, mapper, designs=designs, batch=BATCH, points=2)
+    with workers(study) as mapper:
+        other = begin(tmp_path / "t")
+        once = search(other, tmp_path / "t", SPACE, mapper, designs=DESIGNS, batch=BATCH, points=2)
+    assert [row["id"] for row in rows] == [row["id"] for row in once]
+
+
 def test_two_processes_make_one_search(straight: tuple[Path, list[Row]], tmp_path: Path) -> None:
     """Two at once on one folder end with the rows of one; no design is evaluated twice for the same episodes."""
     context = multiprocessing.get_context("fork")
@@ -130,7 +142,15 @@ def test_samplers_and_seeds_matter(straight: tuple[Path, list[Row]], tmp_path: P
     with workers(study) as mapper:
         space = replace(SPACE, seed=5)
         rows = search(
-            study, tmp_path / "s", space, mapper, designs=DESIGNS, batch=BATCH, sampler=sampler, budgets={"luts": limit}
+            study,
+            tmp_path / "s",
+            space,
+            mapper,
+            designs=DESIGNS,
+            batch=BATCH,
+            points=2,
+            sampler=sampler,
+            budgets={"luts": limit},
         )
     assert all((value(row, "luts") or 0.0) <= 1.05 * limit for row in rows)
     assert set(by_id(rows)) != set(by_id(straight[1]))
