@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -211,21 +212,24 @@ def hardware_figure(row: Row, capacity: Mapping[str, int]) -> Figure:
 
 
 def sensitivity_figure(table: Mapping[str, Any], title: str) -> Figure:
-    """A map of `layers` against `formats` with `values` (None: not measured), each cell with its number."""
+    """A map of `layers` against `formats` with `values` (None: not measured), colors by the logarithm if they are all
+    positive; up to 14 formats each cell has its number."""
     layers, formats, values = table["layers"], table["formats"], table["values"]
     numbers = [[math.nan if v is None else v for v in line] for line in values]
+    known = [v for line in numbers for v in line if math.isfinite(v)]
+    norm = LogNorm(min(known), max(known)) if known and 0 < min(known) < max(known) else None
+    told, widest = len(formats) <= 14, max(min(len(name), 44) for name in (*layers, *formats))
     with plt.rc_context(STYLE | {"axes.grid": False}):
-        widest = max(min(len(name), 44) for name in (*layers, *formats))
-        size = (2.0 + 0.08 * widest + 0.95 * len(formats), 1.3 + 0.06 * widest + 0.38 * len(layers))
+        size = (2.0 + 0.08 * widest + (0.95 if told else 0.26) * len(formats), 1.3 + 0.06 * widest + 0.38 * len(layers))
         figure, axes = plt.subplots(figsize=size, layout="constrained")
-        image = axes.imshow(numbers, cmap="OrRd", aspect="auto")
-        axes.set_xticks(range(len(formats)), [_plain(f) for f in formats], rotation=35, ha="right")
+        image = axes.imshow(numbers, cmap="OrRd", aspect="auto", norm=norm)
+        turned: Any = {"rotation": 35, "ha": "right"} if told else {"rotation": 90}
+        axes.set_xticks(range(len(formats)), [_plain(f) for f in formats], fontsize=9 if told else 7, **turned)
         axes.set_yticks(range(len(layers)), [_plain(name) for name in layers])
         axes.set_title(_plain(title), loc="left", fontsize=11)
-        low, high = image.get_clim()
-        for y, line in enumerate(numbers):
+        for y, line in enumerate(numbers if told else []):
             for x, v in enumerate(line):
-                dark = math.isfinite(v) and v > low + 0.6 * (high - low)
+                dark = math.isfinite(v) and float(image.norm(v)) > 0.6  # type: ignore[arg-type]
                 axes.text(x, y, f"{v:.2g}", ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
     return figure
 

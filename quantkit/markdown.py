@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -83,11 +84,10 @@ def _pictures(
     if study["device"] and (chosen.get("cost") or {}).get("layers"):
         figure = figures.hardware_figure(chosen, {name: study["device"][name] for name in RESOURCES})
         save(figure, "hardware", "Hardware of the design to take", f"Design {code(chosen['id'])}, layer by layer.")
-    for metric, cells in study["sensitivity"].items():
-        name = "".join(c if c.isalnum() else "_" for c in metric)
-        title = metric.replace("_", " ")
+    for title, cells in study["sensitivity"].items():
+        stem = re.sub(r"\W+", "_", f"sensitivity {title}").strip("_")
         figure = figures.sensitivity_figure(cells, title)
-        save(figure, f"sensitivity_{name}", f"Sensitivity: {title}", "One layer alone is quantized, the rest is float.")
+        save(figure, stem, f"Sensitivity: {title}", "One layer alone is quantized, the rest is float.")
     return found
 
 
@@ -122,5 +122,6 @@ def _text(
         pictures=pictures,
         robust=[(row, robust[row["id"]]) for row in rows if row["id"] in robust],
         total=len(rows),
+        episodes=data["study"]["episodes"],
         table=TABLE,
     )

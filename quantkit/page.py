@@ -229,24 +229,27 @@ def _device(name: str | None) -> dict[str, int] | None:
 
 
 def _sensitivity(path: Path) -> dict[str, Any]:
-    """{metric: layers, formats and values (layers, formats)}; the last of repeated measurements counts."""
+    """{metric, and method where there are several: layers, formats and values (layers, formats)}.
+
+    The last of repeated measurements counts.
+    """
     found: dict[str, dict[tuple[str, str], float]] = {}
     rows = read_rows(path)
     varies = [key for key in ("steps", "granularity") if len({str(row.get(key)) for row in rows}) > 1]
     for row in rows:
         try:
-            names = (f"{row['weights']} × {row['acts']}", *(str(row[key]) for key in varies))
-            cell = (str(row["layer"]), ", ".join(names))
+            name = ", ".join([str(row["metric"]).replace("_", " "), *(str(row[key]) for key in varies)])
+            cell = (str(row["layer"]), f"{row['weights']} × {row['acts']}")
             number = math.nan if row["value"] is None else float(row["value"])
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: not rows of layer, weights, acts, granularity, steps, metric, value") from None
-        found.setdefault(str(row["metric"]), {})[cell] = number
+        found.setdefault(name, {})[cell] = number
     tables = {}
-    for metric, cells in found.items():
+    for name, cells in found.items():
         layers, formats = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
         values = [[cells.get((layer, fmt)) for fmt in formats] for layer in layers]
         finite = [[v if v is not None and math.isfinite(v) else None for v in line] for line in values]
-        tables[metric] = {"layers": layers, "formats": formats, "values": finite}
+        tables[name] = {"layers": layers, "formats": formats, "values": finite}
     return tables
 
 
@@ -306,8 +309,9 @@ def _meaning(document: Mapping[str, Any], study: Mapping[str, Any]) -> list[str]
         "what quantization did, not how episodes vary. Bars of the interquartile mean: its 95 % bootstrap interval.",
         f"Margin: {_text(study['margin'])} of return, 5 % of the distance between the float and a random policy"
         + (f" ({_text(random['mean'])})." if "mean" in random else "."),
-        "Non-inferior: the one-sided 95 % bound of the paired loss is within the margin. Inferior: the gain's bound is "
-        "below it. Inconclusive: more episodes are needed. The bounds hold for one design, not for the best of many.",
+        "Non-inferior: the one-sided bound of the paired loss (95 %, or as said) is within the margin. Inferior: the "
+        "gain's bound is below it. Inconclusive: more episodes are needed. Bounds hold for one design, not for the "
+        "best of many.",
         "The design to take: the cheapest on the front that is non-inferior; where none is, the cheapest whose mean "
         "return is within the margin, else the best.",
     ]
@@ -317,7 +321,10 @@ def _meaning(document: Mapping[str, Any], study: Mapping[str, Any]) -> list[str]
             "at the stated clock; no place and route was run. All designs are folded to one target: they compare."
         )
     if any(design["n"] < study["episodes"] for design in study["designs"]):
-        lines.append("Some designs were stopped early: their verdict was clear after fewer episodes.")
+        lines.append(
+            "Some designs were stopped early, when their verdict was clear after fewer episodes; the bounds have "
+            "the confidence that keeps 95 % over all looks at the returns."
+        )
     return lines
 
 
@@ -336,8 +343,10 @@ def _environment(env: Mapping[str, Any]) -> str:
 def _target(settings: Mapping[str, Any]) -> str:
     if not settings.get("device"):
         return "none"
+    made = {"dsp": " with products in DSPs", "auto": " with products in DSPs where LUTs do not suffice"}
+    part = settings["device"] + made.get(settings.get("mapping", "lut"), "")
     if settings.get("latency_us") is not None:
-        return f"{settings['device']}, fewest LUTs within {settings['latency_us']:g} µs"
+        return f"{part}, fewest LUTs within {settings['latency_us']:g} µs"
     if settings.get("luts") is not None:
-        return f"{settings['device']}, lowest latency within {settings['luts']:,} LUTs"
-    return f"{settings['device']}, fewest LUTs within the default latency"
+        return f"{part}, lowest latency within {settings['luts']:,} LUTs"
+    return f"{part}, fewest LUTs within the default latency"

@@ -21,6 +21,7 @@ import torch
 from hwmodel.cost import HwError
 from hwmodel.devices import Device, find_device
 from hwmodel.estimate import Estimate, estimate
+from hwmodel.estimate import Mapping as Mapping_
 from quantkit.artifact import save_artifact, summary
 from quantkit.card import write_card
 from quantkit.errors import InputError
@@ -53,11 +54,18 @@ class Target:
     device: Device
     latency_us: float | None = None
     luts: int | None = None
+    mapping: Mapping_ = "lut"
 
     def __str__(self) -> str:
+        name = self.device.name + {"lut": "", "dsp": " with DSPs", "auto": " with DSPs if needed"}[self.mapping]
         if self.latency_us is not None:
-            return f"{self.device.name} within {self.latency_us:g} µs"
-        return self.device.name if self.luts is None else f"{self.device.name} within {self.luts:,} LUTs"
+            return f"{name} within {self.latency_us:g} µs"
+        return name if self.luts is None else f"{name} within {self.luts:,} LUTs"
+
+    def price(self, model: Model, **limits: Any) -> Estimate:
+        """What a model takes there; limits: in place of the target's own."""
+        limits = limits or {"latency_us": self.latency_us, "luts": self.luts}
+        return estimate(layer_specs(model), self.device, mapping=self.mapping, **limits)
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ def choose(
         if target is None:
             return Choice(row, built, None, why)
         try:
-            price = estimate(layer_specs(built), target.device, latency_us=target.latency_us, luts=target.luts)
+            price = target.price(built)
         except HwError as error:
             number, text = _nearest(built, target)
             misses.append((number, f"{text}, by {named(row)}: {error}"))
@@ -249,9 +257,9 @@ def _nearest(model: Model, target: Target) -> tuple[float, str]:
     part = target.device
     try:
         if target.luts is not None:
-            least = estimate(layer_specs(model), part, latency_us=1e9)
+            least = target.price(model, latency_us=1e9)
             return least.luts, f"{least.luts:,} LUTs ({least.latency_us:g} µs)"
-        quickest = estimate(layer_specs(model), part, luts=part.luts)
+        quickest = target.price(model, luts=part.luts)
     except HwError:
         return math.inf, f"none in {part.name}"
     if not quickest.fits:
@@ -275,7 +283,7 @@ def differences(choice: Choice, model: Model, document: Mapping[str, Any], state
     }
     if settings.get("device"):
         part = find_device(settings["device"])
-        own = Settings(device=part, latency_us=settings.get("latency_us"), luts=settings.get("luts"))
+        own = Settings(device=part, **_folding(settings))
         fresh["cost"] = json.loads(json.dumps(hardware_cost(choice.model, own)))
     found = []
     for name, ours in fresh.items():
@@ -283,6 +291,13 @@ def differences(choice: Choice, model: Model, document: Mapping[str, Any], state
         keys = [key for key in {**theirs, **ours} if key != "model" and theirs.get(key) != ours.get(key)]
         found += [f"{name}.{key}: {theirs.get(key)} in the row, {ours.get(key)} here" for key in sorted(keys)]
     return found
+
+
+def _folding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a study's hardware is folded; studies of before there was a choice of mapping used LUTs."""
+    return {
+        key: settings.get(key, default) for key, default in (("latency_us", None), ("luts", None), ("mapping", "lut"))
+    }
 
 
 def pick(
@@ -296,6 +311,7 @@ def pick(
     device: str | None = None,
     latency_us: float | None = None,
     luts: int | None = None,
+    mapping: Mapping_ | None = None,
     tries: int = 8,
     checkpoint: Path | None = None,
     confirm: int | None = None,
@@ -318,11 +334,11 @@ def pick(
     part = device or settings.get("device")
     if part is None and (latency_us is not None or luts is not None):
         raise InputError("the study names no part; give --device for a latency or LUT budget")
-    asked = latency_us is not None or luts is not None
-    folded = (latency_us, luts) if asked else (settings.get("latency_us"), settings.get("luts"))
-    target = None if part is None else Target(find_device(part), *folded)
-    study_target = (settings.get("device"), settings.get("latency_us"), settings.get("luts"))
-    same = target is not None and (target.device.name, *folded) == study_target
+    own = _folding(settings)
+    wish = own | ({} if latency_us is None and luts is None else {"latency_us": latency_us, "luts": luts})
+    wish |= {} if mapping is None else {"mapping": mapping}
+    target = None if part is None else Target(find_device(part), **wish)
+    same = target is not None and target.device.name == settings.get("device") and wish == own
     eligible, why = wanted(document, rows, column, max_loss=max_loss, at_knee=at_knee, design=design)
     check_new(output, force=force, marker=MARKER)
 
@@ -341,9 +357,7 @@ def pick(
         "format_version": 1,
         "study": folder.name,
         "chosen": {"why": choice.why, "by": column, "loss_bound": _finite(loss_bound(row)), "designs": len(rows)},
-        "target": None
-        if target is None
-        else {"device": target.device.name, "latency_us": folded[0], "luts": folded[1]},
+        "target": None if target is None else {"device": target.device.name, **wish},
         "row": row,
         "reference": reference,
         "random": document.get("random"),

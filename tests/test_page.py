@@ -87,7 +87,7 @@ def test_returns_shapes_and_costs_are_told(real: Path) -> None:
         for resource in ("luts", "ffs", "dsps", "bram18"):
             assert sum(layer[resource] for layer in design["cost"]) == row["cost"][resource]
         assert [w["name"] for w, _, _ in design["layers"]] == ["int8", *[row["weights"].split()[0]] * 2]
-    assert found["sensitivity"]["action_error"]["values"] == [[0.25, 0.25], [0.25, 0.25]]
+    assert found["sensitivity"]["action error"]["values"] == [[0.25, 0.25], [0.25, 0.25]]
     assert [d["robustness"] is not None for d in found["designs"]] == [True, *[False] * 5]
 
 
@@ -295,7 +295,7 @@ def test_a_browser_switches_axes_and_selects(real: Path, browser: Any, tmp_path:
     tab.keyboard.press("Enter")
     assert rows[0]["id"] in tab.inner_text("#recipe") and "noise=0.1" in tab.inner_text("#robustness")
     assert tab.evaluate("document.activeElement.dataset.design") == rows[0]["id"]
-    assert tab.evaluate("document.getElementById('sensitivity').data[0].z") == [[0.25, 0.25], [0.25, 0.25]]
+    assert tab.evaluate("document.getElementById('sensitivity').data[0].customdata") == [[0.25, 0.25], [0.25, 0.25]]
     assert wrong == []
 
 

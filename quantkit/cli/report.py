@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -93,6 +93,10 @@ def pick(
     luts: Annotated[
         int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)
     ] = None,
+    mapping: Annotated[
+        Literal["lut", "dsp", "auto"] | None,
+        typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=_HW),
+    ] = None,
     tries: Annotated[
         int,
         typer.Option(min=1, help="For another target, price this many of the cheapest anew.", rich_help_panel=_HW),
@@ -116,8 +120,8 @@ def pick(
     with progress_bar("pick", "steps") as update:
         record = run(
             study, output, max_loss=max_loss, at_knee=knee, design=design, x=x, device=device, latency_us=latency_us,
-            luts=luts, tries=tries, checkpoint=checkpoint, confirm=confirm, robustness=robustness, force=force,
-            progress=lambda _, done, total: update(done, total),
+            luts=luts, mapping=mapping, tries=tries, checkpoint=checkpoint, confirm=confirm,
+            robustness=robustness, force=force, progress=lambda _, done, total: update(done, total),
         )  # fmt: skip
     verified = record["onnx"]["verified"]
     if json:

@@ -168,7 +168,7 @@ function drawDesign() {
   fill($("recipe"), make("b", {}, `weights ${d.weights}, inputs ${d.acts}`),
     make("small", {}, `${d.steps} · per ${d.granularity} · design ${d.id}${d.origin ? " · found by " + d.origin : ""}`));
   fill($("verdict"), v && make("span", {class: "chip " + v.verdict}, v.verdict),
-    v ? ` ${signed(v.diff_mean)} to float, 95 % bounds ${signed(v.low)} and ${signed(v.high)}` : "");
+    v ? ` ${signed(v.diff_mean)} to float, ${number(100 * (v.level ?? 0.95))} % bounds ${signed(v.low)} and ${signed(v.high)}` : "");
   const rows = Object.keys(S.columns).filter((c) => value(d, c) != null).map((c) => {
     let text = number(value(d, c), 5);
     if (c === "mean" && d.stderr != null) text += ` ± ${number(d.stderr, 3)} (${d.n} episodes)`;
@@ -305,7 +305,8 @@ function drawTable() {
       make("td", {}, make("button", {type: "button", class: "plain", "aria-pressed": String(on), "data-design": d.id,
         "aria-label": "select " + spoken(d)}, d.weights)),
       make("td", {}, d.acts), make("td", {}, d.granularity), make("td", {}, d.steps),
-      make("td", {}, d.verdict ? make("span", {class: d.verdict.verdict}, d.verdict.verdict) : "–"),
+      make("td", {}, d.verdict ? make("span", {class: d.verdict.verdict}, d.verdict.verdict) : "–",
+        d.n < S.episodes ? ` (${d.n} episodes)` : null),
       ...columns.map((c) => make("td", {class: "n", "data-column": c}, number(value(d, c)))));
     return row;
   }));
@@ -315,14 +316,19 @@ function drawTable() {
 function drawSensitivity() {
   const found = S.sensitivity[$("metric").value];
   if (!found) return;
-  const told = found.formats.length * found.layers.length <= 160;
-  $("sensitivity").style.height = 130 + 30 * found.layers.length + "px";
+  const cells = found.values.flat().filter((v) => v != null), low = Math.min(...cells), high = Math.max(...cells);
+  const told = found.formats.length <= 14, logarithmic = low > 0 && high / low > 30;  // colors by the logarithm
+  const shown = logarithmic ? found.values.map((line) => line.map((v) => (v == null ? null : Math.log10(v)))) : found.values;
+  $("sensitivity").style.height = (told ? 100 : 150) + 30 * found.layers.length + "px";
   Plotly.react($("sensitivity"), [{
-    type: "heatmap", x: found.formats.map(esc), y: found.layers.map(esc), z: found.values, xgap: 2, ygap: 2,
-    colorscale: [[0, css("card")], [0.5, mix(css("warn"), css("card"), 0.45)], [1, css("bad")]],
-    hovertemplate: "%{y}, %{x}: %{z:.4g}<extra></extra>", showscale: !told,
-    colorbar: {thickness: 12, outlinewidth: 0}, texttemplate: told ? "%{z:.2g}" : "",
-  }], layout({yaxis: {autorange: "reversed", type: "category", showgrid: false}, xaxis: {type: "category", showgrid: false}}), still);
+    type: "heatmap", x: found.formats.map(esc), y: found.layers.map(esc), z: shown, customdata: found.values, xgap: 1, ygap: 2,
+    colorscale: [[0, css("card")], [0.5, mix(css("warn"), css("card"), 0.45)], [1, css("bad")]], showscale: false,
+    hovertemplate: "%{y}, %{x}: %{customdata:.4g}<extra></extra>", text: told ? found.values.map((line) => line.map((v) => (v == null ? "" : number(v, 2)))) : undefined,
+    texttemplate: told ? "%{text}" : "",
+  }], layout({
+    yaxis: {autorange: "reversed", type: "category", showgrid: false},
+    xaxis: {type: "category", showgrid: false, title: {text: "weights × inputs"}, tickfont: {size: told ? 12 : 10}},
+  }), still);
 }
 
 function options(select, names, chosen, words) {
@@ -336,7 +342,7 @@ $("all").addEventListener("change", drawFront);
 $("every").addEventListener("change", drawTable);
 const metrics = Object.keys(S.sensitivity);
 $("sensitivity-card").hidden = !metrics.length;
-options($("metric"), metrics, metrics[0], (m) => m.replaceAll("_", " "));
+options($("metric"), metrics, metrics[0], (m) => m);
 $("metric").addEventListener("change", drawSensitivity);
 for (const button of document.querySelectorAll("[data-copy]"))
   button.addEventListener("click", () => copy(button, button.parentElement.querySelector("pre").textContent));
