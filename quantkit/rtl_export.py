@@ -19,7 +19,8 @@ from torch import nn
 
 from hwmodel.affine import solved
 from hwmodel.cost import HwError
-from hwmodel.formats import Format, levels, unit
+from hwmodel.formats import Format, bits, levels, unit
+from hwmodel.gru import INDEX, Gru
 from hwmodel.network import Layer, Network
 from quantkit.bands import Bands
 from quantkit.errors import InputError
@@ -27,6 +28,7 @@ from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import encode
+from quantkit.recurrent import GRUCell
 from quantkit.rounding import rounder
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
@@ -35,6 +37,8 @@ Step = Callable[[np.ndarray], np.ndarray]
 
 ENUMERATED = 1 << 23
 """Sums of one layer up to which thresholds are proved by trying every one."""
+FACTOR_BITS = 9
+"""Bits, one more or less, of the factors that bring the sums of a GRU to one scale."""
 NEAR = 32
 """Sums tried on both sides of each threshold where there are more."""
 
@@ -95,6 +99,37 @@ def network_of(model: Model) -> tuple[Network, Host]:
         raise InputError(str(error)) from None
     before = _host_input(policy, [m for _, m in modules[: places[0]]], qlayers[0])
     return network, Host(before, _to_outputs(qlayers[-1], parts[-1]), policy.head)
+
+
+def gru_of(cell: GRUCell) -> tuple[Gru, Step]:
+    """The integers of a quantized GRU cell, and inputs (n, inputs) float32 to the integers that it reads.
+
+    Differs from `GRUCell` in what follows the products: fixed point and tables (`hwmodel.gru`), and a state in steps of
+    2^-(B-1), where the simulator has a scale of its own. InputError for a side in float.
+    """
+    ih, hh = cell.ih, cell.hh
+    for name, layer in (("ih", ih), ("hh", hh)):
+        _check_layer(f"gru.{name}", layer)
+    assert isinstance(ih, QLayer) and isinstance(hh, QLayer) and ih.q is not None and hh.q is not None
+    state = _act(hh)
+    hidden = cell.hidden
+    biases = [layer.bias.detach().numpy().astype(np.float64) for layer in (ih, hh)]
+    gains = [np.broadcast_to(np.asarray(layer.kernel().gain, np.float64), biases[0].shape) for layer in (ih, hh)]
+    steps = [_step(ih), _step(hh) / hh.act.scale / unit(state) * 2.0 ** (1 - bits(state))]  # type: ignore[union-attr]
+    offsets = np.concatenate([(biases[0] + biases[1])[: 2 * hidden], biases[0][2 * hidden :], biases[1][2 * hidden :]])
+    assert ih.uniform is not None and hh.uniform is not None
+    if ih.uniform.fmt != hh.uniform.fmt or hh.in_scale is not None:
+        raise InputError("a GRU in hardware has one format of weights and no factors on its state")
+    x_codes, h_codes = (layer.q.codes.numpy().astype(np.int64) for layer in (ih, hh))  # type: ignore[union-attr]
+    slopes = [gain * step for gain, step in zip(gains, steps, strict=True)]
+    fraction = max(INDEX, FACTOR_BITS - int(np.floor(np.log2(min(float(np.median(s)) for s in slopes)))))
+    x_factors, h_factors, fixed = (np.rint(v * 2.0**fraction).astype(np.int64) for v in (*slopes, offsets))
+    try:
+        found = Gru(ih.uniform.fmt, _act(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction)  # type: ignore[arg-type]
+    except HwError as error:
+        raise InputError(str(error)) from None
+    values, smallest = _to_input(ih), unit(_act(ih))
+    return found, lambda x: np.rint(values(np.asarray(x, np.float32)) / smallest).astype(np.int64)
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
