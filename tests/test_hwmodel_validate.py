@@ -62,7 +62,7 @@ def row(luts: float, predicted: float) -> Row:
 def test_summary_has_the_promised_keys() -> None:
     """Every kind has n, median, 90th percentile and rank correlation, with the published models beside."""
     found = json.loads(json.dumps(summary([row(100, 103), row(200, 190), row(400, 400)])))
-    assert set(found) == {"units", "layers", "policies", "trained"} and found["layers"]["n"] == 0
+    assert set(found) == {"units", "layers", "policies", "unrolled", "trained"} and found["layers"]["n"] == 0
     units = found["units"]
     assert units["median_abs_error"] == pytest.approx(0.03) and units["spearman"] == 1 and units["n"] == 3
     assert units["baselines"]["finn"]["median_abs_error"] == 1
