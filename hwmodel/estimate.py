@@ -169,7 +169,9 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float]:
     Whole designs were judged as the emitter writes them: linear layers without scales per group or tables.
     """
     known = coefficients()["residual"]
-    kind = "unrolled" if chosen[0].unrolled else "layers" if len(chosen) == 1 else "policies"
+    kind = "layers" if len(chosen) == 1 else "policies"
+    if chosen[0].unrolled and "unrolled" in known:
+        kind = "unrolled"
     emitted = all(
         fold.spec.positions == 1 and not isinstance(fold.spec.granularity, PerGroup) and "table" not in fold.converter
         for fold in chosen
