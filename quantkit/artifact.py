@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from hwmodel import formats
 from hwmodel.formats import Block, Float
-from hwmodel.spec import PerGroup, PerRow, PerTensor, parse_granularity
+from hwmodel.spec import LayerSpec, PerGroup, PerRow, PerTensor, parse_granularity
 from quantkit import __version__
 from quantkit.bands import ARRAYS, BANDS, Bands, from_arrays, to_arrays
 from quantkit.capture import captured
@@ -38,33 +38,39 @@ from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy, build, describe
-from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, QLayer, shape_of
+from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, Plain, QLayer, shape_of
 from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack
 from quantkit.recipe import format_name, parse_format
 from quantkit.specs import bits_per_weight, layer_specs, repeated, sqnr_db, weight_name
 
 FORMAT_VERSION = 1
-MARKER = "quantkit.json"
+MARKER, TENSORS = "quantkit.json", "model.safetensors"
+TENSORS_META = {"format": "quantkit"}
 
 
 def summary(model: Model) -> dict[str, Any]:
     """What `quantize` reports: bits_per_weight and, for each layer, formats and weight SQNR in dB."""
-    layers = []
-    for name, layer in model.layers().items():
-        sqnr = sqnr_db(layer) if isinstance(layer, QLayer) else None
-        layers.append(
-            {
-                "name": name,
-                "op": shape_of(layer).op,
-                "shape": list(layer.weight.shape),
-                "weight": weight_name(layer),
-                "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
-                "granularity": str(layer.plan.granularity) if isinstance(layer, QLayer) else None,
-                "sqnr_db": None if sqnr is None or not math.isfinite(sqnr) else round(sqnr, 3),
-            }
-        )
+    return report(model, [entry(name, layer) for name, layer in model.layers().items()], bits_per_weight(model))
+
+
+def entry(name: str, layer: Plain | QLayer) -> dict[str, Any]:
+    """What `summary` says of a layer."""
+    sqnr = sqnr_db(layer) if isinstance(layer, QLayer) else None
     return {
-        "bits_per_weight": round(bits_per_weight(model), 4),
+        "name": name,
+        "op": shape_of(layer).op,
+        "shape": list(layer.weight.shape),
+        "weight": weight_name(layer),
+        "act": format_name(layer.act.fmt if isinstance(layer, QLayer) and layer.act else None),
+        "granularity": str(layer.plan.granularity) if isinstance(layer, QLayer) else None,
+        "sqnr_db": None if sqnr is None or not math.isfinite(sqnr) else round(sqnr, 3),
+    }
+
+
+def report(model: Model, layers: list[dict[str, Any]], bits: float) -> dict[str, Any]:
+    """`summary` of a model whose layers' entries and bits per weight are known."""
+    return {
+        "bits_per_weight": round(bits, 4),
         "layers": layers,
         "points": [
             {"name": name, "act": format_name(p.act.fmt if p.act else None)} for name, p in model.points().items()
@@ -84,33 +90,58 @@ def save_artifact(model: Model, path: Path, *, force: bool = False, files: Itera
     """
     layers: list[dict[str, Any]] = []
     qlayers, shared = model.qlayers(), repeated(model)
-    packed: dict[str, Any] = {}
+    packed: dict[str, np.ndarray] = {}
     for name, tensor in model.module.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        layer = qlayers.get(owner)
-        if leaf == "weight" and (owner in shared or (layer is not None and layer.q is not None)):
-            continue
-        if not (layer is not None and leaf == "bias" and not tensor.any()):
-            packed[name] = tensor.contiguous().numpy()
+        if owner not in qlayers or leaf not in ("weight", "bias", "in_scale"):
+            if not (owner in shared and leaf == "weight"):
+                packed[name] = tensor.contiguous().numpy()
     for name, layer in qlayers.items():
-        record: dict[str, Any] = {"name": name, "granularity": str(layer.plan.granularity)}
-        record["plan"] = [format_name(layer.plan.weight), format_name(layer.plan.act)]
-        record["act"] = None if layer.act is None else _act_record(layer.act)
-        record["in_scale"] = layer.in_scale is not None
-        record["bias"] = f"{name}.bias" in packed
-        record["weight"] = None
-        if isinstance(layer.q, Bands):
-            record["weight"] = {"format": BANDS, "shape": list(layer.q.shape)}
-        elif layer.q is not None:
-            record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape), "base": layer.q.base}
-        if name in shared:
-            pass
-        elif isinstance(layer.q, Bands):
-            packed |= {f"{name}.{leaf}": array for leaf, array in to_arrays(layer.q).items()}
-        elif layer.q is not None:
-            packed[f"{name}.codes"] = pack(layer.q.codes, formats.bits(layer.q.fmt))
-            packed[f"{name}.scale"] = _packed_scale(layer.q)
+        record, arrays = pack_layer(name, layer, weight=name not in shared)
         layers.append(record)
+        packed |= arrays
+    with new_directory(path, force=force, marker=MARKER) as folder:
+        save_file(packed, folder / TENSORS, metadata=TENSORS_META)
+        write_documents(folder, model, layers, shared, summary(model), layer_specs(model))
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+
+
+def pack_layer(name: str, layer: QLayer, *, weight: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The record of a layer and its tensors as they are stored; weight: False where another layer stores its weight."""
+    record: dict[str, Any] = {"name": name, "granularity": str(layer.plan.granularity)}
+    record["plan"] = [format_name(layer.plan.weight), format_name(layer.plan.act)]
+    record["act"] = None if layer.act is None else _act_record(layer.act)
+    record["in_scale"] = layer.in_scale is not None
+    record["bias"] = bool(layer.bias.any())
+    record["weight"] = None
+    arrays: dict[str, Tensor | np.ndarray] = {}
+    if layer.in_scale is not None:
+        arrays["in_scale"] = layer.in_scale
+    if record["bias"]:
+        arrays["bias"] = layer.bias.detach()
+    if isinstance(layer.q, Bands):
+        record["weight"] = {"format": BANDS, "shape": list(layer.q.shape)}
+        arrays |= to_arrays(layer.q) if weight else {}
+    elif layer.q is not None:
+        record["weight"] = {"format": str(layer.q.fmt), "shape": list(layer.q.shape), "base": layer.q.base}
+        if weight:
+            arrays |= {"codes": pack(layer.q.codes, formats.bits(layer.q.fmt)), "scale": _packed_scale(layer.q)}
+    elif weight:
+        arrays["weight"] = layer.weight.detach()
+    plain = {k: a.contiguous().numpy() if isinstance(a, Tensor) else a for k, a in arrays.items()}
+    return record, {f"{name}.{leaf}": array for leaf, array in plain.items()}
+
+
+def write_documents(
+    folder: Path,
+    model: Model,
+    quantized: list[dict[str, Any]],
+    shared: dict[str, str],
+    summary: dict[str, Any],
+    specs: Iterable[LayerSpec],
+) -> None:
+    """quantkit.json and specs.json; quantized: the records of `pack_layer`; shared: `specs.repeated`."""
     document = {
         "format_version": FORMAT_VERSION,
         "quantkit_version": __version__,
@@ -119,17 +150,13 @@ def save_artifact(model: Model, path: Path, *, force: bool = False, files: Itera
         "env": None if model.env is None else asdict(model.env),
         "meta": {key: value for key, value in model.meta.items() if key != "config"},
         "shared": shared,
-        "quantized": layers,
+        "quantized": quantized,
         "points": {name: _act_record(point.act) for name, point in model.points().items() if point.act is not None},
-        "summary": summary(model),
+        "summary": summary,
     }
-    specs = {"format_version": 1, "layers": [spec.to_json() for spec in layer_specs(model)]}
-    with new_directory(path, force=force, marker=MARKER) as folder:
-        save_file(packed, folder / "model.safetensors", metadata={"format": "quantkit"})
-        (folder / "specs.json").write_text(json.dumps(specs, indent=1) + "\n")
-        (folder / "quantkit.json").write_text(json.dumps(document, indent=1) + "\n")
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
+    records = {"format_version": 1, "layers": [spec.to_json() for spec in specs]}
+    (folder / "specs.json").write_text(json.dumps(records, indent=1) + "\n")
+    (folder / MARKER).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _act_record(act: ActQuant | BlockAct) -> dict[str, Any]:
@@ -177,7 +204,7 @@ def load_artifact(path: Path, *, factory: str | None = None) -> Model:
     A network of the caller's own code is rebuilt only by a `factory` that the caller names and that
     is the recorded one: a directory from elsewhere must not choose what is imported.
     """
-    document_path, tensors_path = path / "quantkit.json", path / "model.safetensors"
+    document_path, tensors_path = path / MARKER, path / TENSORS
     try:
         document = json.loads(document_path.read_text())
         version = int(document["format_version"])
@@ -240,15 +267,8 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         plain = floats[record["name"]]
         assert not isinstance(plain, QLayer)
         layer = QLayer(plain, LayerPlan(weight, act, parse_granularity(record["granularity"])))
-        if record["in_scale"]:
-            layer.in_scale = tensors[f"{record['name']}.in_scale"]
-        if not record.get("bias", True):
-            layer.bias.data.zero_()
         model.replace(record["name"], layer)
-        if record["weight"] is not None:
-            _restore_weight(layer, record, tensors)
-        if record["act"] is not None:
-            layer.set_act(_act_of(record["act"]))
+        restore_layer(layer, record, tensors)
     points = model.points()
     for name, record in document.get("points", {}).items():
         points[name].set_act(_act_of(record))
@@ -263,6 +283,18 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} is not finite")
     return model
+
+
+def restore_layer(layer: QLayer, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Give a layer what `pack_layer` recorded of it, its float weight and a bias other than zero aside."""
+    if record["in_scale"]:
+        layer.in_scale = tensors[f"{record['name']}.in_scale"]
+    if not record.get("bias", True):
+        layer.bias.data.zero_()
+    if record["weight"] is not None:
+        _restore_weight(layer, record, tensors)
+    if record["act"] is not None:
+        layer.set_act(_act_of(record["act"]))
 
 
 def _language_model(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

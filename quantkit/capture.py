@@ -41,12 +41,15 @@ from quantkit.qlayers import Attention, MatMul, QLayer, op_of
 aten = torch.ops.aten
 
 
-def captured(model: Model) -> Model:
-    """A copy of the model as described above; of a policy or a graph, whose layers are known, a plain copy."""
+def captured(model: Model, *, inplace: bool = False) -> Model:
+    """A copy of the model as described above; of a policy or a graph, whose layers are known, a plain copy.
+
+    inplace: the weights are the model's own and not copies, and the model must not be used any more.
+    """
     if isinstance(model.module, Policy | fx.GraphModule) or model.qlayers():
         return model.copy()
     meta = copy.deepcopy(model.meta)
-    module = copy.deepcopy(model.module).eval()
+    module = (model.module if inplace else copy.deepcopy(model.module)).eval()
     if getattr(getattr(module, "config", None), "use_cache", False):
         module.config.use_cache = False  # type: ignore[union-attr]
     cells = recurrent.substitute(module)
@@ -282,7 +285,7 @@ def _linear(gm: fx.GraphModule, node: fx.Node, parts: _Parts) -> None:
     w = w.t() if turn else w
 
     def build() -> nn.Module:
-        layer = nn.Linear(w.shape[1], w.shape[0], bias=b is not None)
+        layer = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device="meta")
         return _filled(layer, w, b)
 
     key = ("linear", _source(weight), None if bias is None else _source(bias), turn)
@@ -290,7 +293,8 @@ def _linear(gm: fx.GraphModule, node: fx.Node, parts: _Parts) -> None:
 
 
 def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    hollow = 0 in weight.stride()  # one number for all of them: a weight that is yet to be read
+    layer.weight = nn.Parameter(weight.detach() if hollow else weight.detach().contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
@@ -337,7 +341,7 @@ def _embedding(gm: fx.GraphModule, node: fx.Node, parts: _Parts) -> None:
         return
 
     def build() -> nn.Module:
-        return _filled(nn.Embedding(*w.shape), w, None)
+        return _filled(nn.Embedding(w.shape[0], w.shape[1], device="meta"), w, None)
 
     _weighted(gm, node, parts, (a["indices"],), a["weight"], ("embedding", _source(a["weight"])), build)
 

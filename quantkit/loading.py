@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from quantkit.errors import InputError
@@ -48,17 +49,28 @@ def load_checkpoint(
         return torch_module.load(path, factory=factory, env=env, inputs=inputs)
     if sb3.sniff(path):
         return sb3.load(path, env=env, normalize=normalize)
-    if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
-        try:
-            from quantkit.loaders import hf
-        except ModuleNotFoundError as error:
-            raise InputError(f"{path}: a language model needs {error.name}: pip install 'quantkit[lm]'") from None
-        if hf.sniff(path):
-            return hf.load(path)
+    if is_hugging_face(path):
+        return hugging_face(path).load(path)
     raise InputError(
         f"{path}: not a checkpoint; accepted: a Stable-Baselines3 .zip, an rl-zoo folder, a Hugging Face directory,"
         " a quantized directory, or a .safetensors or .pt file with factory="
     )
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether `path` is a Hugging Face directory, or what is left of one."""
+    if not path.is_dir() or (path / "quantkit.json").is_file() or sb3.sniff(path):
+        return False
+    return (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+
+
+def hugging_face(path: Path) -> ModuleType:
+    """`quantkit.loaders.hf`; InputError where transformers is not installed."""
+    try:
+        from quantkit.loaders import hf
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path}: a language model needs {error.name}: pip install 'quantkit[lm]'") from None
+    return hf
 
 
 def gaps(model: Model) -> dict[str, Any]:

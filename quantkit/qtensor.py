@@ -417,16 +417,24 @@ def _search(
     return best
 
 
+_PIECE = 2**16
+"""Codes packed at once: a multiple of 8, so that pieces end on whole bytes."""
+
+
 def pack(codes: Tensor, bits: int) -> np.ndarray:
     """Codes packed without gaps, most significant bit first, uint8 of ceil(n * bits / 8) bytes."""
-    flat = codes.flatten().to(torch.int64).numpy()
-    planes = (flat[:, None] >> np.arange(bits - 1, -1, -1)) & 1
-    return np.packbits(planes.astype(np.uint8).reshape(-1))
+    flat, shifts = codes.flatten().numpy(), np.arange(bits - 1, -1, -1)
+    pieces = [flat[i : i + _PIECE].astype(np.int64) for i in range(0, len(flat), _PIECE)]
+    packed = [np.packbits(((piece[:, None] >> shifts) & 1).astype(np.uint8).reshape(-1)) for piece in pieces]
+    return np.concatenate([np.empty(0, np.uint8), *packed])
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> Tensor:
     """Inverse of `pack`."""
-    count = int(np.prod(shape))
-    planes = np.unpackbits(packed, count=count * bits).reshape(count, bits).astype(np.int64)
-    codes = torch.from_numpy((planes << np.arange(bits - 1, -1, -1)).sum(axis=1)).reshape(shape)
-    return codes.to(torch.uint8 if bits <= 8 else torch.int32)
+    count, weights = int(np.prod(shape)), 1 << np.arange(bits - 1, -1, -1)
+    codes = np.empty(count, np.uint8 if bits <= 8 else np.int32)
+    for i in range(0, count, _PIECE):
+        some = codes[i : i + _PIECE]
+        planes = np.unpackbits(packed[i * bits // 8 :], count=len(some) * bits)
+        some[:] = planes.reshape(len(some), bits) @ weights
+    return torch.from_numpy(codes).reshape(shape)

@@ -28,7 +28,7 @@ from quantkit import shelves
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import one_thread, visit
+from quantkit.observers import Visit, one_thread, visit
 from quantkit.qlayers import LayerPlan, QLayer, shape_of
 from quantkit.qtensor import grouped
 
@@ -202,22 +202,7 @@ def quantize(
     check(result, recipe)
     check_groups(result, recipe)
     _check_calibration(calib)
-    layers = result.layers()
-    left: dict[str, str] = dict(result.meta.get("float_layers", {}))
-    for index, (name, layer) in enumerate(layers.items()):
-        plan = recipe.plan_for(name, index, len(layers))
-        if isinstance(layer, QLayer) or (plan.weight is None and plan.act is None):
-            continue
-        try:
-            wrapped = QLayer(layer, plan)
-        except ValueError as error:
-            left[name] = str(error)
-            continue
-        result.replace(name, wrapped)
-    if left:
-        result.meta["float_layers"] = left
-    for name, point in result.points().items():
-        point.plan = LayerPlan(act=recipe.plan_for(name, -1, len(layers)).act)
+    give_plans(result, recipe)
     result.module.eval()
     calib.generator.manual_seed(recipe.seed)
     steps = full_steps(recipe)
@@ -246,6 +231,50 @@ def quantize(
     result.meta["recipe"] = recipe.to_json()
     result.meta["steps"] = [vars(report) for report in reports]
     return result
+
+
+def give_plans(model: Model, recipe: Recipe) -> None:
+    """Put a QLayer with its plan where a layer is to be quantized, and its plan into every point, in place.
+
+    A layer that cannot be quantized stays, with the reason in `meta["float_layers"]`.
+    """
+    layers = model.layers()
+    left: dict[str, str] = dict(model.meta.get("float_layers", {}))
+    for index, (name, layer) in enumerate(layers.items()):
+        plan = recipe.plan_for(name, index, len(layers))
+        if isinstance(layer, QLayer) or (plan.weight is None and plan.act is None):
+            continue
+        try:
+            wrapped = QLayer(layer, plan)
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        if 0 in layer.weight.stride():  # yet to be read
+            wrapped.weight.data = layer.weight.detach()
+        model.replace(name, wrapped)
+    if left:
+        model.meta["float_layers"] = left
+    for name, point in model.points().items():
+        point.plan = LayerPlan(act=recipe.plan_for(name, -1, len(layers)).act)
+
+
+def one_walk(model: Model, recipe: Recipe, calib: Calib) -> list[tuple[StepReport, Visit]] | None:
+    """The steps as visits of a single walk that meets every layer as those before it left it; None if they are not.
+
+    `quantize` does these steps in this walk. The model's layers have their plans.
+    """
+    groups = [*_groups(model, full_steps(recipe))]
+    methods = shelves.methods()
+    if len(groups) > 1 or any(point.plan.act is not None for point in model.points().values()):
+        return None
+    if not all(hasattr(methods[name], "each") for name, _ in groups[0][1]):
+        return None
+    found = []
+    for name, own in groups[0][1]:
+        options = {**_scale_rule(recipe, name), **own}
+        step = methods[name].each(model, calib, **options)
+        found.append((StepReport(name, dict(options), step.report), step))
+    return None if any(step.inputs and not step.sequential for _, step in found) else found
 
 
 def _groups(model: Model, steps: tuple[Step, ...]) -> Iterator[tuple[int, tuple[Step, ...]]]:

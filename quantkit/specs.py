@@ -35,13 +35,14 @@ def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     specs: list[LayerSpec] = []
     for index, (name, layer) in enumerate(layers.items()):
         nxt = layers[names[index + 1]] if index + 1 < len(names) else None
-        specs.extend(_specs(name, layer, nxt, positions[name], followers.get(name, "none")))
+        specs.extend(specs_of(name, layer, nxt, positions[name], followers.get(name, "none")))
     return tuple(specs)
 
 
-def _specs(
-    name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, positions: int, follower: str
+def specs_of(
+    name: str, layer: Plain | QLayer, nxt: Plain | QLayer | None, positions: int, follower: str = "none"
 ) -> tuple[LayerSpec, ...]:
+    """The specs of one layer; nxt: the layer behind it, positions: outputs per input, follower: activation behind."""
     weight, shape = layer.weight, shape_of(layer)
     common: dict[str, Any] = {
         "name": name,
@@ -165,10 +166,11 @@ def _tied(model: Model) -> dict[str, str]:
 def repeated(model: Model) -> dict[str, str]:
     """Those of the tied layers whose weight is still that of the other, code for code: name -> name of that."""
     layers = model.layers()
-    return {name: other for name, other in _tied(model).items() if _same(layers[name], layers[other])}
+    return {name: other for name, other in _tied(model).items() if same_weight(layers[name], layers[other])}
 
 
-def _same(a: Plain | QLayer, b: Plain | QLayer) -> bool:
+def same_weight(a: Plain | QLayer, b: Plain | QLayer) -> bool:
+    """Whether two layers store the same weight, code for code."""
     p, q = (layer.q if isinstance(layer, QLayer) else None for layer in (a, b))
     if p is None and q is None:
         return torch.equal(a.weight, b.weight)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quantkit.cli.language import language_job, run_language_job, show_forecast
 from quantkit.cli.options import (
     _IN,
     _MAKE,
@@ -27,13 +28,18 @@ from quantkit.cli.options import (
     Seed,
     Steps,
     app,
+    bytes_of,
     calib_of,
     for_kind,
     load,
     recipe_of,
-    text_calib_of,
 )
 from quantkit.console import guarded, print_json, print_table, progress_bar, remarks, say, warn
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.model import Model
+    from quantkit.recipe import Recipe
 
 
 @app.command(
@@ -75,46 +81,49 @@ def quantize(
     env: Env = None,
     factory: Factory = None,
     normalize: Normalize = "stage",
+    memory: Annotated[
+        str,
+        typer.Option(help="Of a language model: activations to hold; the rest goes to disk.", rich_help_panel=_NUM),
+    ] = "4GiB",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Foretell time and memory of a language model; write nothing.", rich_help_panel=_OUT
+        ),
+    ] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Quantize a checkpoint into a directory; repeat --step to apply methods in order.
 
     Of a language model the embeddings, the head and the operands of attention stay in float unless --layer names them:
-    --layer 'lm_head=int8/float'.
+    --layer 'lm_head=int8/float'. It is read and quantized block by block; an interrupted run leaves OUTPUT.partial and
+    goes on from there when the same command is given again.
     """
     from quantkit.files import check_new
-    from quantkit.recipe import check, check_groups
 
     recipe = recipe_of(weights, acts, granularity, step, preset, layer, seed)
+    budget = bytes_of(memory, "--memory")
     check_new(output, force=force, marker="quantkit.json")
-    model = load(checkpoint, env, factory, normalize, inputs)
-    recipe = for_kind(recipe, preset, model)
 
-    from quantkit.artifact import save_artifact, summary
-    from quantkit.capture import captured
-    from quantkit.language import is_language, with_defaults
-    from quantkit.loading import gaps
-    from quantkit.recipe import quantize as run
+    from quantkit.loading import gaps, is_hugging_face
 
-    files: list[Path] = []
-    if is_language(model):
-        from quantkit.loaders.hf import companions
-
-        model, files = captured(model), companions(checkpoint)
-        recipe = with_defaults(recipe, model)
-    check(model, recipe)
-    check_groups(model, recipe)
-    if is_language(model):
-        calib = text_calib_of(model, checkpoint, recipe, calibration, window, documents)
+    if factory is None and is_hugging_face(checkpoint):
+        if inputs is not None or env is not None:
+            raise InputError(f"{checkpoint} is a language model; --inputs and --env are for other networks")
+        job = language_job(checkpoint, recipe, preset, calibration, window, documents)
+        if dry_run:
+            show_forecast(job, checkpoint, budget, json)
+            return
+        quantized, document = run_language_job(job, checkpoint, output, budget, force)
     else:
-        with progress_bar("calibration rollouts", "episodes") as update:
-            calib = calib_of(model, checkpoint, calibration, window, documents, inputs, update)
-    with progress_bar("quantize", "steps") as update:
-        quantized = run(model, recipe, calib, lambda _name, done, total: update(done, total))
-    save_artifact(quantized, output, force=force, files=files)
+        if dry_run:
+            raise InputError(f"--dry-run is for language models; {checkpoint} is none and takes seconds")
+        quantized, document = _quantize_whole(
+            checkpoint, output, recipe, preset, calibration, window, documents, inputs, env, factory, normalize, force
+        )
     missing = gaps(quantized)
-    document = {"output": str(output), **summary(quantized), **missing}
+    document = {"output": str(output), **document, **missing}
     if json:
         print_json(document)
         return
@@ -132,6 +141,37 @@ def quantize(
     print_table(f"{output}: {document['bits_per_weight']:.2f} bits per weight", columns, rows)
     for remark in remarks(missing):
         warn(remark)
+
+
+def _quantize_whole(
+    checkpoint: Path,
+    output: Path,
+    recipe: Recipe,
+    preset: str | None,
+    calibration: str | None,
+    window: int | None,
+    documents: int | None,
+    inputs: Path | None,
+    env: str | None,
+    factory: str | None,
+    normalize: Literal["stage", "fold"],
+    force: bool,
+) -> tuple[Model, dict[str, Any]]:
+    """Quantize what is no language model and write it; the model and its summary."""
+    from quantkit.artifact import save_artifact, summary
+    from quantkit.recipe import check, check_groups
+    from quantkit.recipe import quantize as run
+
+    model = load(checkpoint, env, factory, normalize, inputs)
+    recipe = for_kind(recipe, preset, model)
+    check(model, recipe)
+    check_groups(model, recipe)
+    with progress_bar("calibration rollouts", "episodes") as update:
+        calib = calib_of(model, checkpoint, calibration, window, documents, inputs, update)
+    with progress_bar("quantize", "steps") as update:
+        quantized = run(model, recipe, calib, lambda _name, done, total: update(done, total))
+    save_artifact(quantized, output, force=force)
+    return quantized, summary(quantized)
 
 
 @app.command(

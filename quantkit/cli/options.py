@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -223,33 +224,27 @@ def calib_of(
     return calib_for(model, int(text), update, inputs)
 
 
-def text_calib_of(
-    model: Model, checkpoint: Path, recipe: Recipe, calibration: str | None, window: int | None, documents: int | None
-) -> Calib:
-    """The calibration set of a language model; without a text only where no step looks at it."""
-    from quantkit.language import needs_text, read_calibration
-    from quantkit.loaders.hf import read_tokenizer
-    from quantkit.model import Calib
-
-    if calibration is None:
-        if needs_text(recipe):
-            raise InputError(f"{checkpoint} is a language model: give --calibration FILE.txt for its steps and inputs")
-        return Calib(model.example)
-    if not Path(calibration).is_file():
-        raise InputError(
-            f"--calibration {calibration!r} is not a file; a language model is calibrated on text, FILE.txt"
-        )
-    return read_calibration(model, read_tokenizer(checkpoint), Path(calibration), window, documents)
+def bytes_of(text: str, option: str) -> int:
+    """4GiB, 500MiB or 2GB in bytes; InputError for other texts."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{option} {text!r} is not an amount of memory, such as 4GiB or 500MB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMG".index(unit.upper())))
 
 
 def for_kind(recipe: Recipe, preset: str | None, model: Model) -> Recipe:
-    """The recipe with the preset's steps for networks that do not act, where the model is one."""
+    """The recipe as the model's kind wants it.
+
+    The preset's steps for networks that do not act, where the model is one; what stays in float of a language model.
+    """
+    from quantkit.language import is_language, with_defaults
     from quantkit.policy import Policy
     from quantkit.presets import preset_steps
 
-    if preset is None or isinstance(model.module, Policy):
-        return recipe
-    return replace(recipe, steps=preset_steps(preset, policy=False))
+    if preset is not None and not isinstance(model.module, Policy):
+        recipe = replace(recipe, steps=preset_steps(preset, policy=False))
+    return with_defaults(recipe, model) if is_language(model) else recipe
 
 
 def recipe_of(

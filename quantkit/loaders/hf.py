@@ -7,17 +7,19 @@ brings along (`auto_map`) is never run, pickled weights are never opened, and no
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -55,6 +57,13 @@ def load(path: Path) -> Model:
     _check_values(module, path)
     _check_tokenizer(path, config.vocab_size)
     _linearize(module)
+    meta = _meta(path, record, config, files, _tied(module))
+    return Model(module.eval(), torch.arange(8)[None] % config.vocab_size, None, meta)
+
+
+def _meta(
+    path: Path, record: dict[str, Any], config: PreTrainedConfig, files: list[Path], tied: dict[str, str]
+) -> dict[str, Any]:
     digests = "".join(f"{f.name} {sha256_of(f)}\n" for f in (path / "config.json", *files))
     meta = {
         "kind": "module",
@@ -65,9 +74,7 @@ def load(path: Path) -> Model:
         "vocabulary": config.vocab_size,
         "config": {key: value for key, value in record.items() if key not in ("auto_map", "_name_or_path")},
     }
-    if tied := _tied(module):
-        meta["tied"] = tied
-    return Model(module.eval(), torch.arange(8)[None] % config.vocab_size, None, meta)
+    return meta | ({"tied": tied} if tied else {})
 
 
 def skeleton(record: dict[str, Any], path: Path, held: int | None = None, tensors: int = 2**31) -> nn.Module:
@@ -84,6 +91,81 @@ def skeleton(record: dict[str, Any], path: Path, held: int | None = None, tensor
         module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _linearize(module)
     return module.eval()
+
+
+def outline(path: Path) -> tuple[Model, Weights]:
+    """What `load` gives without reading weights, and where to read them.
+
+    Every parameter is a single zero expanded to its shape, which takes no memory. Raises InputError as `load` does
+    for what can be told without the values, and KeyError where a tensor is not found under its own name, in which case
+    `load` may still know how to read it.
+    """
+    record = _read_record(path)
+    config = _config(record, path / "config.json")
+    files, tensors = _read_shards(path)
+    _check_size(config, sum(torch.Size(shape).numel() for shape in tensors.values()), len(tensors), path)
+    _check_tokenizer(path, config.vocab_size)
+    with no_init_weights(), _quiet():
+        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if config.tie_word_embeddings:
+        module.tie_weights()  # type: ignore[operator]
+    tied = _tied(module)
+    prefix = getattr(module, "base_model_prefix", "") + "."
+    transposed = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Conv1D)}
+    keys: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for owner, part in module.named_modules():
+        for leaf, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{owner}.{leaf}"
+            origin = f"{tied[owner]}.{leaf}" if owner in tied and leaf == "weight" else name
+            keys[name] = next(k for k in (origin, name, origin.removeprefix(prefix), "") if k in tensors or not k)
+            if not keys[name]:
+                raise KeyError(name)
+            if tensors[keys[name]] != tuple(parameter.shape):
+                raise InputError(
+                    f"{path}: weights do not fit config.json: {name!r} is {tensors[keys[name]]} instead of"
+                    f" {tuple(parameter.shape)}"
+                )
+            shapes[name] = tuple(parameter.shape)
+            hollow = torch.zeros(()).expand(parameter.shape)
+            part._parameters[leaf] = nn.Parameter(hollow, requires_grad=False)
+    if strange := sorted(tensors.keys() - set(keys.values())):
+        raise KeyError(strange[0])
+    _linearize(module)
+    meta = _meta(path, record, config, files, tied)
+    model = Model(module.eval(), torch.arange(8)[None] % config.vocab_size, None, meta)
+    return model, Weights(path, files, keys, transposed)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a directory, read one at a time.
+
+    keys: the name in the files of each parameter. transposed: the parameters whose tensors are.
+    """
+
+    path: Path
+    files: list[Path]
+    keys: dict[str, str]
+    transposed: set[str]
+
+    @functools.cached_property
+    def _where(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for file in self.files:
+            with safe_open(file, framework="pt") as handle:
+                found |= dict.fromkeys(handle.keys(), file)
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """The parameter in float32; InputError for one that is not finite."""
+        key = self.keys[name]
+        with safe_open(self._where[key], framework="pt") as handle:
+            value: Tensor = handle.get_tensor(key).to(torch.float32, copy=True)
+        _check_finite(value, name, self.path)
+        return value.T.contiguous() if name in self.transposed else value
 
 
 def companions(path: Path) -> list[Path]:
@@ -227,10 +309,14 @@ def _quiet() -> Iterator[None]:
 
 def _check_values(module: nn.Module, path: Path) -> None:
     for name, value in module.named_parameters():
-        bad = ~torch.isfinite(value)
-        if bad.any():
-            at = bad.nonzero()[0].tolist()
-            raise InputError(f"{path}: {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
+        _check_finite(value, name, path)
+
+
+def _check_finite(value: Tensor, name: str, path: Path) -> None:
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        raise InputError(f"{path}: {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
 
 
 def _check_tokenizer(path: Path, vocabulary: int) -> None:
@@ -265,7 +351,8 @@ def _linear(layer: Conv1D) -> nn.Linear:
     """GPT-2's transposed linear layer as nn.Linear."""
     inputs, outputs = layer.weight.shape
     made = nn.Linear(inputs, outputs, device="meta")
-    made.weight = nn.Parameter(layer.weight.data.T.contiguous())
+    hollow = 0 in layer.weight.stride()
+    made.weight = nn.Parameter(layer.weight.data.T if hollow else layer.weight.data.T.contiguous())
     made.bias = layer.bias
     return made
 

@@ -1,0 +1,198 @@
+"""Block by block is the same as all at once, to the byte; what was interrupted goes on, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from test_cli import call, document, error
+from test_language import STORY, checkpoint, ids
+from test_loader_hf import change, folder
+
+from quantkit.artifact import load_artifact, save_artifact
+from quantkit.capture import captured
+from quantkit.language_stream import join, partial_folder, quantize_streamed, why_whole
+from quantkit.loaders import hf
+from quantkit.model import Calib
+from quantkit.qlayers import LayerPlan
+from quantkit.recipe import Recipe, make_plan, quantize
+
+FLOAT = LayerPlan()
+AIMED = Recipe((("*", make_plan("int4", "float")),), (("gptq", {"act_order": True, "drift": True}),))
+INPUTS = Recipe((("*", make_plan("int4", "int8")), ("*.attention.*", FLOAT)), (("gptq", {}), ("bias_correction", {})))
+BLOCKS = Recipe((("*.layers.*", make_plan("int3", "float")),))
+LEARNED = Recipe((("*.mlp.*", make_plan("int3", "float")),), (("adaround", {"steps": 30}),))
+
+
+def streamed(path: Path, recipe: Recipe, output: Path, **options: Any) -> None:
+    """The directory by blocks."""
+    model, weights = hf.outline(path)
+    model = captured(model, inplace=True)
+    assert all(0 in layer.weight.stride() for layer in model.layers().values())
+    assert why_whole(model, recipe) is None
+    quantize_streamed(path, model, weights, recipe, Calib(ids(12, 16), 4), output, **options)
+
+
+def whole(path: Path, recipe: Recipe, output: Path) -> None:
+    """The directory by the way of the whole model."""
+    save_artifact(quantize(hf.load(path), recipe, Calib(ids(12, 16), 4)), output, files=hf.companions(path))
+
+
+def same(a: Path, b: Path) -> None:
+    """Two quantized directories hold the same files, and in them the same."""
+    assert {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
+    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert x.keys() == y.keys()
+    for name, array in x.items():
+        assert array.dtype == y[name].dtype and np.array_equal(array, y[name]), name
+    for name in ("quantkit.json", "specs.json"):
+        assert json.loads((a / name).read_text()) == json.loads((b / name).read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "memory"),
+    [
+        ("llama", AIMED, 2**30),
+        ("llama", LEARNED, 2**30),
+        ("gemma", INPUTS, 0),
+        ("gpt2", INPUTS, 20_000),
+        ("qwen3", AIMED, 0),
+        ("mistral", BLOCKS, 0),
+    ],
+)
+def test_blocks_make_the_directory_of_the_whole(kind: str, recipe: Recipe, memory: int, tmp_path: Path) -> None:
+    """Every byte of codes, scales, biases, reports and specifications, whatever lies on disk meanwhile."""
+    path = folder(tmp_path, kind, max_shard_size="8KB")
+    whole(path, recipe, tmp_path / "whole")
+    streamed(path, recipe, tmp_path / "q", memory=memory)
+    same(tmp_path / "whole", tmp_path / "q")
+    assert not partial_folder(tmp_path / "q").exists()
+    with torch.inference_mode():
+        one, other = (load_artifact(tmp_path / name).module(ids(2, 9)) for name in ("whole", "q"))
+    assert torch.equal(one, other)
+
+
+def test_shared_embeddings_are_stored_once(tmp_path: Path) -> None:
+    """Tied tables give the same directory too, in float and quantized alike."""
+    path = checkpoint(tmp_path, tie_word_embeddings=True)
+    for name, recipe in (("a", BLOCKS), ("b", Recipe((("*", make_plan("int4", "float")),)))):
+        whole(path, recipe, tmp_path / f"whole-{name}")
+        streamed(path, recipe, tmp_path / name)
+        same(tmp_path / f"whole-{name}", tmp_path / name)
+        assert json.loads((tmp_path / name / "quantkit.json").read_text())["shared"]
+
+
+class Stop:
+    """Interrupts after so many layers."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers, self.seen = layers, []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.seen.append(done)
+        if done == self.layers:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("llama", AIMED), ("gemma", INPUTS), ("llama", LEARNED)])
+@pytest.mark.parametrize("layers", [3, 12, 15])
+def test_an_interrupted_run_goes_on_at_its_block(kind: str, recipe: Recipe, layers: int, tmp_path: Path) -> None:
+    """Wherever it stopped, the result is the same, and no layer of a finished block is done again."""
+    path = folder(tmp_path, kind)
+    whole(path, recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        streamed(path, recipe, tmp_path / "q", progress=Stop(layers))
+    assert not (tmp_path / "q").exists() and partial_folder(tmp_path / "q").is_dir()
+    again = Stop(-1)
+    streamed(path, recipe, tmp_path / "q", progress=again)
+    same(tmp_path / "whole", tmp_path / "q")
+    assert again.seen[0] == {3: 2, 12: 9, 15: 9}[layers]  # an embedding, then blocks of seven layers
+
+
+def test_a_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
+    """Another recipe, checkpoint or calibration is refused in a line that names it; the old work stays."""
+    path, text = checkpoint(tmp_path), tmp_path / "t.txt"
+    base = ("quantize", path, "-o", tmp_path / "q", "--acts", "float", "--window", "8", "--step")
+    with pytest.raises(KeyboardInterrupt):
+        streamed(path, AIMED, tmp_path / "q", progress=Stop(10))
+    line = error(*base, "gptq", "--weights", "int4", "--calibration", text)
+    assert "another recipe and calibration" in line and "q.partial" in line
+    change(path, lambda t: t["model.norm.weight"].mul_(2))
+    assert "another recipe and checkpoint" in error(*base, "gptq", "--weights", "int4", "--calibration", text)
+    assert partial_folder(tmp_path / "q").is_dir() and not (tmp_path / "q").exists()
+    (tmp_path / "r.partial").mkdir()
+    line = error("quantize", path, "-o", tmp_path / "r", "--weights", "int4", "--acts", "float")
+    assert "is no unfinished run" in line
+
+
+def test_a_weight_that_is_not_finite_leaves_no_folder(tmp_path: Path) -> None:
+    """The error names it; what was begun for nothing is gone."""
+    path = checkpoint(tmp_path)
+    change(path, lambda t: t["model.embed_tokens.weight"][3].__setitem__(5, float("inf")))
+    before = sorted(tmp_path.iterdir())
+    line = error("quantize", path, "-o", tmp_path / "q", "--weights", "int4", "--acts", "float")
+    assert "'model.embed_tokens.weight' holds inf at [3, 5]" in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_goes_by_blocks_or_as_a_whole(tmp_path: Path) -> None:
+    """Steps that need the whole model get it, with the same contract; --dry-run says which, and writes nothing."""
+    path, text = checkpoint(tmp_path), tmp_path / "t.txt"
+    base = ("quantize", path, "-o", tmp_path / "q", "--weights", "int4", "--acts", "float", "--window", "16")
+    base = (*base, "--calibration", text, "--memory", "1MB")
+    before = sorted(tmp_path.iterdir())
+    found = document(*base, "--preset", "fast", "--dry-run")
+    assert found["streamed"] and found["whole_because"] is None
+    assert 0 < found["seconds"] == pytest.approx(sum(found["parts"].values())) and found["memory_bytes"] > 10**7
+    assert found["calibration_tokens"] == 144 and found["layers"] == 14
+    trained = document(*base, "--preset", "balanced", "--dry-run")
+    assert trained["seconds"] is None and "distill" in trained["not_foretold"] and not trained["streamed"]
+    assert "about" in call(*base, "--preset", "fast", "--dry-run").stdout
+    assert sorted(tmp_path.iterdir()) == before
+    found = document(*base, "--step", "smoothquant", "--step", "gptq")
+    assert [s["name"] for s in found["steps"]] == ["smoothquant", "act_scales", "gptq"]
+    assert "is not an amount of memory" in error(*base[:-1], "much")
+    assert "--dry-run is for language models" in error(
+        "quantize", Path(__file__).parents[1] / "benchmarks/agents/sac/Pendulum-v1.zip", "-o", tmp_path / "p",
+        "--weights", "int4", "--acts", "int4", "--dry-run",
+    )  # fmt: skip
+
+
+def test_a_forecast_grows_with_the_work(tmp_path: Path) -> None:
+    """Eight times the text is more work and more activations; a budget bounds what is held of them."""
+    from quantkit.language_forecast import forecast
+
+    model, _ = hf.outline(folder(tmp_path))
+    model = captured(model, inplace=True)
+    few, many = (forecast(model, AIMED, Calib(ids(n, 32)), memory=2**30, whole=None) for n in (8, 64))
+    assert many["activation_bytes"] == 8 * few["activation_bytes"] and many["spilled_bytes"] == 0
+    assert many["parts"]["inputs"] > 2 * few["parts"]["inputs"]
+    tight = forecast(model, AIMED, Calib(ids(64, 32)), memory=1000, whole=None)
+    assert tight["spilled_bytes"] == many["activation_bytes"] - 1000
+
+
+def test_joined_files_are_one_file(tmp_path: Path) -> None:
+    """The joined file is what safetensors itself reads, with all tensors and without gaps."""
+    rng = np.random.default_rng(0)
+    parts = [{f"t{i}.{j}": rng.normal(size=(i + 2, j + 1)).astype("f4") for j in range(3)} for i in range(3)]
+    parts[1]["odd"] = np.arange(5, dtype=np.uint8)
+    for i, part in enumerate(parts):
+        save_file(part, tmp_path / f"{i}.safetensors")
+    join([tmp_path / f"{i}.safetensors" for i in range(3)], tmp_path / "all.safetensors")
+    found = load_file(tmp_path / "all.safetensors")
+    wanted = parts[0] | parts[1] | parts[2]
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    data = (tmp_path / "all.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    assert len(data) == 8 + length + sum(a.nbytes for a in wanted.values()) and length % 8 == 0
+
+
+def test_the_story_is_long_enough() -> None:
+    """The text of these tests has nine windows of 16."""
+    assert len([w for w in STORY.split() if w.startswith("w")]) - 1 >= 144
