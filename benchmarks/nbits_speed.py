@@ -4,10 +4,13 @@
 
 layer: one linear layer of SIZE x SIZE, one row of inputs, exported as a decoder's are. decoder: tokens a second of a
 Llama of hidden size SIZE and 5632 in its perceptrons, random weights, that continues a prompt; its head stays float
-("float") or has 8 bits. Weights have a scale a row. Formats take turns, round by round; medians of the rounds, and the
-ratio is that of the medians. stored: bits of the file a weight of what is quantized; accounted: as `quantkit quantize`
-counts them. error: largest difference of outputs from those with the same weights in float32 arithmetic, relative to
-the largest output. load: of the machine when the run began, over one minute.
+("float") or has 8 bits. Weights have a scale a row. level: MatMulNBits' accuracy_level, 0 where there is none.
+
+Formats take turns, round by round; medians of the rounds. ms and tokens_per_s: CPU time of the one thread, which other
+work on the machine lengthens less; faster: the ratio of those medians, faster_wall that of wall clock. stored_bits: of
+the file, a weight (a decoder's with embedding and head); accounted_bits: as `Decoder.accounted_bits` counts them.
+error: largest difference of outputs from those with the same weights in float32 arithmetic, relative to the largest.
+load: of the machine when the run began, over one minute.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +60,19 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def timed(call: Callable[[], Any], count: int) -> tuple[float, float]:
+    """Milliseconds of a call: CPU time of this thread, and wall clock."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    for _ in range(count):
+        call()
+    return 1e3 * (time.thread_time() - cpu) / count, 1e3 * (time.perf_counter() - wall) / count
+
+
+def medians(times: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of each column."""
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+
 def one_layer(layer: nn.Module, level: int) -> onnx.ModelProto:
     """A file with one layer, x -> y, made by the exporter's own function."""
     of = Decoder(SimpleNamespace(model_type="llama"), {"layer": layer}, {})
@@ -75,25 +92,24 @@ def layers(size: int, names: list[tuple[str, int]], rounds: int) -> list[dict[st
     made = {(name, level): rounded(plain, name) for name, level in names}
     models = {key: one_layer(layer, key[1]) for key, layer in made.items()}
     sessions = {key: session(model) for key, model in models.items()}
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in sessions}
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in sessions}
     for turn in range(rounds + 1):
         for key, run in sessions.items():
-            count = 20
-            began = time.perf_counter()
-            for _ in range(count):
-                run.run(None, {"x": x})
+            spent = timed(lambda run=run: run.run(None, {"x": x}), 10)  # type: ignore[misc]
             if turn:
-                times[key].append(1e3 * (time.perf_counter() - began) / count)
+                times[key].append(spent)
+    base = medians(times["float", 1])
     found = []
     for (name, level), layer in made.items():
         with torch.no_grad():
             want = layer(torch.from_numpy(x)).numpy()
         got = sessions[name, level].run(None, {"x": x})[0]
-        ms = statistics.median(times[name, level])
+        cpu, wall = medians(times[name, level])
         stored = len(models[name, level].SerializeToString()) * 8 / size**2
         q = layer.q if isinstance(layer, QLayer) else None
         row = {"part": "layer", "weights": name, "head": "-", "level": level if q is not None else 0}
-        row |= {"ms": round(ms, 4), "tokens_per_s": "-", "faster": round(statistics.median(times["float", 1]) / ms, 2)}
+        row |= {"ms": round(cpu, 4), "tokens_per_s": "-"}
+        row |= {"faster": round(base[0] / cpu, 2), "faster_wall": round(base[1] / wall, 2)}
         row |= {"stored_bits": round(stored, 4), "accounted_bits": round(32 if q is None else q.bits / size**2, 4)}
         found.append(row | {"error": float(f"{np.abs(got - want).max() / np.abs(want).max():.2g}")})
     return found
@@ -129,21 +145,22 @@ def decoders(args: argparse.Namespace, names: list[tuple[str, str]], folder: Pat
         got = runs[name, head].step(prompt)
         facts[name, head] = summary | {"error": float(np.abs(got - want).max() / np.abs(want).max())}
     count = sum(p.numel() for p in weights.values() for p in [p.weight]) + plain.model.embed_tokens.weight.numel()
-    rates: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}
     for _ in range(args.rounds):
         for key, run in runs.items():
             run.reset()
             token = run.step(prompt)[:, -1].argmax(axis=1)[:, None]
-            began = time.perf_counter()
-            for _ in range(args.tokens):
-                token = run.step(token)[:, -1].argmax(axis=1)[:, None]
-            rates[key].append(args.tokens / (time.perf_counter() - began))
-    found = []
-    for (name, head), values in rates.items():
-        rate, fact = statistics.median(values), facts[name, head]
+
+            def next_token(run: OnnxDecoder = run, held: list[np.ndarray] = [token]) -> None:  # noqa: B006
+                held[0] = run.step(held[0])[:, -1].argmax(axis=1)[:, None]
+
+            times[key].append(timed(next_token, args.tokens))
+    base, found = medians(times["float", "float"]), []
+    for (name, head), values in times.items():
+        (cpu, wall), fact = medians(values), facts[name, head]
         row = {"part": "decoder", "weights": name, "head": head, "level": 0 if name == "float" else 4}
-        row |= {"ms": round(1e3 / rate, 3), "tokens_per_s": round(rate, 2)}
-        row |= {"faster": round(rate / statistics.median(rates["float", "float"]), 2)}
+        row |= {"ms": round(cpu, 3), "tokens_per_s": round(1e3 / cpu, 2)}
+        row |= {"faster": round(base[0] / cpu, 2), "faster_wall": round(base[1] / wall, 2)}
         row |= {"stored_bits": round(8 * fact["bytes"] / count, 4)}
         row |= {"accounted_bits": round(8 * fact["accounted_bytes"] / count, 4)}
         found.append(row | {"error": float(f"{fact['error']:.2g}")})

@@ -6,6 +6,7 @@ graph that was captured from it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,13 @@ def decoder_of(
         if name.rpartition(".")[0] not in layers
     }
     return Decoder(config, layers, rest, tuple(files), meta or {})
+
+
+def config_record(config: Any) -> dict[str, Any]:
+    """A configuration as config.json holds it, all of it, without the folder it was read from."""
+    record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    record.pop("_name_or_path", None)
+    return record
 
 
 def bias_of(layer: Plain | QLayer) -> Tensor | None:

@@ -31,7 +31,7 @@ from hwmodel import formats
 from hwmodel.formats import Float, Format, Int, Levels
 from hwmodel.spec import PerGroup, PerRow, PerTensor
 from quantkit.bands import BANDS
-from quantkit.decoder import Decoder, bias_of, weight_of
+from quantkit.decoder import Decoder, bias_of, config_record, weight_of
 from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.qlayers import ActQuant, QLayer
@@ -134,7 +134,7 @@ def export(decoder: Decoder, path: Path, *, force: bool = False) -> dict[str, An
         if getattr(part, "bias", None) is not None:
             bias = bias_of(layer)
             tensors[f"{name}.bias"] = torch.zeros(len(layer.weight)) if bias is None else bias
-    record = json.loads(config.to_json_string(use_diff=False))
+    record = config_record(config)
     blocks = any(stored_as(layer) in _BLOCKS.values() for layer in decoder.quantized().values())
     record["dtype"] = "bfloat16" if blocks else "float32"
     record["quantization_config"] = quantization_config(decoder)

@@ -35,7 +35,7 @@ from torch import Tensor
 import quantkit
 from hwmodel import formats
 from quantkit.bands import Bands
-from quantkit.decoder import Decoder, bias_of, refuse_inputs, weight_of
+from quantkit.decoder import Decoder, bias_of, config_record, refuse_inputs, weight_of
 from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.nbits import Codes, block_of, codes_of, width_of
@@ -116,7 +116,7 @@ def export(decoder: Decoder, path: Path, *, level: int = 4, force: bool = False)
             onnx.save_model(model, folder / FILE, save_as_external_data=True, location=f"{FILE}.data")
         else:
             onnx.save_model(model, folder / FILE)
-        (folder / "config.json").write_text(decoder.config.to_json_string(use_diff=False))
+        (folder / "config.json").write_text(json.dumps(config_record(decoder.config), indent=2) + "\n")
         for file in decoder.files:
             shutil.copyfile(file, folder / file.name)
     return summary(decoder, path)
