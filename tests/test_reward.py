@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_cli import call, document, error
 from tiny_lm import VOCABULARY, llama, tokens
 from torch import nn
 
@@ -227,6 +229,33 @@ def test_eight_bits_keep_the_reward(policy):
     score = evaluate(small, tokenizer, task, end=end)
     assert reference.low <= score.mean <= reference.high
     assert 0 < kl(small, model.module, tokenizer, task, end=end)[0] < 0.01
+
+
+def test_the_command_measures_the_same(policy):
+    """`evaluate --task` reports what the functions give, in JSON and in words, with the KL to a reference."""
+    model, tokenizer = policy
+    options = {"end": model.module.config.eos_token_id, "temperature": 1.0, "seed": 5}
+    wanted = evaluate(model.module, tokenizer, arithmetic(40, 5), **options)
+    told = ("evaluate", str(POLICY), "--task", "arithmetic", "--episodes", "40", "--seed", "5", "--sample")
+    found = document(*told, "--reference", POLICY)
+    assert found["metric"] == "reward" and found["kl"] == 0.0 == found["kl_stderr"]
+    for key in ("mean", "stderr", "n", "exact_match", "exact_low", "exact_high", "temperature"):
+        assert found[key] == pytest.approx(getattr(wanted, key))
+    said = call(*told).stdout
+    assert f"{wanted.mean:.4f}" in said and "drawn answers" in said
+
+
+def test_the_command_refuses_what_does_not_fit(tmp_path):
+    """Unknown tasks, tasks with text, options without a task and policies without an end token are one line each."""
+    here = ("evaluate", str(POLICY))
+    assert "accepted: arithmetic" in error(*here, "--task", "geometry")
+    assert "--task" in error(*here, "--sample")
+    assert "alone" in error(*here, "--task", "arithmetic", "--text", str(tmp_path / "t.txt"))
+    assert "--task arithmetic" in error(*here)
+    endless = shutil.copytree(POLICY, tmp_path / "endless")
+    config = json.loads((endless / "config.json").read_text()) | {"eos_token_id": None}
+    (endless / "config.json").write_text(json.dumps(config))
+    assert "eos_token_id" in error("evaluate", str(endless), "--task", "arithmetic")
 
 
 def test_bad_requests_are_refused():

@@ -17,7 +17,6 @@ from quantkit.cli.options import (
     Cache,
     Checkpoint,
     Env,
-    Episodes,
     Exceptions,
     Factory,
     Force,
@@ -93,7 +92,12 @@ def _phrase(fact: Any) -> str:
 def evaluate(
     checkpoint: Checkpoint,
     env: Env = None,
-    episodes: Episodes = 20,
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            "--episodes", "-n", min=1, help="Episodes (20), or problems of a task (500).", rich_help_panel=_NUM
+        ),
+    ] = None,
     seed: Seed = 1000,
     factory: Factory = None,
     inputs: Inputs = None,
@@ -108,10 +112,22 @@ def evaluate(
         ),
     ] = None,
     kv_cache: Cache = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Problems for a language policy: arithmetic. Measure the reward.", rich_help_panel=_IN),
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw answers to --task at temperature 1.", rich_help_panel=_NUM)
+    ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="A float policy: the KL divergence to it on its answers to --task.", rich_help_panel=_IN),
+    ] = None,
     normalize: Normalize = "stage",
     json: Json = False,
 ) -> None:
-    """Report the return of deterministic episodes; with --labels, the accuracy; with --text, the perplexity.
+    """Report the return of deterministic episodes; with --labels, the accuracy; with --text, the perplexity; with
+    --task, the reward.
 
     Each with its uncertainty.
     """
@@ -121,16 +137,22 @@ def evaluate(
         from quantkit.caches import parse_cache
 
         parse_cache(kv_cache)
+    if task is None and (sample or reference is not None):
+        raise InputError("--sample and --reference are for --task")
     model = load(checkpoint, env, factory, normalize, inputs)
 
     from quantkit.language import is_language
 
-    if is_language(model):
+    if is_language(model) and task is not None:
+        if text is not None or kv_cache is not None:
+            raise InputError("--task is evaluated alone; leave out --text and --kv-cache")
+        _evaluate_reward(checkpoint, model, task, episodes or 500, seed, sample, reference, json)
+    elif is_language(model):
         _evaluate_perplexity(checkpoint, model, text, kv_cache, json)
-    elif text is not None or kv_cache is not None:
-        raise InputError(f"{checkpoint} is no language model; --text and --kv-cache are for one")
+    elif text is not None or kv_cache is not None or task is not None:
+        raise InputError(f"{checkpoint} is no language model; --text, --kv-cache and --task are for one")
     elif isinstance(model.module, Policy) and labels is None:
-        _evaluate_policy(checkpoint, model, episodes, seed, json)
+        _evaluate_policy(checkpoint, model, episodes or 20, seed, json)
     elif isinstance(model.module, Policy):
         raise InputError(f"{checkpoint} is a policy: it is evaluated in episodes; --labels is for other networks")
     elif labels is None or inputs is None:
@@ -190,7 +212,9 @@ def _evaluate_perplexity(checkpoint: Path, model: Model, text: Path | None, kv_c
     from quantkit.loaders.hf import read_tokenizer
 
     if text is None:
-        raise InputError(f"{checkpoint} is a language model: give --text FILE.txt to measure its perplexity")
+        raise InputError(
+            f"{checkpoint} is a language model: give --text FILE.txt for its perplexity, or --task arithmetic"
+        )
     cache = None if kv_cache is None else lambda config: make_cache(kv_cache, config)
     with progress_bar("perplexity", "documents") as update:
         score = perplexity(model, read_tokenizer(checkpoint), text, cache=cache, progress=update)
@@ -201,6 +225,55 @@ def _evaluate_perplexity(checkpoint: Path, model: Model, text: Path | None, kv_c
     error = f"± {score.stderr:.4f} (standard error of" if score.n > 1 else "(no error known of"
     say(f"{checkpoint} on {text}: perplexity {score.mean:.4f} {error} {score.n:,} documents)")
     say(f"  {score.tokens:,} tokens predicted in {score.seconds:.1f} s" + (f", cache {kv_cache}" if kv_cache else ""))
+
+
+def _evaluate_reward(
+    checkpoint: Path,
+    model: Model,
+    task: str,
+    problems: int,
+    seed: int,
+    sample: bool,
+    reference: Path | None,
+    json: bool,
+) -> None:
+    from quantkit.language import runner
+    from quantkit.loaders.hf import read_tokenizer
+    from quantkit.tasks import reward
+
+    if task not in reward.TASKS:
+        raise InputError(f"--task {task!r}; accepted: {', '.join(reward.TASKS)}")
+    made, tokenizer, end = (
+        reward.TASKS[task](problems, seed),
+        read_tokenizer(checkpoint),
+        model.meta["config"].get("eos_token_id"),
+    )
+    if not isinstance(end, int):
+        raise InputError(
+            f"{checkpoint}: config.json has eos_token_id {end}; a task needs the one token that ends an answer"
+        )
+    options: Any = {"end": end, "temperature": float(sample), "seed": seed}
+    with progress_bar("problems", "problems") as update:
+        score = reward.evaluate(runner(model), tokenizer, made, **options, progress=update)
+    document = score.to_json() | {"task": task}
+    if reference is not None:
+        other = load(reference, None, None, "stage", None)
+        if other.meta.get("vocabulary") != model.meta["vocabulary"]:
+            raise InputError(
+                f"{reference} and {checkpoint} have different vocabularies; give the float policy it came from"
+            )
+        with progress_bar("KL", "problems") as update:
+            nats, error = reward.kl(runner(model), runner(other), tokenizer, made, **options, progress=update)
+        document |= {"kl": nats, "kl_stderr": error if problems > 1 else None}
+    if json:
+        print_json(document)
+        return
+    how = "drawn" if sample else "greedy"
+    say(f"{checkpoint} on {problems:,} problems of {task}, {how} answers: reward {score.mean:.4f} ± {score.stderr:.4f}")
+    right = f"{score.exact_match:.2%}, 95 % interval [{score.exact_low:.2%}, {score.exact_high:.2%}]"
+    say(f"  right {right}, {score.seconds:.1f} s")
+    if reference is not None:
+        say(f"  KL to {reference}: {nats:.5f} ± {error:.5f} nats a token")
 
 
 @app.command(
