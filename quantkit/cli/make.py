@@ -199,7 +199,6 @@ def generate(
 ) -> None:
     """Continue a text with a language model."""
     from quantkit.caches import parse_cache
-    from quantkit.errors import InputError
 
     if temperature is not None and not sample:
         raise InputError(f"--temperature {temperature:g} is of --sample; greedy decoding has none")
@@ -227,7 +226,6 @@ def _continued(
 ) -> dict[str, Any]:
     """The prompt continued in torch."""
     from quantkit.caches import make_cache
-    from quantkit.errors import InputError
     from quantkit.language import continued, is_language
     from quantkit.loaders.hf import read_tokenizer
 
@@ -278,7 +276,6 @@ def export(
                 say(line)
         return
     from quantkit.artifact import load_artifact
-    from quantkit.errors import InputError
     from quantkit.export import export_onnx
 
     model = load_artifact(directory, factory=factory)
