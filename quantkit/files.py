@@ -29,6 +29,8 @@ def new_directory(path: Path, *, force: bool = False, marker: str | None = None)
     try:
         yield temporary
         temporary.chmod(0o755)
+        for file in temporary.rglob("*"):  # safetensors writes for the owner alone
+            file.chmod(file.stat().st_mode | (0o055 if file.is_dir() else 0o044))
         if path.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             try:

@@ -380,7 +380,6 @@ def pick(
         save_artifact(choice.model, place / "model")
         for file in (place / "model").iterdir():
             shutil.move(file, place / file.name)
-            (place / file.name).chmod(0o644)
         (place / "model").rmdir()
         record["onnx"] = _export(choice.model, place, states, row["score"]["n"], seed, count("verify in onnxruntime"))
         mean = record["onnx"]["verified"]["mean_torch"]

@@ -31,9 +31,11 @@ def test_a_new_directory_appears_whole(tmp_path: Path) -> None:
     """The target exists only after the block, readable by others, and nothing else is left."""
     with new_directory(tmp_path / "d") as folder:
         (folder / "f").write_text("x")
+        (folder / "f").chmod(0o600)
         assert not (tmp_path / "d").exists()
     assert listing(tmp_path) == {"d": None, "d/f": b"x"}
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "d/f").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("failure", FAILURES)
