@@ -15,7 +15,7 @@ as e2m1 or e2m3. Scales are stored once, for a row or group, and repeated by Exp
 onnxruntime computes that when it loads the file; those of e8m0 are stored as exponents. Biases are the operator's own.
 
 The operator's `accuracy_level` (onnxruntime 1.31, x86 with AVX-512 VNNI, one thread, 2048 x 2048, one row): at 1
-inputs stay float32; 2- and 8-bit weights are then 8 to 11 times slower than a float32 product, 4-bit ones twice as fast.
+inputs stay float32; 2- and 8-bit weights are then 8 to 11 times slower than a float32 product, 4-bit ones 2.2x as fast.
 At 4 inputs are rounded to 8 bits in blocks, an error of 0.6 % of the largest output, and 2, 4 and 8 bits are 9.7, 6.0
 and 3.6 times as fast as float32 (reports/language/nbits_speed.csv). 2 bits are fast in blocks of 32, 64 and 128 only.
 """
