@@ -28,7 +28,7 @@ def quantized(tmp_path: Path, kind: str = "llama", *options: str, **config) -> P
     return tmp_path / "q"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gemma", "gpt2"))])
 def test_generate_is_the_same_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     """The text that `generate` makes with the ONNX file is the text that it makes with the directory."""
     directory, out = quantized(tmp_path, kind), tmp_path / "out"
