@@ -196,3 +196,32 @@ def test_a_quantized_head_and_embedding(tmp_path: Path) -> None:
     found = export_gguf.export(decoder_of(model, model.config), tmp_path / "own.gguf")
     held = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "own.gguf").tensors}
     assert held["output.weight"] == found["types"]["lm_head"] == "Q8_0" and held["token_embd.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "granularity"),
+    [
+        ("llama", "ternary", PerRow()),
+        ("llama", "int4", PerGroup(32)),
+        ("llama", "e2m1", PerGroup(32, "e8m0")),
+        ("llama3", "int8", PerRow()),
+        ("mistral", "int4", PerGroup(32)),
+        ("qwen2", "int8", PerGroup(32)),
+        ("qwen3", "int8", PerRow()),
+    ],
+)
+def test_llama_cpp_runs_the_file(family: str, name: str, granularity, tmp_path: Path) -> None:
+    """llama.cpp's logits are within a twentieth of the largest: it rounds a layer's inputs to 8 bits."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    sizes = {"layers": 2, "hidden": 768, "intermediate_size": 512, "head_dim": 128}
+    model = network(family, **(sizes | ({"sliding_window": 64} if family == "mistral" else {})))
+    for parameter in model.parameters():  # milder attention, so that a small error stays one
+        parameter.data = parameter.data * 0.3 if parameter.dim() == 2 else parameter.data
+    model, plain = rounded(model, name, granularity, where="layers")
+    export_gguf.export(decoder_of(model, model.config), tmp_path / "x.gguf")
+    runtime = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    x = ids(1, 12)
+    runtime.eval(x[0].tolist())
+    scores = np.array(runtime.scores[:12])
+    runtime.close()
+    assert apart(scores, logits_of(plain, x)[0]) < 0.05
