@@ -136,12 +136,15 @@ def read_calibration(
     if len(tokens) < window:
         raise InputError(f"{file}: {len(tokens)} tokens in {len(texts)} documents are less than one window of {window}")
     windows = tokens[: len(tokens) // window * window].reshape(-1, window)
-    return Calib(windows, batch=_rows(window, int(model.meta["vocabulary"]), len(windows)))
+    return Calib(windows, batch=_rows(model, window, len(windows)))
 
 
-def _rows(length: int, vocabulary: int, most: int) -> int:
-    """How many sequences to run at once: about 4096 tokens, and logits of at most 2^27 numbers."""
-    return max(1, min(most, 4096 // length, 2**27 // (length * vocabulary)))
+def _rows(model: Model, length: int, most: int) -> int:
+    """How many sequences to run at once: at most 4096 tokens, 2^27 logits and 2^23 scores of attention."""
+    config = model.meta["config"]
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    logits = 2**27 // (length * int(model.meta["vocabulary"]))
+    return max(1, min(most, 4096 // length, logits, 2**23 // (heads * length**2)))
 
 
 def _check_tokens(model: Model, tokens: Tensor, file: Path) -> None:
@@ -168,7 +171,7 @@ def perplexity(
     _check_tokens(model, torch.cat(documents), file)
     module: Any = runner(model) if cache is None else causal_lm(model)
     make = None if cache is None else lambda: cache(module.config)
-    batch = min(32, _rows(max(map(len, documents)), int(model.meta["vocabulary"]), len(documents)) * 4)
+    batch = 4 * _rows(model, max(map(len, documents)), len(documents))
     return evaluate(module, documents, batch=batch, cache=make, progress=progress)
 
 

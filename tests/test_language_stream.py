@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from test_cli import call, document, error
-from test_language import STORY, checkpoint, ids
+from test_language import checkpoint, ids
 from test_loader_hf import change, folder
 
 from quantkit.artifact import load_artifact, save_artifact
@@ -59,11 +59,11 @@ def same(a: Path, b: Path) -> None:
     ("kind", "recipe", "memory"),
     [
         ("llama", AIMED, 2**30),
-        ("llama", LEARNED, 2**30),
-        ("gemma", INPUTS, 0),
         ("gpt2", INPUTS, 20_000),
-        ("qwen3", AIMED, 0),
-        ("mistral", BLOCKS, 0),
+        ("gemma", INPUTS, 0),
+        pytest.param("llama", LEARNED, 2**30, marks=pytest.mark.slow),
+        pytest.param("qwen3", AIMED, 0, marks=pytest.mark.slow),
+        pytest.param("mistral", BLOCKS, 0, marks=pytest.mark.slow),
     ],
 )
 def test_blocks_make_the_directory_of_the_whole(kind: str, recipe: Recipe, memory: int, tmp_path: Path) -> None:
@@ -100,8 +100,16 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("kind", "recipe"), [("llama", AIMED), ("gemma", INPUTS), ("llama", LEARNED)])
-@pytest.mark.parametrize("layers", [3, 12, 15])
+@pytest.mark.parametrize(
+    ("kind", "recipe", "layers"),
+    [
+        ("llama", AIMED, 12),
+        pytest.param("llama", AIMED, 3, marks=pytest.mark.slow),
+        pytest.param("gemma", INPUTS, 12, marks=pytest.mark.slow),
+        pytest.param("gemma", INPUTS, 15, marks=pytest.mark.slow),
+        pytest.param("llama", LEARNED, 12, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_goes_on_at_its_block(kind: str, recipe: Recipe, layers: int, tmp_path: Path) -> None:
     """Wherever it stopped, the result is the same, and no layer of a finished block is done again."""
     path = folder(tmp_path, kind)
@@ -191,8 +199,3 @@ def test_joined_files_are_one_file(tmp_path: Path) -> None:
     data = (tmp_path / "all.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     assert len(data) == 8 + length + sum(a.nbytes for a in wanted.values()) and length % 8 == 0
-
-
-def test_the_story_is_long_enough() -> None:
-    """The text of these tests has nine windows of 16."""
-    assert len([w for w in STORY.split() if w.startswith("w")]) - 1 >= 144

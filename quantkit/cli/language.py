@@ -45,14 +45,14 @@ def language_job(
     weights: Weights | None
     try:
         model, weights = hf.outline(checkpoint)
-        model = captured(model, inplace=True)
     except KeyError as error:
-        model, weights = captured(hf.load(checkpoint)), None
+        model, weights = hf.load(checkpoint), None
         unread = f"its files name tensors as transformers did once ({error.args[0]})"
+    calib = _calibration(model, checkpoint, recipe, calibration, window, documents)
+    model = captured(model, inplace=True)
     recipe = for_kind(recipe, preset, model)
     check(model, recipe)
     check_groups(model, recipe)
-    calib = _calibration(model, checkpoint, recipe, calibration, window, documents)
     return Job(model, weights, recipe, calib, unread if weights is None else why_whole(model, recipe))
 
 
