@@ -227,6 +227,27 @@ def test_language_models(distill):
     assert torch.equal(done.layers()["lm_head"].weight, module.lm_head.weight)
 
 
+@pytest.mark.parametrize("distill", [1.0, 0.0])
+def test_answers_alone_count(distill):
+    """With the tokens that end prompts and answers the loss is the mean over what the policy says, and of no other."""
+    ids = torch.tensor([[4, 9, 7, 8, 1, 1], [5, 6, 4, 9, 3, 1]])
+    said = [(0, 1), (0, 2), (0, 3), (1, 3), (1, 4)]
+    y, t = random(2, 6, 11), random(2, 6, 11, seed=1)
+    loss = tequila._loss(Model(nn.Identity(), ids), t, ids, distill, (9, 1))
+    each = []
+    for row, at in said:
+        p, q = t[row, at].softmax(0), y[row, at].log_softmax(0)
+        each.append(float((p * (p.log() - q)).sum() if distill else -q[ids[row, at + 1]]))
+    assert float(loss(y, t, ids)) == pytest.approx(sum(each) / len(said), rel=1e-5)
+    other = y.clone()
+    other[0, 0], other[0, 4:], other[1, :3], other[1, 5] = 3.0, -2.0, 5.0, 1.0
+    other += random(2, 6, 1, seed=2)  # a constant of each position is none of a distribution
+    assert float(loss(other, t, ids)) == pytest.approx(sum(each) / len(said), rel=1e-4)
+    for bad in ((None, 1), (10, 1)):
+        with pytest.raises(InputError, match="prompt"):
+            tequila._loss(Model(nn.Identity(), ids), t, ids, distill, bad)
+
+
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
@@ -235,6 +256,7 @@ def test_language_models(distill):
         ("ternary:group1", {}, r"layer 'net\.0' has scales in a format; accepted: tensor, row, group<size>"),
         ("ternary", {"steps": 0}, "steps, batch, rounds and states must be 1 or more"),
         ("ternary", {"distill": 0.5}, "which only a language model does"),
+        ("ternary", {"prompt_end": 3}, "prompt_end is for language models"),
     ],
 )
 def test_bad_input(weights, options, message):

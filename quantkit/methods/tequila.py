@@ -195,13 +195,13 @@ def _loss(model: Model, example: Tensor, inputs: Tensor, distill: float, ends: t
 
         def language(y: Tensor, t: Tensor, ids: Tensor) -> Tensor:
             total = y.new_zeros(())
-            where = slice(None) if prompt_end is None else answering(ids, prompt_end, answer_end)
+            where = None if prompt_end is None else answering(ids, prompt_end, answer_end)
             if distill > 0:
-                log_p, log_q = F.log_softmax(t[where], dim=-1), F.log_softmax(y[where], dim=-1)
+                log_p, log_q = (F.log_softmax(x if where is None else x[where], dim=-1) for x in (t, y))
                 total = total + distill * (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
             if distill < 1:
                 each = F.cross_entropy(y[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-                total = total + (1 - distill) * (each if prompt_end is None else each[where[:, :-1]]).mean()
+                total = total + (1 - distill) * (each if where is None else each[where[:, :-1]]).mean()
             return total
 
         return language
