@@ -4,8 +4,8 @@
 
 LunarLander (the agent of this repository), preset fast, int2, 3, 4, 5, 6, 8 for the weights and the inputs of each of
 its three layers, drawn at random. Seconds: measuring the sensitivities, and predicting loss and cost of all designs and
-sorting them by fronts (the front, what is the front without it, and so on). Rows: the designs of the first fronts as
-predicted and as evaluated.
+finding the front of LUTs against loss. Rows: 20 designs spread evenly over that front (with the next one behind it if it
+has fewer), as predicted and as evaluated.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ STEPS = preset_steps("fast")
 
 
 def ranked(found: list[Prediction], count: int) -> list[int]:
-    """Indices of at least `count` predictions, front after front, the last front cut."""
+    """Indices of `count` predictions by ascending LUTs: spread evenly over as many fronts as it takes."""
     left, order = list(range(len(found))), list[int]()
     while len(order) < count and left:
         points = [(found[i].cost("luts") or np.inf, found[i].loss) for i in left]
         members = [left[k] for k in nondominated(points, (False, False))]
-        order += sorted(members, key=lambda i: found[i].loss)
+        order += members
         left = [i for i in left if i not in set(members)]
-    return order[:count]
+    order.sort(key=lambda i: found[i].cost("luts") or 0.0)
+    return [order[k] for k in np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int))]
 
 
 def main(designs: int, verify: int, episodes: int) -> None:

@@ -69,14 +69,23 @@ def expected() -> dict[str, Row]:
     return {row["id"]: row for row in rows}
 
 
+def written(folder: Path) -> int:
+    """Bytes of rows."""
+    path = folder / "rows.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
 def kill_law(folder: Path, kills: int, resume: Callable[[Path, Any], None] = study_in) -> None:
     """Killed at random moments until done, each design has one row, equal to that of an undisturbed run."""
     rng = random.Random(5)
     done = 0
     for number in range(100 * kills):
         process = FORK.Process(target=resume, args=(folder, stub(folder)))
+        before = written(folder)
         process.start()
-        time.sleep(rng.uniform(0.004, 0.03))
+        while number % 3 and process.is_alive() and written(folder) == before:
+            time.sleep(0.001)  # two of three: not before something was written
+        time.sleep(rng.uniform(0.0, 0.02))
         if number < kills:
             os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         process.join()
@@ -107,7 +116,13 @@ def test_five_kills_change_nothing(tmp_path: Path) -> None:
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     """Two processes on one study evaluate every design once between them, both of them some, and end with all rows."""
-    processes = [FORK.Process(target=study_in, args=(tmp_path, stub(tmp_path, 0.01))) for _ in range(2)]
+    together = FORK.Barrier(2)
+
+    def begin() -> None:
+        together.wait()
+        study_in(tmp_path, stub(tmp_path, 0.02))
+
+    processes = [FORK.Process(target=begin) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -163,7 +178,7 @@ def small_disk(folder: Path, room: int) -> None:
     """A process that may write only so many bytes more to a file: exits 2 with the message on `folder`/message."""
     import resource
 
-    size = (folder / "rows.jsonl").stat().st_size if (folder / "rows.jsonl").exists() else 0
+    size = written(folder)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, before[1]))
     try:
