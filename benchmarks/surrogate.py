@@ -4,8 +4,8 @@
 
 LunarLander (the agent of this repository), preset fast, int2, 3, 4, 5, 6, 8 for the weights and the inputs of each of
 its three layers, drawn at random. Seconds: measuring the sensitivities, and predicting loss and cost of all designs and
-finding the front of LUTs against loss. Rows: 20 designs spread evenly over that front (with the next one behind it if it
-has fewer), as predicted and as evaluated.
+finding the front of LUTs against loss. Rows: 20 designs spread evenly over that front (and the next one behind it if
+it has fewer), as predicted and as evaluated.
 """
 
 from __future__ import annotations

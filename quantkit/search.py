@@ -3,7 +3,8 @@
 1. Sensitivities of every pipeline are measured (`sensitivity`), and the front of mixed precision under the budgets is
    allocated (`allocate`). Its designs are the first, with the predicted front of uniform precision, which is there to
    be beaten.
-2. Optuna (NSGA-II or TPE) proposes formats for each layer, a granularity and a pipeline, a batch at a time. More are
+2. Batch after batch, half of the designs are allocated where the front of returns found so far has its widest gaps,
+   and the others are Optuna's (NSGA-II or TPE): formats for each layer, a granularity and a pipeline. Of these more are
    proposed than evaluated: those whose predicted cost is over a budget, or whose predicted loss and cost most others
    beat, are dropped before an episode is played.
 3. Returns are raced (`racing`): what is clearly worse, or clearly as good, stops early.
@@ -18,6 +19,7 @@ Optuna's storage is a record of the trials, written after each batch, and not wh
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hwmodel.packing import WIDE_PORT
-from quantkit.allocate import RESOURCES, budget_front, default_latency, problem
+from quantkit.allocate import RESOURCES, Problem, allocate, budget_front, default_latency, problem
 from quantkit.backends import Mapper
 from quantkit.claims import Claims
 from quantkit.errors import InputError
@@ -76,6 +78,8 @@ class Limits:
 Tables = list[dict[tuple[str, str, str, str], Cell]]
 """For each pipeline the cells by layer, formats of weights and inputs, and granularity."""
 Seed = tuple[Recipe, tuple[Cell, ...]]
+Programs = list[tuple[Problem, dict[str, float]]]
+"""For each pipeline what `allocate` takes."""
 Update = Callable[[int, int, Row | None], None]
 
 
@@ -109,7 +113,7 @@ def search(
     limits = Limits(dict(budgets or {}))
     _check(study, cost, limits)
     record = open_storage(storage, folder)
-    tables, seeds = _seeds(study, folder, space, cost, limits, points, measuring)
+    tables, seeds, programs = _seeds(study, folder, space, cost, limits, points, measuring)
     seeds = seeds[:designs]
     settled: dict[str, Row] = {}
 
@@ -124,7 +128,7 @@ def search(
             settled[row["id"]] = row
 
     evaluate([recipe for recipe, _ in seeds], "allocation", races)
-    guide = _Guide(study, space, tables, limits, cost, sampler, batch, races)
+    guide = _Guide(study, space, tables, limits, cost, sampler, batch, races, programs)
     guide.begin(seeds, settled)
     idle = 0
     while len(settled) < designs and idle < _IDLE and (episodes is None or guide.played(settled) < episodes):
@@ -178,10 +182,11 @@ def _seeds(
     limits: Limits,
     points: int,
     measuring: Progress | None,
-) -> tuple[Tables, list[Seed]]:
+) -> tuple[Tables, list[Seed], Programs]:
     """The cells of each pipeline, and what to begin with: allocated and uniform fronts, in turns of the pipelines."""
     tables: Tables = []
     fronts: list[list[Seed]] = []
+    programs: Programs = []
     for steps in space.pipelines:
         cells = measure(study, folder, space.weights, space.acts, space.granularities, steps, measuring)
         tables.append({(c.layer, c.weights, c.acts, c.granularity): c for options in cells.values() for c in options})
@@ -193,11 +198,12 @@ def _seeds(
         part = study.settings.device
         port = WIDE_PORT[part.family] if part is not None and study.settings.mapping == "dsp" else None
         given = problem(cells, on={cost, *allowed}, port=port)
+        programs.append((given, allowed))
         chosen = [point.cells for point in budget_front(given, cost, allowed, points)]
         chosen += _uniform_front(study, cells, limits, cost)[:points]
         fronts.append([(assemble(some, steps, space.seed), some) for some in chosen])
     turns = [seed for group in itertools.zip_longest(*fronts) for seed in group if seed is not None]
-    return tables, list({design_id(recipe): (recipe, cells) for recipe, cells in turns}.values())
+    return tables, list({design_id(recipe): (recipe, cells) for recipe, cells in turns}.values()), programs
 
 
 def _uniform_front(
@@ -227,10 +233,11 @@ class _Guide:
         sampler: Sampler,
         batch: int,
         races: bool,
+        programs: Programs,
     ) -> None:
         optuna = _optuna()
         self.model, self.space, self.tables, self.limits = study, space, tables, limits
-        self.cost, self.batch, self.races = cost, batch, races
+        self.cost, self.batch, self.races, self.programs = cost, batch, races, programs
         self.layers = list(study.model.layers())
         if sampler == "nsga2":
             chosen: Any = optuna.samplers.NSGAIISampler(population_size=batch, seed=space.seed)
@@ -243,6 +250,11 @@ class _Guide:
 
     def begin(self, seeds: Sequence[Seed], rows: Mapping[str, Row]) -> None:
         """Tell the designs that were there before the first proposal."""
+        self._suggest(seeds)
+        self.tell(rows)
+
+    def _suggest(self, seeds: Sequence[Seed]) -> Sequence[Seed]:
+        """The designs, made trials of Optuna's."""
         for recipe, cells in seeds:
             self.study.enqueue_trial(self._params(recipe, cells))
         for recipe, cells in seeds:
@@ -250,10 +262,40 @@ class _Guide:
             self._draw(trial)
             self.asked.append((trial, name))
             self.seen[name] = predict(cells, self.model.settings)
-        self.tell(rows)
+        return seeds
+
+    def _between(self, rows: Mapping[str, Row]) -> list[Seed]:
+        """Up to half a batch of new designs allocated in the gaps of the front found so far, the widest first.
+
+        A gap is as wide as the logarithm of its costs' ratio times its returns' difference.
+        """
+        good = [row for row in rows.values() if "score" in row and not self.limits.over(row)]
+        points = [(cost, self._shown(row)[1], row) for row in good if (cost := value(row, self.cost))]
+        ends = sorted(
+            (points[i] for i in nondominated([(c, mean) for c, mean, _ in points], (False, True))), key=lambda p: p[0]
+        )
+        gaps = sorted(itertools.pairwise(ends), key=lambda ab: -math.log(ab[1][0] / ab[0][0]) * (ab[1][1] - ab[0][1]))
+        texts = [pipeline_text(steps) for steps in self.space.pipelines]
+        found: dict[str, Seed] = {}
+        for (low, _, _), (high, _, row) in gaps:
+            index = texts.index(row["steps"]) if row["steps"] in texts else 0
+            given, allowed = self.programs[index]
+            for share in (0.5, 0.25, 0.75):
+                try:
+                    cells = allocate(given, {**allowed, self.cost: low ** (1 - share) * high**share}).cells
+                except InputError:
+                    continue
+                recipe = assemble(cells, self.space.pipelines[index], self.space.seed)
+                if (name := design_id(recipe)) not in rows and name not in found:
+                    found[name] = (recipe, cells)
+                    break
+            if len(found) >= self.batch // 2:
+                break
+        return list(found.values())
 
     def ask(self, rows: Mapping[str, Row], most: int) -> list[Recipe]:
         """The designs to evaluate next, at most a batch and `most`: none that has a row."""
+        allocated = [recipe for recipe, _ in self._suggest(self._between(rows)[:most])]
         found: dict[str, tuple[Recipe, Prediction]] = {}
         for _ in range(PROPOSALS * self.batch):
             trial = self.study.ask()
@@ -266,10 +308,10 @@ class _Guide:
             if name not in self.seen:
                 self.seen[name] = predict(cells, self.model.settings)
             self.asked.append((trial, name))
-            if name not in rows and not self.limits.over(self.seen[name].row):
+            if name not in rows and not self.limits.over(self.seen[name].row) and recipe not in allocated:
                 found[name] = (recipe, self.seen[name])
         best = sorted(found, key=lambda name: (self._beaten(found[name][1], rows), name))
-        return [found[name][0] for name in best[: min(self.batch, most)]]
+        return [*allocated, *(found[name][0] for name in best)][: min(self.batch, most)]
 
     def tell(self, rows: Mapping[str, Row]) -> None:
         """What became of all that was asked: values of those with a row, the others count as not tried."""
