@@ -142,10 +142,14 @@ def _axes(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
 
 
 def _limits(axes: Axes, ys: Sequence[float], on_front: Sequence[float], center: float, margin: float) -> None:
-    """From the lowest point of the front, but at most six margins down, to the best, with room for the label."""
+    """From the lowest point of the front to the best, with room for the label.
+
+    At most six margins down, if some of the front is there.
+    """
     margin = max(margin, 1e-9)
     top = max([*ys, center])
-    low = max(min([*on_front, center - 1.5 * margin]), center - 6 * margin) - 0.3 * margin
+    low, floor = min([*on_front, center - 1.5 * margin]), center - 6 * margin
+    low = (max(low, floor) if max(on_front, default=center) >= floor else low) - 0.3 * margin
     axes.set_ylim(low, top + 0.42 * (top - low))
     hidden = sum(v < low for v in ys)
     if hidden:

@@ -20,7 +20,7 @@ from hwmodel.devices import find_device
 from hwmodel.formats import Float, FormatError, bits, element, parse
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_file
-from quantkit.pareto import COLUMNS, COSTS, front, knee, value
+from quantkit.pareto import COLUMNS, COSTS, front, knee, value, why_knee
 from quantkit.report import default_cost, failures, read_study
 from quantkit.results import Row, read_rows
 
@@ -172,7 +172,7 @@ def quantize_command(row: Mapping[str, Any], settings: Mapping[str, Any], origin
     base, *others = recipe["plan"]
     if base["layers"] != "*" or any(entry["granularity"] != base["granularity"] for entry in others):
         return None
-    words = ["quantkit", "quantize", str(settings.get("checkpoint")), "-o", f"{row['id']}.q"]
+    words = ["quantkit", "quantize", _typed(settings, origin), "-o", f"{row['id']}.q"]
     words += ["--weights", base["weight"], "--acts", base["act"]]
     words += ["--granularity", base["granularity"]] if base["granularity"] != "row" else []
     for entry in others:
@@ -183,6 +183,18 @@ def quantize_command(row: Mapping[str, Any], settings: Mapping[str, Any], origin
     words += ["--env", origin["env"]] if origin.get("env") else []
     words += ["--normalize", "fold"] if settings.get("normalizer") == "fold" else []
     return shlex.join(words)
+
+
+def _typed(settings: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """The checkpoint as it was typed when the study was begun, or else its name."""
+    if not origin.get("path"):
+        return str(settings.get("checkpoint"))
+    name = Path(origin["path"]).name
+    try:
+        words = shlex.split(origin.get("command") or "")
+    except ValueError:
+        words = []
+    return next((word for word in words if Path(word).name == name), name)
 
 
 def _layers(document: Mapping[str, Any], rows: Sequence[Row], given: Path | None) -> list[dict[str, Any]]:
@@ -260,11 +272,12 @@ def _head(
     env, algo = (settings.get("env") or {}).get("id", "?"), str(settings.get("algo") or "policy").upper()
     good = sum((row.get("verdict") or {}).get("verdict") == "non-inferior" for row in rows)
     best, seed = rows[study["knee"]], study["seed"]
+    why = why_knee(best, reference["mean"], study["margin"])
     stderr = reference.get("stderr")
     facts = [
         ("float policy", _text(reference["mean"]), f"± {_text(stderr)} standard error" if stderr else "one episode"),
         ("designs", str(len(rows)), f"{good} non-inferior to float"),
-        ("the design to take", f"{best['weights']} × {best['acts']}", best["steps"]),
+        ("the design to take", f"{best['weights']} × {best['acts']}", f"{best['steps']}: {why}"),
     ]
     cost = value(best, study["x"])
     if cost is not None:

@@ -86,3 +86,12 @@ def knee(
         if mean >= reference - margin:
             return index
     return max(known, key=lambda i: known[i], default=None)
+
+
+def why_knee(row: Mapping[str, Any], reference: float, margin: float) -> str:
+    """Which of `knee`'s rules chose a row, in words."""
+    if row.get("verdict", {}).get("verdict") == "non-inferior":
+        return "the cheapest non-inferior design on the front"
+    if (value(row, "mean") or 0.0) >= reference - margin:
+        return "the cheapest on the front whose mean return is within the margin; none there is proved non-inferior"
+    return "the best return on the front, where no design is within the margin"

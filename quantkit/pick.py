@@ -29,7 +29,7 @@ from quantkit.export import export_onnx
 from quantkit.files import check_new, new_directory, new_file, sha256_of
 from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
-from quantkit.pareto import COLUMNS, COSTS, front, knee, value
+from quantkit.pareto import COLUMNS, COSTS, front, knee, value, why_knee
 from quantkit.recipe import Recipe, quantize
 from quantkit.report import default_cost, read_study
 from quantkit.results import Row, append_row, versions
@@ -136,11 +136,11 @@ def wanted(
     if not priced:
         raise InputError(f"no design of the study has a number for {x!r}; take another --x")
     if at_knee:
-        index = knee(rows, front(rows, x, "mean"), document["reference"]["mean"], document["margin"], x)
+        reference, margin = document["reference"]["mean"], document["margin"]
+        index = knee(rows, front(rows, x, "mean"), reference, margin, x)
         assert index is not None
-        return [
-            rows[index]
-        ], f"the knee of return against {COLUMNS[x][1]}: the cheapest non-inferior design on the front"
+        why = why_knee(rows[index], reference, margin)
+        return [rows[index]], f"the knee of return against {COLUMNS[x][1]}, {why}"
     assert max_loss is not None
     span = span_of(document)
     limit = parse_loss(max_loss, span)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import call, error
+from test_cli import call, document, error
 from test_figures import CASES, study
 
 from quantkit.cli import app
@@ -50,9 +50,9 @@ def embedded(page: str) -> dict[str, Any]:
     """The JSON document that a page holds."""
     found = re.search(r'<script type="application/json" id="study">(.*?)</script>', page, re.DOTALL)
     assert found
-    document = json.loads(found[1])
-    assert isinstance(document, dict)
-    return document
+    told = json.loads(found[1])
+    assert isinstance(told, dict)
+    return told
 
 
 def written(folder: Path, output: Path) -> str:
@@ -64,17 +64,17 @@ def written(folder: Path, output: Path) -> str:
 def test_numbers_of_the_page_are_those_of_the_rows(case: str, tmp_path: Path) -> None:
     """Each design has each column's number of its row, bit for bit, and no other; the first choice is the knee."""
     folder = study(tmp_path / "s", CASES[case])
-    document = embedded(written(folder, tmp_path / "page.html"))
+    told = embedded(written(folder, tmp_path / "page.html"))
     _, rows = read_study(folder)
-    assert [d["id"] for d in document["designs"]] == [row["id"] for row in rows]
-    for design, row in zip(document["designs"], rows, strict=True):
+    assert [d["id"] for d in told["designs"]] == [row["id"] for row in rows]
+    for design, row in zip(told["designs"], rows, strict=True):
         expected = {name: value(row, name) for name in COLUMNS if value(row, name) is not None}
         assert design["values"] == expected
         assert (design["n"], design["stderr"]) == (row["score"]["n"], row["score"]["stderr"])
         assert design["verdict"] == row["verdict"]
-    assert set(document["columns"]) == {n for n in COLUMNS if any(value(row, n) is not None for row in rows)}
-    on_front = front(rows, document["x"], "mean")
-    assert document["knee"] == knee(rows, on_front, 10.0, 3.0, document["x"])
+    assert set(told["columns"]) == {n for n in COLUMNS if any(value(row, n) is not None for row in rows)}
+    on_front = front(rows, told["x"], "mean")
+    assert told["knee"] == knee(rows, on_front, 10.0, 3.0, told["x"])
 
 
 def test_returns_shapes_and_costs_are_told(real: Path) -> None:
@@ -127,6 +127,20 @@ def test_the_command_makes_the_same_design(recipe: Recipe) -> None:
     assert design_id(again) == design_id(recipe)
 
 
+def test_the_command_of_the_page_plays_the_rows_episodes(real: Path, tmp_path: Path) -> None:
+    """Run as it stands, with the checkpoint as it was typed, it writes a policy with the row's returns, bit for bit."""
+    shutil.copytree(real, tmp_path / "s")
+    facts = json.loads((real / "study.json").read_text())
+    facts["origin"]["command"] = shlex.join(["quantkit", "sweep", str(AGENT)])  # what a shell would have typed
+    (tmp_path / "s/study.json").write_text(json.dumps(facts))
+    design = page_data(tmp_path / "s")["study"]["designs"][4]
+    words = shlex.split(design["command"])
+    assert words[2] == str(AGENT)
+    words[words.index("-o") + 1] = str(tmp_path / "q")
+    assert call(*words[1:]).exit_code == 0
+    assert document("evaluate", tmp_path / "q", "-n", "3")["returns"] == design["returns"]
+
+
 def test_a_recipe_that_the_command_line_cannot_say_has_no_command() -> None:
     """Layers with granularities of their own: the page offers `pick` only."""
     recipe = Recipe((("*", make_plan("int4", "int4")), ("first", make_plan("int8", "int8", "tensor"))))
@@ -175,11 +189,11 @@ def hostile(folder: Path) -> Path:
         row["verdict"] = {"verdict": HOSTILE, "diff_mean": 1.0, "low": 0.0, "high": 2.0}
     rows.append({"id": "bad", "error": HOSTILE})
     study(folder, rows)
-    document = json.loads((folder / "study.json").read_text())
-    document["settings"] |= {"checkpoint": HOSTILE, "checkpoint_sha256": HOSTILE, "algo": HOSTILE, "device": "xc7a35t"}
-    document["settings"]["env"] = {"id": HOSTILE, "kwargs": {HOSTILE: HOSTILE}}
-    document |= {"origin": {"command": HOSTILE, "path": HOSTILE}, "versions": {HOSTILE: HOSTILE}}
-    (folder / "study.json").write_text(json.dumps(document))
+    facts = json.loads((folder / "study.json").read_text())
+    facts["settings"] |= {"checkpoint": HOSTILE, "checkpoint_sha256": HOSTILE, "algo": HOSTILE, "device": "xc7a35t"}
+    facts["settings"]["env"] = {"id": HOSTILE, "kwargs": {HOSTILE: HOSTILE}}
+    facts |= {"origin": {"command": HOSTILE, "path": HOSTILE}, "versions": {HOSTILE: HOSTILE}}
+    (folder / "study.json").write_text(json.dumps(facts))
     cell = {"layer": HOSTILE, "weights": HOSTILE, "acts": "x", "granularity": "y", "steps": "z", "metric": HOSTILE}
     append_row(folder / "sensitivity.jsonl", cell | {"id": "a", "value": 1.0})
     numbers = {"mean": 1.0, "worst_decile": 1.0, "chatter": 0.1}

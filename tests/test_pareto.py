@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import InputError
-from quantkit.pareto import COLUMNS, front, knee, nondominated, value
+from quantkit.pareto import COLUMNS, front, knee, nondominated, value, why_knee
 
 CLOUDS = st.integers(1, 4).flatmap(
     lambda dims: st.tuples(
@@ -148,3 +148,19 @@ def test_sabotage_a_front_that_keeps_weakly_dominated_points_is_caught() -> None
 
     with pytest.raises(AssertionError):
         front_law(weak)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ROWS, st.floats(-5, 5), st.floats(0, 3))
+def test_the_reason_of_the_knee_is_true(rows: Any, reference: float, margin: float) -> None:
+    """The words say what holds of the front: the first rule that any of its designs satisfies."""
+    on_front = front(rows)
+    chosen = knee(rows, on_front, reference, margin)
+    if chosen is None:
+        return
+    proved = any(rows[i]["verdict"]["verdict"] == "non-inferior" for i in on_front)
+    near = any((value(rows[i], "mean") or 0.0) >= reference - margin for i in on_front)
+    why = why_knee(rows[chosen], reference, margin)
+    assert why.startswith("the cheapest non-inferior") == proved
+    assert ("within the margin; none there is proved" in why) == (near and not proved)
+    assert ("no design is within" in why) == (not near and not proved)

@@ -24,8 +24,7 @@ const fill = (node, ...children) => { node.replaceChildren(...children.filter((c
 
 function number(value, digits = 4) {
   if (value == null) return "–";
-  if (Number.isInteger(value)) return value.toLocaleString("en-US");
-  return Math.abs(value) >= 1e5 ? Math.round(value).toLocaleString("en-US") : String(+value.toPrecision(digits));
+  return value.toLocaleString("en-US", Number.isInteger(value) ? {} : {maximumSignificantDigits: digits});
 }
 const signed = (value) => value == null ? "unbounded" : (value < 0 ? "−" : "+") + number(Math.abs(value));
 const label = (column) => S.columns[column].label;
@@ -118,15 +117,16 @@ function drawFront() {
   }), config);
 }
 
-// From the lowest point of the front, at most six margins under float, to the best.
+// From the lowest point of the front, at most six margins under float, to the best; all of it where the front is lower.
 function shownRange(best, y, reference) {
-  if ($("all").checked || !best.length) return null;
+  if (!best.length) return null;
   const margin = Math.max(S.margin, 1e-9), ys = D.map((d) => value(d, y)).filter((v) => v != null);
-  const bars = y === "mean" ? Math.max(...best.map((i) => D[i].interval)) : 0;
-  const top = Math.max(...ys, reference) + Math.min(bars, 1.5 * margin);
-  const least = Math.max(Math.min(...best.map((i) => value(D[i], y)), reference - 1.5 * margin), reference - 6 * margin);
-  const pad = 0.06 * (top - least) + 0.2 * margin;
-  return Math.min(...ys) >= least - pad && y !== "mean" ? null : [least - pad, top + pad];
+  const ends = best.map((i) => value(D[i], y)), bars = y === "mean" ? Math.max(...best.map((i) => D[i].interval)) : 0;
+  const top = Math.max(...ys, reference) + Math.min(bars, 1.5 * margin), floor = reference - 6 * margin;
+  const whole = $("all").checked || Math.max(...ends) < floor;
+  const least = Math.min(reference - 1.5 * margin, whole ? Math.min(...ys) : Math.max(Math.min(...ends), floor));
+  const pad = 0.06 * (top - least) + (whole ? 0 : 0.2 * margin);
+  return [least - pad, top + pad];
 }
 
 function logTicks(low, high) {
