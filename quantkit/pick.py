@@ -1,7 +1,7 @@
 """From a point of a study to a directory that can be deployed: quantized policy, ONNX, estimate, card.
 
 The design is quantized again from the checkpoint and the study's own calibration states, and what it
-gives is compared with its row: recipe, fidelity, hardware and, episode by episode, returns. A
+gives is compared with its row: recipe, fidelity, hardware and mean return on the same seeds. A
 difference (another version, another machine's rounding) is written down and said, not hidden.
 """
 
@@ -95,7 +95,8 @@ def parse_loss(text: str, span: float) -> float:
 
 
 def loss_bound(row: Mapping[str, Any]) -> float:
-    """The one-sided 95 % upper bound of the paired loss of return against float; inf where none is known."""
+    """The one-sided upper bound of the paired loss of return against float, at the verdict's level (95 %, or more where
+    a race stopped early); inf where none is known."""
     low = (row.get("verdict") or {}).get("low")
     return math.inf if low is None else -float(low)
 
