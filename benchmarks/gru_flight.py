@@ -96,6 +96,7 @@ def run(weights: str, acts: str, args: argparse.Namespace) -> dict[str, Any]:
         "survive simulated": int(simulated.survived.sum()),
         "survive in integers": int(integers.survived.sum()),
         "error m, float": round(float(floats.error_m[floats.survived].mean()), 4),
+        "error m, simulated": round(float(simulated.error_m[simulated.survived].mean()), 4),
         "error m, integers": round(float(integers.error_m[integers.survived].mean()), 4),
         "Verilog apart": apart,
         "cycles": "..".join(map(str, sorted(taken))),

@@ -111,6 +111,8 @@ def fit(
     with plain_errors(), pricing(checked_family(family)), Bar("synthesizing") as progress:
         if not out.parent.is_dir():
             fail(f"{out.parent} is no directory to write {out.name} into")
+        if csv is not None and family != "xc7":
+            fail("--csv fits products of LUTs with six inputs; leave out --family")
         if csv is not None:
             try:
                 rows = fitting.read_utilization(csv)

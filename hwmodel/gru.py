@@ -13,6 +13,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from hwmodel.network import Layer
 from hwmodel.reference import to_units
 from hwmodel.simulate import SimulationError, Tool, compile_design, find_tool
 from hwmodel.spec import LayerSpec, Rescale
-from hwmodel.yosys import _templates
 
 INDEX, G = 10, 10
 """Bits of a table's index, fraction bits of its values."""
@@ -379,7 +379,8 @@ endmodule
 def design_files(cell: Gru, plans: tuple[Fold, Fold]) -> dict[str, str]:
     """Verilog and memories of the module `gru` by file name."""
     text, roms = network_text(cell, plans)
-    files = library() | {"gru_gates.v": _templates()["gru_gates"], "network.v": text}
+    gates = resources.files("hwmodel").joinpath("rtl", "gru_gates.v").read_text()
+    files = library() | {"gru_gates.v": gates, "network.v": text}
     return files | {f"{m.name}.mem": mem_text(m) for m in roms if len(m.words) > 1}
 
 
