@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,16 +184,16 @@ class Site:
 
     inputs: what reaches it now, batch by batch. targets: what it puts out in the float network,
     for the same batches; empty unless asked for. floats: what reaches it in the float network, of a
-    graph with targets only. outputs: what the layer makes of `inputs` as it leaves the site, if a
-    visitor has computed it.
+    graph with targets only, until `targets` are looked at. outputs: what the layer makes of `inputs`
+    as it leaves the site, if a visitor has computed it.
     """
 
     name: str
     layer: QLayer
-    inputs: list[Tensor]
-    targets: list[Tensor]
-    floats: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] | None = None
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    floats: Sequence[Tensor] = field(default_factory=list)
+    outputs: Sequence[Tensor] | None = None
 
 
 @dataclass
@@ -320,49 +321,138 @@ def _once(graph: fx.Graph, wanted: set[str]) -> bool:
     return len(calls) == len(set(calls))
 
 
+LARGE = 2**22
+"""Values from which on what a node makes of all batches waits in half precision."""
+
+PORTION = 153_600
+"""Input values of a batch, at most, where a graph is walked: 50 images of CIFAR. A batch has 32 samples at least."""
+
+
+@dataclass(frozen=True)
+class _Half:
+    """A tensor in float16, times 2^-exponent where its largest value asks for that: right to 2^-11 of each value, or
+    2^-21 of the largest."""
+
+    values: Tensor
+    exponent: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Half | Tensor:
+        """The tensor itself where it is not finite."""
+        low, high = torch.aminmax(x)
+        top = max(-float(low), float(high))
+        if not math.isfinite(top):
+            return x
+        exponent = 0 if 2**-3 <= top < 2**15 else math.frexp(top)[1] - 15
+        return cls((x if exponent == 0 else x * 2.0**-exponent).half(), exponent)
+
+    def tensor(self) -> Tensor:
+        x = self.values.float()
+        return x if self.exponent == 0 else x.mul_(2.0**self.exponent)
+
+
+class _Kept(Sequence[Tensor]):
+    """What was kept of every batch, each restored when it is looked at."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _restored(self.kept[index])
+
+
+class _Later(Sequence[Tensor]):
+    """A list that is made when it is first looked at."""
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]]) -> None:
+        self.make: Callable[[], Sequence[Tensor]] | None = make
+        self.made: Sequence[Tensor] = ()
+
+    def __len__(self) -> int:
+        return len(self._list())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._list()[index]
+
+    def _list(self) -> Sequence[Tensor]:
+        if self.make is not None:
+            self.made, self.make = self.make(), None
+        return self.made
+
+
+def _restored(value: Any) -> Any:
+    return value.tensor() if isinstance(value, _Half) else value
+
+
 class _Batches:
-    """A graph run node after node on all batches; a value is forgotten behind its last use, batch by batch."""
+    """A graph run on all batches, from one stop to the next; what nothing further reads is forgotten at once.
+
+    From `LARGE` values on, what waits for a later stop does so in half precision, which is finer than any grid here: a
+    network of images holds several such values at once.
+    """
 
     def __init__(self, module: fx.GraphModule, batches: Iterable[Tensor]) -> None:
         self.module, self.modules = module, dict(module.named_modules())
-        self.values: dict[fx.Node, list[Any]] = {}
+        self.nodes = list(module.graph.nodes)
         self.batches = list(batches)
-        last = {used: node for node in module.graph.nodes for used in node.all_input_nodes}
-        self.done: dict[fx.Node, list[fx.Node]] = {}
-        for used, node in last.items():
-            self.done.setdefault(node, []).append(used)
+        self.values: dict[fx.Node, list[Any]] = {}
+        self.fixed: dict[fx.Node, Any] = {}
+        self.place = 0
+        self.last = {used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes}
 
-    def inputs(self, node: fx.Node) -> list[Tensor]:
+    def of(self, node: fx.Node) -> Sequence[Tensor]:
+        """What the node has made of each batch."""
+        kept = self.values[node]
+        return _Kept(kept) if any(isinstance(value, _Half) for value in kept) else list(kept)
+
+    def inputs(self, node: fx.Node) -> Sequence[Tensor]:
         """What reaches a module's first argument, batch by batch."""
-        return self.values[node.all_input_nodes[0]]
+        return self.of(node.all_input_nodes[0])
 
-    def run(self, node: fx.Node, known: list[Any] | None = None) -> None:
-        """Compute the node for every batch, unless its values are known."""
-        if known is not None:
-            self.values[node] = known
-        elif node.op == "get_attr":
-            owner, _, leaf = str(node.target).rpartition(".")
-            value = getattr(self.modules[owner], leaf)
-            self.values[node] = [value] * len(self.batches)
-        elif node.op == "placeholder":
-            self.values[node] = self.batches
-        elif node.op != "output":
-            call = self.modules[str(node.target)] if node.op == "call_module" else node.target
-            results = []
-            for i in range(len(self.batches)):
-                results.append(self._apply(call, node, i))
-                for used in self.done.get(node, []):
-                    self.values[used][i] = None
-            self.values[node] = results
-        for used in self.done.get(node, []):
-            del self.values[used]
-        if not node.users:
-            self.values.pop(node, None)
+    def advance(self, stop: int, known: Sequence[Tensor] | None = None) -> None:
+        """Run the nodes in front of number `stop`; known: what the first of them makes of each batch."""
+        nodes, end = self.nodes[self.place : stop], stop
+        if not nodes:
+            return
+        self.place = end
+        made: dict[fx.Node, list[Any]] = {node: [] for node in nodes if self.last.get(node, -1) >= end}
+        for i in range(len(self.batches)):
+            now: dict[fx.Node, Any] = {}
+            for number, node in enumerate(nodes, end - len(nodes)):
+                now[node] = known[i] if known is not None and node is nodes[0] else self._run(node, now, i)
+                for used in node.all_input_nodes:
+                    if self.last[used] == number:
+                        now.pop(used, None)
+                        if used in self.values:
+                            self.values[used][i] = None
+            for node, values in made.items():
+                values.append(self._kept(now[node]))
+        self.values = {n: v for n, v in self.values.items() if self.last[n] >= end} | made
 
-    def _apply(self, call: Any, node: fx.Node, batch: int) -> Any:
+    def _kept(self, value: Any) -> Any:
+        large = isinstance(value, Tensor) and value.dtype == torch.float32
+        return _Half.of(value) if large and value.numel() * len(self.batches) >= LARGE else value
+
+    def _run(self, node: fx.Node, now: dict[fx.Node, Any], batch: int) -> Any:
+        if node.op == "placeholder":
+            return self.batches[batch]
+        if node.op == "get_attr":
+            if node not in self.fixed:
+                owner, _, leaf = str(node.target).rpartition(".")
+                self.fixed[node] = getattr(self.modules[owner], leaf)
+            return self.fixed[node]
+        if node.op == "output":
+            return None
+
         def pick(used: fx.Node) -> Any:
-            return self.values[used][batch]
+            if used in self.values and used not in now:
+                now[used] = _restored(self.values[used][batch])
+            return now[used]
 
+        call: Any = self.modules[str(node.target)] if node.op == "call_module" else node.target
         return call(*fx.map_arg(node.args, pick), **fx.map_arg(node.kwargs, pick))
 
 
@@ -374,34 +464,39 @@ def _walk_graph(
     layers: Mapping[str, QLayer],
 ) -> Iterator[Site]:
     remaining = set(wanted)
-    current = _Batches(source, calib.batches())
-    reference = _Batches(twin, calib.batches()) if isinstance(twin, fx.GraphModule) else None
-    others = list(reference.module.graph.nodes) if reference else []
-    for place, node in enumerate(source.graph.nodes):
+    portion = max(32, PORTION // max(1, calib.inputs[:1].numel()))
+    batches = calib.inputs.split(min(calib.batch, portion))
+    current = _Batches(source, batches)
+    reference = _Batches(twin, batches) if isinstance(twin, fx.GraphModule) else None
+    outputs: Sequence[Tensor] | None = None  # of the last layer as its site left it
+    for place, node in enumerate(current.nodes):
+        name = str(node.target) if node.op == "call_module" else ""
+        if name not in remaining:
+            continue
+        remaining.discard(name)
+        current.advance(place, outputs)
+        site = Site(name, layers[name], [], [])
+        if reference is not None:
+            reference.advance(place)
+        if not _looks_up(layers[name]):
+            site.inputs = current.inputs(node)
+            if reference is not None:
+                site.floats = reference.inputs(reference.nodes[place])
+                site.targets = _Later(functools.partial(_pass, reference, place, site))
+        yield site
+        outputs = site.outputs
+        site.inputs, site.targets, site.floats, site.outputs = [], [], [], None  # the caller may hold on to it
         if not remaining:
             return
-        name = str(node.target) if node.op == "call_module" else ""
-        here = name in remaining
-        looks_up = here and _looks_up(layers[name])
-        floats: list[Tensor] = []
-        targets: list[Tensor] = []
-        if reference is not None:
-            other = others[place]
-            floats = list(reference.inputs(other)) if here and not looks_up else []
-            reference.run(other)
-            targets = reference.values.get(other, [])
-        outputs = None
-        if here:
-            remaining.discard(name)
-            site = Site(name, layers[name], [], []) if looks_up else None
-            site = site or Site(name, layers[name], list(current.inputs(node)), targets, floats)
-            yield site
-            outputs = site.outputs
-            site.inputs, site.targets, site.floats, site.outputs = [], [], [], None  # the caller may hold on to it
-        floats, targets = [], []
-        current.run(node, outputs)
     for name in sorted(remaining):
         yield Site(name, layers[name], [], [])
+
+
+def _pass(reference: _Batches, place: int, site: Site) -> Sequence[Tensor]:
+    """What the float layer at a place puts out; its inputs are let go."""
+    site.floats = []
+    reference.advance(place + 1)
+    return reference.of(reference.nodes[place])
 
 
 class _EnoughError(Exception):
