@@ -21,7 +21,7 @@ from hwmodel.cost import ZERO, Cost
 from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, Float, Format, Levels, bits, int_max
 from hwmodel.formats import scale_bits as stored_scale_bits
-from hwmodel.layer import address_bits, constant_step, constants, interval_code, search_step, sum_codes, threshold_cost
+from hwmodel.layer import address_bits, constants, interval_code, search_step, sum_codes, threshold_cost
 from hwmodel.mac import booth_rows, coefficients
 from hwmodel.spec import CURVED, LayerSpec, PerGroup, PerTensor, Rescale
 
@@ -163,7 +163,7 @@ def shared_search(out: Format, width: int) -> Cost:
         words, wide = 1 << max(0, step - 1), 1 if step == 0 else 2
         one += constants(wide * width, words, wide * width)
         compare = search_step(width, step == 0)
-        one += Cost(luts=constant_step(compare) if words == 1 else compare)
+        one += Cost(luts=compare / 2 if words == 1 else compare)
     return one
 
 

@@ -20,6 +20,8 @@ FAMILIES: dict[str, Family] = {"xc7": "xc7", "xcup": "xc7", "versal": "xc7", "ec
 CHAIN = 4
 """LUTs by which nextpnr-ecp5 leads a carry chain into its slices and out of them, whatever its length."""
 
+CARRIED = 5
+"""Bits from which synth_ecp5 gives a counter a carry chain."""
 CONSTANTS = 2
 """LUTs in which nextpnr-ecp5 makes a design's zero and its one."""
 
@@ -76,8 +78,13 @@ def counter(top: int) -> int:
     """LUTs of a register that counts 0 .. top - 1 and around on a condition."""
     width, wraps = max(1, (top - 1).bit_length()), top & (top - 1) != 0
     if family() == "ecp5":
-        return (width + 1 if width <= 4 else adder(width, width, False)) + 3 * wraps
+        return (width + 1 if width < CARRIED else adder(width, width, False)) + 3 * wraps
     return 1 + (top == 4) + wraps
+
+
+def chains(*counts: int) -> int:
+    """How many counters of 0 .. count - 1 have a carry chain of their own."""
+    return sum((count - 1).bit_length() >= CARRIED for count in counts)
 
 
 def rom_depth(depth: int) -> int:

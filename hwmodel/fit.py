@@ -369,6 +369,8 @@ FEATURES: Features = {
 }
 LATTICE: Features = FEATURES | {
     "constant": lambda f: FEATURES["constant"](f) | {"chains": f["adds"]},
+    "sequencer": lambda f: FEATURES["sequencer"](f) | {"chains": fabric.chains(f["cols"], f["cols"] * f["rows"])},
+    "drain": lambda f: FEATURES["drain"](f) | {"chains": fabric.chains(f["count"])},
     "runtime": lambda f: FEATURES["runtime"](f) | {"chains": factor_rows(f["acc"], f["k"])},
 }
 """Of ECP5: every carry chain costs."""

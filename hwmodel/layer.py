@@ -54,7 +54,8 @@ def sequencer(column_folds: int, row_folds: int) -> Cost:
     words = column_folds * row_folds
     counted = (column_folds - 1).bit_length() + (words - 1).bit_length()
     ffs = 3 + address_bits(column_folds) + address_bits(words)
-    return Cost(luts=fit["one"] + fit["bits"] * counted, ffs=ffs)
+    luts = fit["one"] + fit["bits"] * counted + fit.get("chains", 0) * fabric.chains(column_folds, words)
+    return Cost(luts=luts, ffs=ffs)
 
 
 @kept
@@ -63,6 +64,7 @@ def drain(share: int, count: int) -> Cost:
     fit = coefficients()["glue"]["drain"]
     slots = (share - 1).bit_length()
     luts = fit["one"] + fit["rows"] * (count - 1).bit_length() + fit["slots"] * slots + fit["shared"] * (share > 1)
+    luts += fit.get("chains", 0) * fabric.chains(count)
     return Cost(luts=luts, ffs=address_bits(count) + slots)
 
 
@@ -116,13 +118,8 @@ def threshold_cost(spec: LayerSpec, acc_bits: int, units: int) -> Cost:
         words, wide = rows << max(0, step - 1), 1 if step == 0 else 2
         one += constants(wide * acc_bits, words, wide * columns)
         compare = search_step(acc_bits, step == 0)
-        one += Cost(luts=constant_step(compare) if words == 1 else compare)
+        one += Cost(luts=compare / (4 if step else 2) if words == 1 else compare)  # constant levels leave that much
     return one * units
-
-
-def constant_step(luts: float) -> float:
-    """LUTs that are left of a comparison with a constant level: half, but ECP5's carry cells all stay."""
-    return luts / 2 if fabric.family() == "xc7" else luts
 
 
 def constants(width: int, words: int, columns: float) -> Cost:
