@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from hwmodel import fabric
 from hwmodel.accumulator import signed_bits, unit_range
 from hwmodel.affine import solve, solved
@@ -128,8 +130,11 @@ def digits(value: int) -> list[tuple[int, int]]:
     return found
 
 
-def sums_of(layer: Layer) -> Sums:
-    """The sums of a layer. `HwError` for inputs that are no integers."""
+def sums_of(layer: Layer, read: np.ndarray | None = None) -> Sums:
+    """The sums of a layer. read: bool (rows,), which rows are wanted, by default all.
+
+    `HwError` for inputs that are no integers.
+    """
     act = layer.formats[1]
     if not isinstance(act, Int):
         raise HwError(
@@ -159,8 +164,8 @@ def sums_of(layer: Layer) -> Sums:
             return x or y
         return found.add(x, y, positive > 0)
 
-    for row in weights:
-        term = block(row, 0, columns, 2)
+    for row, wanted in zip(weights, [True] * len(weights) if read is None else read, strict=True):
+        term = block(row, 0, columns, 2) if wanted else None
         if term is not None and term.sign < 0:
             at = found.nodes[term.node]
             term = Term(found.node("minus", None, term.node, 0, (-at.high, -at.low), at.stage + 1), 1, term.shift)
@@ -228,17 +233,21 @@ def _reads(node: Node) -> list[int]:
             return [node.b] if node.a is None else [node.a, node.b]
 
 
-def unrolled_fold(layer: Layer) -> Fold:
-    """The layer unrolled, as a `Fold` of all rows and columns at once."""
+def unrolled_fold(layer: Layer, after: Layer | None = None) -> Fold:
+    """The layer unrolled, as a `Fold` of all rows and columns at once.
+
+    Rows that the layer after it multiplies by nothing but zeros cost nothing: synthesis finds that no one reads them.
+    """
     spec, act = layer.spec, layer.formats[1]
-    found = sums_of(layer)
     rows, columns, acc = spec.out_features, spec.in_features, layer.acc_bits
-    around = sums_cost(found) + Cost(luts=1, ffs=found.stages + 1 + columns * bits(act))
+    read = np.ones(rows, bool) if after is None else (after.units != 0).any(axis=0)
+    stages = sums_of(layer).stages
+    around = sums_cost(sums_of(layer, read)) + Cost(luts=1, ffs=stages + 1 + columns * bits(act))
     options = [_own_factors(layer, one) for one in converters(spec, acc, rows)]
     best = min(options, key=lambda one: one.cost.luts + BRAM_IN_LUTS * one.cost.bram18)
-    cycles = 1 + found.stages + best.stages
+    cost = around + best.cost * float(read.mean())
     weights = Memory("logic", 0, 1, Cost())
-    return Fold(spec, rows, columns, around + best.cost, cycles, weights, best.method, acc, rows, unrolled=True)
+    return Fold(spec, rows, columns, cost, 1 + stages + best.stages, weights, best.method, acc, rows, unrolled=True)
 
 
 def _own_factors(layer: Layer, one: Converter) -> Converter:
@@ -265,7 +274,8 @@ def plan_unrolled(network: Network, device: Device, *, fit: bool = True) -> tupl
     if any(layer.thresholds is not None and layer.spec.rescale is None for layer in network.layers):
         network = solved(network)
     with pricing(device.family):
-        plans = tuple(unrolled_fold(layer) for layer in network.layers)
+        every = network.layers
+        plans = tuple(unrolled_fold(layer, after) for layer, after in zip(every, [*every[1:], None], strict=True))
     luts = sum(plan.cost.luts for plan in plans)
     if fit and luts > device.luts:
         raise HwError(
