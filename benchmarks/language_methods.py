@@ -211,12 +211,12 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
                 ms=11 if marker == "*" else 7, mec="white", mew=0.6, linestyle=line, lw=1.2, elinewidth=1, capsize=2,
                 label=label,
             )  # fmt: skip
-            for _, point in points.iterrows():
-                if line == "none":
-                    axes.annotate(
-                        short(point["method"]), (point["bits"], point["mean"]), (7, 4), textcoords="offset points",
-                        fontsize=8.5, color=color,
-                    )  # fmt: skip
+            for _, point in points.iterrows() if line == "none" else ():
+                at, side = ((-8, -4), "right") if point["method"] == "TWN" else ((7, 4), "left")
+                axes.annotate(
+                    short(point["method"]), (point["bits"], point["mean"]), at, textcoords="offset points",
+                    fontsize=8.5, color=color, ha=side,
+                )  # fmt: skip
         for reference in some[some.family == "float"]["mean"]:
             axes.axhline(reference, color="#444444", lw=1, ls=(0, (4, 3)))
             axes.annotate(
