@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,18 +91,14 @@ def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int
     model = load_checkpoint(path)
     settings = Settings(episodes=episodes, device=find_device(part))
     uniform = open_study(work / "uniform", model, settings)
-    began = time.perf_counter()
     with workers(uniform) as mapper:
         tasks = [Task(recipe) for recipe in Space(WEIGHTS, ACTS, pipelines=(STEPS,)).recipes()]
         rows_uniform = complete(uniform, tasks, work / "uniform", mapper)
-    seconds = [time.perf_counter() - began]
     budget = sum(row["episodes"] for row in rows_uniform)
     study = open_study(work / "search", model, settings)
-    began = time.perf_counter()
     with workers(study) as mapper:
         space = SearchSpace(WEIGHTS, ACTS, pipelines=(STEPS,))
         rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=int(0.75 * budget))
-    seconds.append(time.perf_counter() - began)
     played = [budget, sum(row.get("episodes", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
     chosen = []
     for rows in (rows_uniform, rows_search):
@@ -130,7 +125,6 @@ def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int
             "fewest_luts_within_5_percent": min(near, default=""),
             **{f"ratio_{kind_}": round(pair[1] / pair[0], 3) for kind_, pair in volumes.items()},
             "ratio_possible": round(possible, 3), "float_return": round(best, 1), "random_return": round(worst, 1),
-            "seconds": round(seconds[i], 1),
         })  # fmt: skip
         print(found[-1], flush=True)
     _draw(name, points, [rows_uniform, rows_search], best, worst, eight or 0.0)
