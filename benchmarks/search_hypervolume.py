@@ -4,7 +4,7 @@
 
 Uniform: binary, ternary, int2, 3, 4, 6, 8 for the weights and int2, 3, 4, 5, 6, 8 for the inputs of all layers: 42
 designs, all their episodes. Searched: `quantkit.search` over the same formats for each layer, with the same methods
-(preset fast), device and latency, until it has played three quarters of the uniform designs' episodes; completing its
+(preset fast, or round to nearest), device and latency, until it has played three quarters of the uniform designs' episodes; completing its
 front's returns takes about the rest. Both fronts are chosen by those episodes and then measured on fresh ones, so that
 no design profits from the episodes that chose it.
 
@@ -35,7 +35,7 @@ from quantkit.backends import workers
 from quantkit.loading import load_checkpoint
 from quantkit.pareto import front, value
 from quantkit.presets import preset_steps
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, Step
 from quantkit.results import Row, read_rows
 from quantkit.search import SearchSpace, search
 from quantkit.study import Settings, Study, Task
@@ -44,7 +44,6 @@ from quantkit.tasks import episodes as episodes_task
 
 WEIGHTS = ("binary", "ternary", "int2", "int3", "int4", "int6", "int8")
 ACTS = ("int2", "int3", "int4", "int5", "int6", "int8")
-STEPS = preset_steps("fast")
 FRESH_SEED = 500_000
 Point = tuple[float, float]
 
@@ -85,19 +84,21 @@ def fresh(study: Study, rows: Sequence[Row], folder: Path, episodes: int) -> lis
     return [(value(row, "luts") or 0.0, value(row, "mean") or 0.0) for row in again]
 
 
-def compare(name: str, path: Path, part: str, episodes: int, fresh_episodes: int, work: Path) -> list[dict[str, Any]]:
+def compare(
+    name: str, path: Path, part: str, steps: tuple[Step, ...], episodes: int, fresh_episodes: int, work: Path
+) -> list[dict[str, Any]]:
     """A row for each front of one agent, and its picture."""
     work.mkdir(parents=True, exist_ok=True)
     model = load_checkpoint(path)
     settings = Settings(episodes=episodes, device=find_device(part))
     uniform = open_study(work / "uniform", model, settings)
     with workers(uniform) as mapper:
-        tasks = [Task(recipe) for recipe in Space(WEIGHTS, ACTS, pipelines=(STEPS,)).recipes()]
+        tasks = [Task(recipe) for recipe in Space(WEIGHTS, ACTS, pipelines=(steps,)).recipes()]
         rows_uniform = complete(uniform, tasks, work / "uniform", mapper)
     budget = sum(row["episodes"] for row in rows_uniform)
     study = open_study(work / "search", model, settings)
     with workers(study) as mapper:
-        space = SearchSpace(WEIGHTS, ACTS, pipelines=(STEPS,))
+        space = SearchSpace(WEIGHTS, ACTS, pipelines=(steps,))
         rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=int(0.75 * budget))
     played = [budget, sum(row.get("episodes", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
     chosen = []
@@ -158,14 +159,15 @@ def _draw(name: str, points: list[list[Point]], rows: list[list[Row]], best: flo
         plt.close(figure)
 
 
-def main(names: Sequence[str], data: Path, episodes: int, fresh_episodes: int, work: Path) -> None:
+def main(names: Sequence[str], data: Path, episodes: int, fresh_episodes: int, plain: bool, work: Path) -> None:
     """Measure and publish."""
     torch.set_num_threads(1)
     (REPORTS / "studies").mkdir(parents=True, exist_ok=True)
     known = agents(data)
     for name in names:
-        rows = compare(name, *known[name], episodes, fresh_episodes, work / name)
-        publish(f"studies/search_{name}", rows, packages=("torch", "optuna", "scipy", "gymnasium"))
+        steps, label = ((), f"{name}_rtn") if plain else (preset_steps("fast"), name)
+        rows = compare(label, *known[name], steps, episodes, fresh_episodes, work / label)
+        publish(f"studies/search_{label}", rows, packages=("torch", "optuna", "scipy", "gymnasium"))
 
 
 if __name__ == "__main__":
@@ -174,7 +176,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=Path("../shared/data/rl-zoo"))
     parser.add_argument("--episodes", type=int, default=40)
     parser.add_argument("--fresh", type=int, default=100)
+    parser.add_argument("--plain", action="store_true", help="Round to nearest in place of preset fast.")
     parser.add_argument("--work", type=Path, default=Path("studies_out"), help="Studies; run again to go on.")
     args = parser.parse_args()
     assert episodes_task.EVALUATION_SEED < FRESH_SEED
-    main(args.agents, args.data, args.episodes, args.fresh, args.work)
+    main(args.agents, args.data, args.episodes, args.fresh, args.plain, args.work)

@@ -112,7 +112,7 @@ def search(
     """
     limits = Limits(dict(budgets or {}))
     _check(study, cost, limits)
-    record = open_storage(storage, folder)
+    open_storage(storage, folder)  # what cannot be opened is told before anything is measured
     tables, seeds, programs = _seeds(study, folder, space, cost, limits, points, measuring)
     seeds = seeds[:designs]
     settled: dict[str, Row] = {}
@@ -136,7 +136,7 @@ def search(
         idle = 0 if chosen else idle + 1
         evaluate(chosen, "search", races)
         guide.tell(settled)
-        _record(record, study, space, guide.study, folder)
+        _record(storage, space, guide.study, folder)
     for _ in range(4):  # completing a return may bring another design to the front
         rows = list(settled.values())
         raced = [rows[i] for i in front(paired(study, rows), cost, "mean") if _short(rows[i], study)]
@@ -424,19 +424,35 @@ def open_storage(url: str | None, folder: Path) -> Any:
         ) from None
 
 
-def _record(storage: Any, study: Study, space: SearchSpace, done: Any, folder: Path) -> None:
-    """Write the trials that the storage lacks, under a name of the folder, the pipelines and the sampler."""
-    import optuna
+def _record(url: str | None, space: SearchSpace, done: Any, folder: Path) -> None:
+    """Write the trials that the storage lacks, under a name of the folder, the sampler and the seed.
 
+    A journal of the study's own that a kill has damaged is begun anew: it is a record of what is known anyway.
+    """
     name = f"{folder.resolve().name}-{type(done.sampler).__name__}-{space.seed}"
-    finished = [t for t in done.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
     with Claims(folder) as claims:
         claims.wait("")
-        kept = optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
-        )
-        there = {trial.user_attrs.get("design") for trial in kept.get_trials(deepcopy=False)}
-        for trial in finished:
-            if trial.user_attrs.get("design") not in there:
-                kept.add_trial(trial)
-                there.add(trial.user_attrs.get("design"))
+        try:
+            _add_trials(open_storage(url, folder), name, done)
+        except Exception as error:  # whatever the database's driver raises
+            if isinstance(error, InputError):
+                raise
+            if url is not None:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise InputError(f"--storage {url}: cannot be written ({reason}); finished designs are kept") from None
+            (folder / "optuna.journal").unlink(missing_ok=True)
+            _add_trials(open_storage(url, folder), name, done)
+
+
+def _add_trials(storage: Any, name: str, done: Any) -> None:
+    import optuna
+
+    finished = [t for t in done.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+    kept = optuna.create_study(
+        storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
+    )
+    there = {trial.user_attrs.get("design") for trial in kept.get_trials(deepcopy=False)}
+    for trial in finished:
+        if trial.user_attrs.get("design") not in there:
+            kept.add_trial(trial)
+            there.add(trial.user_attrs.get("design"))

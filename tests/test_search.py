@@ -184,6 +184,20 @@ def test_the_record_is_written_where_asked(tmp_path: Path) -> None:
         assert len({t.user_attrs["design"] for t in trials}) == len(trials) == DESIGNS
 
 
+def test_a_torn_record_is_begun_anew(tmp_path: Path) -> None:
+    """A journal that a kill cut off in the middle of a line does not keep a search from going on, and is mended."""
+    import optuna
+
+    searched(tmp_path / "s")
+    journal = tmp_path / "s/optuna.journal"
+    journal.write_bytes(journal.read_bytes()[:-30])
+    for _ in range(2):
+        searched(tmp_path / "s")
+    where = open_storage(None, tmp_path / "s")
+    (name,) = optuna.get_all_study_names(where)
+    assert len(optuna.load_study(study_name=name, storage=where).trials) == DESIGNS
+
+
 @pytest.mark.parametrize("url", ["sqlite:////no/such/folder/x.db", "postgresql://nobody@127.0.0.1:1/x", "hello"])
 def test_a_storage_that_cannot_be_opened_is_one_line(url: str, tmp_path: Path) -> None:
     """Whatever the driver says, it is an InputError that names the URL and what would be accepted."""
