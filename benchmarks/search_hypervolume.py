@@ -4,9 +4,9 @@
 
 Uniform: binary, ternary, int2, 3, 4, 6, 8 for the weights and int2, 3, 4, 5, 6, 8 for the inputs of all layers: 42
 designs, all their episodes. Searched: `quantkit.search` over the same formats for each layer, with the same methods
-(preset fast, or round to nearest), device and latency, until it has played three quarters of the uniform designs' episodes; completing its
-front's returns takes about the rest. Both fronts are chosen by those episodes and then measured on fresh ones, so that
-no design profits from the episodes that chose it.
+(preset fast, or round to nearest), device and latency, until it has played three quarters of the uniform designs'
+episodes; completing its front's returns takes about the rest. Both fronts are chosen by those episodes and then
+measured on fresh ones, so that no design profits from the episodes that chose it.
 
 Hypervolume: what a front dominates in the plane of LUTs and return, up to the LUTs of int8 x int8 (the design that one
 starts from), over the logarithm of LUTs, in which halving them counts the same everywhere, and over LUTs themselves.
