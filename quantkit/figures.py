@@ -175,7 +175,7 @@ def _label(axes: Axes, row: Row, x: str, y: str) -> None:
 
 def returns_figure(rows: Sequence[Row], reference: Row) -> Figure:
     """Every episode's return of the float policy (top) and of each design, as points with a box of quartiles."""
-    names = ["float", *(f"W {row['weights']} · A {row['acts']}\n{row['steps']}" for row in rows)]
+    names = ["float", *(f"W {row['weights']}\nA {row['acts']}, {row['steps']}" for row in rows)]
     returns = [reference.get("returns") or [], *(row["score"].get("returns") or [] for row in rows)]
     colors = ["#555555", *(FAMILIES[row["family"]][0] for row in rows)]
     with plt.rc_context(STYLE):
