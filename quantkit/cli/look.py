@@ -150,7 +150,7 @@ def evaluate(
     elif is_language(model):
         _evaluate_perplexity(checkpoint, model, text, kv_cache, json)
     elif text is not None or kv_cache is not None or task is not None:
-        raise InputError(f"{checkpoint} is no language model; --text, --kv-cache and --task are for one")
+        raise InputError(f"{checkpoint} is no language model; --task, --text and --kv-cache are for one")
     elif isinstance(model.module, Policy) and labels is None:
         _evaluate_policy(checkpoint, model, episodes or 20, seed, json)
     elif isinstance(model.module, Policy):
