@@ -125,6 +125,7 @@ def _design(
         "interval": interval,
         "iqm": None if score.get("iqm_low") is None else [score["iqm_low"], score["iqm_high"]],
         "n": score["n"],
+        "partial": row.get("partial", False),
         "stderr": score.get("stderr"),
         "returns": score.get("returns", []),
         "paired": bool(score.get("returns")) and score.get("seed") == reference.get("seed"),

@@ -25,6 +25,8 @@ COLUMNS: dict[str, tuple[str, str, bool]] = {
     "q_error": ("fidelity.q_error", "error of Q-values", False),
     "q_regret": ("fidelity.q_regret", "Q-value lost by the action", False),
 }
+RETURNS = ("mean", "iqm")
+"""The columns that are means over episodes."""
 COSTS = ("luts", "ffs", "dsps", "bram18", "latency_us", "weight_kib", "bits_per_weight")
 """The columns that say what a design takes; the others say how well it acts."""
 
@@ -61,8 +63,13 @@ def nondominated(points: Sequence[tuple[float, ...]], maximize: Sequence[bool]) 
 
 
 def front(rows: Sequence[Mapping[str, Any]], x: str = "luts", y: str = "mean") -> list[int]:
-    """Indices of the rows on the front of two columns, ordered by x; rows without both numbers are left out."""
+    """Indices of the rows on the front of two columns, ordered by x; rows without both numbers are left out.
+
+    So are, of returns, rows marked `partial`: a mean over fewer episodes does not compare with one over all.
+    """
     known = [i for i, row in enumerate(rows) if value(row, x) is not None and value(row, y) is not None]
+    if y in RETURNS:
+        known = [i for i in known if not rows[i].get("partial")]
     points = [(value(rows[i], x), value(rows[i], y)) for i in known]
     chosen = nondominated(points, (COLUMNS[x][2], COLUMNS[y][2]))  # type: ignore[arg-type]
     return sorted((known[i] for i in chosen), key=lambda i: value(rows[i], x) or 0.0)

@@ -447,7 +447,8 @@ class MatMul(nn.Module):
 class Attention(nn.Module):
     """softmax(scale q k^T + mask) v with both products as `MatMul`: what `scaled_dot_product_attention` computes.
 
-    q: (..., heads, n, d); k, v: (..., heads or fewer that are repeated, m, d).
+    q: (..., heads, n, d); k, v: (..., heads or fewer that are repeated, m, d). Where no operand is quantized or
+    observed, torch's fused kernel computes it, which never holds all scores.
     """
 
     def __init__(self, scale: float | None = None, causal: bool = False) -> None:
@@ -458,6 +459,18 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
+        if self._plain() and (mask is None or not self.causal):
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, scale=self.scale)
+        return self._explicit(q, k, v, mask)
+
+    def _plain(self) -> bool:
+        """Whether both products are plain: no format is set or asked for, and nobody looks at them."""
+        parts = [*self.scores.modules(), *self.values.modules()]
+        points = [part for part in parts if isinstance(part, Point)]
+        looked_at = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        return not looked_at and all(point.act is None and point.plan.act is None for point in points)
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = self.scores(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
         if self.causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril().logical_not()

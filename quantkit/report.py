@@ -16,7 +16,10 @@ FRONTS = ("luts", "weight_kib", "dsps", "latency_us")
 
 
 def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """study.json and the rows of a study directory; InputError if it is none or has no finished design."""
+    """study.json and the rows of a study directory; InputError if it is none or has no finished design.
+
+    Rows of races that were decided before all episodes were played are marked `partial`.
+    """
     path = folder / "study.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a study directory (no study.json); run quantkit sweep first")
@@ -27,7 +30,12 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is a damaged study; start a new study directory") from None
     every = {row["id"]: row for row in read_rows(folder / "rows.jsonl")}  # two sweeps at once may repeat a design
-    rows = [row for row in every.values() if "error" not in row]
+    whole = document["settings"].get("episodes", 0)
+    rows = [
+        row | ({"partial": True} if row.get("episodes", whole) < whole else {})
+        for row in every.values()
+        if "error" not in row
+    ]
     if every and not rows:
         raise InputError(f"no design of {folder} can be built: {next(iter(every.values()))['error']}")
     if not rows:

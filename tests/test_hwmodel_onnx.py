@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import tiny_models
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from typer.testing import CliRunner
@@ -23,7 +24,6 @@ from quantkit.model import Calib, Model
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import quantize, uniform
 from quantkit.specs import layer_specs
-from tests import tiny_models
 
 DEVICE = find_device("xc7a35t")
 INTEGERS = [("int4", "int4"), ("int8", "int5"), ("ternary", "int3"), ("int3", "int8n")]

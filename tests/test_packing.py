@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_emit import tiny_network
 
 from hwmodel import emit, yosys
 from hwmodel.accumulator import unit_range
@@ -22,7 +23,6 @@ from hwmodel.network import read_network, sample_codes
 from hwmodel.packing import fields, packing
 from hwmodel.plan import plan_network, total, total_cycles
 from hwmodel.simulate import check
-from tests.test_emit import tiny_network
 
 RTL = Path(__file__).parents[1] / "hwmodel" / "rtl"
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")

@@ -164,3 +164,13 @@ def test_the_reason_of_the_knee_is_true(rows: Any, reference: float, margin: flo
     assert why.startswith("the cheapest non-inferior") == proved
     assert ("within the margin; none there is proved" in why) == (near and not proved)
     assert ("no design is within" in why) == (not near and not proved)
+
+
+def test_means_over_fewer_episodes_are_on_no_front_of_returns() -> None:
+    """A partial row, however good, takes no place among returns; among what episodes do not change it does."""
+    rows = [
+        {"score": {"mean": 1.0}, "cost": {"luts": 9}, "fidelity": {"agreement": 0.5}},
+        {"score": {"mean": 2.0}, "cost": {"luts": 5}, "fidelity": {"agreement": 0.9}, "partial": True},
+    ]
+    assert front(rows, "luts", "mean") == [0]
+    assert front(rows, "luts", "agreement") == [1]

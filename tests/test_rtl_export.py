@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -24,7 +25,6 @@ from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import Recipe, make_plan, parse_step, quantize
 from quantkit.rtl_export import network_of, thresholds
 from quantkit.simulate import compile_policy
-from tests import tiny_models
 
 FORMATS = [("int3", "int4"), ("e2m1", "e3m2"), ("ternary", "int5"), ("int4", "e2m1"), ("binary", "uint3"),
            ("e4m3", "e2m2"), ("int8", "int8")]  # fmt: skip

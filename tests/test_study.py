@@ -61,7 +61,7 @@ def test_a_row_is_strict_json_and_has_every_number(study: Study) -> None:
     """A row survives JSON, and each column is found in it unless the kind of policy lacks it."""
     row = evaluate_design(study, uniform("int4", "int4"))
     assert json.loads(json.dumps(row, allow_nan=False)) == row
-    assert {name for name in COLUMNS if value(row, name) is None} == {"action_error"}
+    assert {name for name in COLUMNS if value(row, name) is None} == {"action_error", "q_error", "q_regret"}
 
 
 def test_a_row_agrees_with_its_parts(study: Study) -> None:

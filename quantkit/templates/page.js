@@ -31,10 +31,12 @@ const label = (column) => S.columns[column].label;
 const value = (design, column) => design.values[column] ?? null;
 const spoken = (d) => `weights ${d.weights} · inputs ${d.acts} · ${d.steps} · per ${d.granularity}`;
 
-// The designs that no other one beats in both columns, by ascending cost; of equal ones the first.
+// The designs that no other one beats in both columns, by ascending cost; of equal ones the first. Of returns, only
+// designs that played all episodes compare.
 function front(x, y) {
   const up = S.columns[y].higher ? 1 : -1;
-  const known = D.map((d, i) => i).filter((i) => value(D[i], x) != null && value(D[i], y) != null);
+  const known = D.map((d, i) => i).filter((i) => value(D[i], x) != null && value(D[i], y) != null
+    && !(D[i].partial && ["mean", "iqm"].includes(y)));
   known.sort((a, b) => value(D[a], x) - value(D[b], x) || up * (value(D[b], y) - value(D[a], y)) || a - b);
   let best = -Infinity;
   return known.filter((i) => up * value(D[i], y) > best && ((best = up * value(D[i], y)), true));
