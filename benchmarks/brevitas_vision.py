@@ -351,7 +351,7 @@ def _measured_ours(case: Case, data: str, threads: int) -> dict[str, Any]:
     loaded, cpu, began = _peak_mib(), time.process_time(), time.perf_counter()
     model = captured(Model(network.module, network.example, None, {"kind": "module"}))
     plan = [("*", make_plan(case.weights, case.acts)), *((name, LayerPlan()) for name in model.points())]
-    recipe = Recipe(tuple(plan), preset_steps(case.technique.removeprefix("quantkit-"), policy=False))
+    recipe = Recipe(tuple(plan), preset_steps(case.technique.removeprefix("quantkit-"), "network"))
     done = quantize(model, recipe, Calib(network.calib, batch=BATCH))
     seconds, cpu, peak = time.perf_counter() - began, time.process_time() - cpu, _peak_mib()
     result = vision_networks.measure(done.module, network)

@@ -59,7 +59,7 @@ FAMILIES = {
     "Qronos": ("#053061", "D", "GPTQ with drift (Qronos-like)"),
     "groups": ("#67a9cf", "^", "GPTQ, groups of 32, 8-bit scales"),
     "AdaRound": ("#1b9e77", "v", "AdaRound"),
-    "distilled": ("#33691e", "P", "preset balanced (GPTQ, distilled)"),
+    "distilled": ("#33691e", "P", "GPTQ with drift, distilled"),
     "blocks": ("#e08214", "h", "GPTQ in MXFP4, NVFP4"),
     "ternary": ("#d6336c", "*", "ternary, trained"),
     "PTQ1.61": ("#7b3294", "X", "PTQ1.61"),

@@ -159,7 +159,7 @@ def test_the_command_goes_by_blocks_or_as_a_whole(tmp_path: Path) -> None:
     assert found["streamed"] and found["whole_because"] is None
     assert 0 < found["seconds"] == pytest.approx(sum(found["parts"].values())) and found["memory_bytes"] > 10**7
     assert found["calibration_tokens"] == 144 and found["layers"] == 14
-    trained = document(*base, "--preset", "balanced", "--dry-run")
+    trained = document(*base, "--step", "distill", "--dry-run")
     assert trained["seconds"] is None and "distill" in trained["not_foretold"] and not trained["streamed"]
     assert "about" in call(*base, "--preset", "fast", "--dry-run").stdout
     assert sorted(tmp_path.iterdir()) == before

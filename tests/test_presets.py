@@ -81,11 +81,12 @@ def test_command_line(tmp_path):
     assert {row["steps"] for row in rows} == {"rtn", "+".join(step_text(s) for s in preset_steps("fast"))}
 
 
+@pytest.mark.parametrize("kind", ["network", "language"])
 @pytest.mark.parametrize("name", NETWORK_PRESETS)
 @pytest.mark.parametrize("build", [MODELS["cnn"], attention], ids=["cnn", "attention"])
-def test_networks(name, build):
+def test_networks(name, build, kind):
     """The presets of other networks are plain data, too, and end nearer to the float outputs than nearest rounding."""
-    steps = preset_steps(name, policy=False)
+    steps = preset_steps(name, kind)
     assert tuple(parse_step(step_text(step)) for step in steps) == steps
     model, calib = build()
     with torch.no_grad():

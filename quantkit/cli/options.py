@@ -243,7 +243,7 @@ def for_kind(recipe: Recipe, preset: str | None, model: Model) -> Recipe:
     from quantkit.presets import preset_steps
 
     if preset is not None and not isinstance(model.module, Policy):
-        recipe = replace(recipe, steps=preset_steps(preset, policy=False))
+        recipe = replace(recipe, steps=preset_steps(preset, "language" if is_language(model) else "network"))
     return with_defaults(recipe, model) if is_language(model) else recipe
 
 
