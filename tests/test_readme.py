@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.tasks.reward import arithmetic, solution
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -19,6 +21,9 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith(("quantkit", "hwmodel"))
 ]
+
+FEWER = dict.fromkeys(("evaluate", "sweep", "verify"), ["--episodes", "3"])
+FEWER |= {"search": ["--episodes", "3", "--budget-designs", "6"], "pick": ["--confirm", "3"]}
 
 
 def test_every_linked_file_is_there() -> None:
@@ -40,11 +45,21 @@ def test_the_commands_run_as_written(tmp_path: Path) -> None:
         "verify",
         "sweep",
         "pareto",
+        "search",
+        "report",
+        "pick",
+        "generate",
     }
+    problems = arithmetic(400).prompts
+    for name, some in (("text", problems[:300]), ("heldout", problems[300:])):
+        documents = (f"{problem}{solution(problem)}" for problem in some)
+        (tmp_path / f"{name}.txt").write_text("<|endoftext|>".join(documents))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     for command in COMMANDS:
-        fewer = ["--episodes", "3"] if command[1] in ("evaluate", "sweep", "verify") else []
+        fewer = [] if "--text" in command else FEWER.get(command[1], [])
         words = [str(Path(sys.executable).parent / command[0]), *command[1:], *fewer]
+        if command[1] == "pick":  # so few episodes prove no loss
+            words[words.index("--max-loss") : words.index("--max-loss") + 2] = ["--knee"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, (command, done.stderr)
 
