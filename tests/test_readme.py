@@ -22,7 +22,7 @@ COMMANDS = [
     if line.startswith(("quantkit", "hwmodel"))
 ]
 
-FEWER = dict.fromkeys(("evaluate", "sweep", "verify"), ["--episodes", "3"])
+FEWER = {command: ["--episodes", "3"] for command in ("evaluate", "sweep", "verify")}
 FEWER |= {"search": ["--episodes", "3", "--budget-designs", "6"], "pick": ["--confirm", "3"]}
 
 
