@@ -28,12 +28,13 @@ from quantkit.cli.options import (
     Ray,
     Seed,
     app,
+    check_space,
     exceptions,
     listed,
     load,
+    pipelines_of,
 )
 from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
-from quantkit.errors import InputError
 
 
 @app.command(
@@ -92,17 +93,11 @@ def sweep(
 ) -> None:
     """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front."""
     from hwmodel.devices import find_device
-    from quantkit.presets import preset_steps
-    from quantkit.recipe import check, parse_step
+    from quantkit.recipe import check
     from quantkit.sweep import Space
 
-    if latency_us is not None and luts is not None:
-        raise InputError("give --latency-us or --luts, not both")
-    for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
-        if not listed(text):
-            raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
-    pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or [])
-    pipelines = (*pipelines, *(preset_steps(name) for name in preset or [])) or ((),)
+    check_space(weights, acts, granularity, latency_us, luts)
+    pipelines = pipelines_of(step, preset) or ((),)
     space = Space(
         listed(weights), listed(acts), listed(granularity), pipelines, exceptions(layer, listed(granularity)[0])
     )

@@ -16,7 +16,7 @@ from quantkit.errors import InputError
 if TYPE_CHECKING:
     from quantkit.model import Calib, Model
     from quantkit.qlayers import LayerPlan
-    from quantkit.recipe import Recipe
+    from quantkit.recipe import Recipe, Step
 
 app = typer.Typer(
     name="quantkit",
@@ -265,3 +265,21 @@ def recipe_of(
     plan = (("*", make_plan(weights, acts, granularity)), *exceptions(layer, granularity))
     steps = preset_steps(preset) if preset else tuple(parse_step(text) for text in step or [])
     return Recipe(plan, steps, seed)
+
+
+def pipelines_of(step: list[str] | None, preset: list[str] | None) -> tuple[tuple[Step, ...], ...]:
+    """The alternatives that repeated --step A+B and --preset stand for; () for none."""
+    from quantkit.presets import preset_steps
+    from quantkit.recipe import parse_step
+
+    written = (tuple(parse_step(part) for part in text.split("+")) for text in step or [])
+    return (*written, *(preset_steps(name) for name in preset or []))
+
+
+def check_space(weights: str, acts: str, granularity: str, latency_us: float | None, luts: int | None) -> None:
+    """InputError where a list of a study names nothing, or where hardware is folded to two targets."""
+    if latency_us is not None and luts is not None:
+        raise InputError("give --latency-us or --luts, not both")
+    for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
+        if not listed(text):
+            raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")

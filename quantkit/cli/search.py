@@ -29,11 +29,12 @@ from quantkit.cli.options import (
     Ray,
     Seed,
     app,
+    check_space,
     listed,
     load,
+    pipelines_of,
 )
 from quantkit.console import guarded, note, progress_bar
-from quantkit.errors import InputError
 
 _SEARCH = "Search"
 
@@ -124,17 +125,12 @@ def search(
     """Find the front of mixed precision: allocated, then searched, with as few episodes as decide."""
     from hwmodel.devices import find_device
     from quantkit.presets import preset_steps
-    from quantkit.recipe import parse_format, parse_step
+    from quantkit.recipe import parse_format
 
-    if latency_us is not None and luts is not None:
-        raise InputError("give --latency-us or --luts, not both")
-    for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
-        if not listed(text):
-            raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
+    check_space(weights, acts, granularity, latency_us, luts)
     for text in (*listed(weights), *listed(acts)):
         parse_format(text)
-    pipelines = tuple(tuple(parse_step(part) for part in text.split("+")) for text in step or [])
-    pipelines = (*pipelines, *(preset_steps(name) for name in preset or [])) or (preset_steps("fast"),)
+    pipelines = pipelines_of(step, preset) or (preset_steps("fast"),)
     part = None if device == "none" else find_device(device)
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
     if storage is not None:
