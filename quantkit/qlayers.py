@@ -464,11 +464,12 @@ class Attention(nn.Module):
         return self._explicit(q, k, v, mask)
 
     def _plain(self) -> bool:
-        """Whether both products are plain: no format is set or asked for, and nobody looks at them."""
-        parts = [*self.scores.modules(), *self.values.modules()]
-        points = [part for part in parts if isinstance(part, Point)]
-        looked_at = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        return not looked_at and all(point.act is None and point.plan.act is None for point in points)
+        """Whether both products are plain: nothing stands for a point, has or is asked for a format, or is observed."""
+        products = (self.scores, self.values)
+        points = [point for product in products for point in (product.left, product.right)]
+        if any(part._forward_hooks or part._forward_pre_hooks for part in (*products, *points)):
+            return False
+        return all(type(point) is Point and point.act is None and point.plan.act is None for point in points)
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scores = self.scores(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)

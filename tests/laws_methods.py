@@ -210,7 +210,7 @@ def test_one_thread():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_threads_change_no_preset(preset, build):
     """The same of every preset, its training cut short."""
-    steps = preset_steps(preset, policy=isinstance(build()[0].module, Policy))
+    steps = preset_steps(preset, "policy" if isinstance(build()[0].module, Policy) else "network")
     steps = tuple((name, {**given, **options(name)}) for name, given in steps)
     one, two = (with_threads(threads, build, uniform("int4", "int4", steps=steps)) for threads in (1, 2))
     assert not differences(one[0], two[0])

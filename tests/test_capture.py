@@ -225,3 +225,27 @@ def test_outputs_of_a_step_do_not_outlive_the_next_step() -> None:
     visit(done, Calib(x), [Visit(names, hand_on, {}), Visit(names, look, {})])
     expected = [torch.cat(site.inputs) for site in walk(done, Calib(x), names)]
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_attention_without_formats_is_the_explicit_one() -> None:
+    """The fused kernel gives what the two products give; an observer, a plan or a stand-in brings the products back."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    for causal in (False, True):
+        plain = Attention(causal=causal)
+        seen: list[Tensor] = []
+        looked_at = Attention(causal=causal)
+        looked_at.scores.register_forward_hook(lambda _m, _x, y: seen.append(y))
+        assert torch.allclose(plain(q, k, v), looked_at(q, k, v), atol=1e-6) and len(seen) == 1
+        stood_in = Attention(causal=causal)
+        stood_in.values.right = Doubled()
+        assert torch.allclose(stood_in(q, k, v), 2 * plain(q, k, v), atol=1e-5)
+
+
+class Doubled(nn.Module):
+    """Stands where a point stood, as a trained one does."""
+
+    act = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
