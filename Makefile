@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Quantize a trained lander: sweep, Pareto front, verified ONNX, FPGA cost (under 3 minutes)
+demo: $(READY) ## Quantize a trained lander: sweep, Pareto front, verified ONNX, FPGA cost (under a minute on two idle cores)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint ## Lint, types, all tests
