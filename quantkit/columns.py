@@ -198,6 +198,16 @@ def aimed(site: Site, H: Tensor, samples: int, ridge: float) -> tuple[Tensor, Te
     return (w + together).reshape(W.shape), (w + alone).reshape(W.shape)
 
 
+NOTHING = {"dead_inputs": 0.0, "nearest_layers": 0.0, "nearest_rows": 0.0, "largest_damp": 0.0}
+"""What a method by columns reports before its first layer."""
+
+
+def tally(report: dict[str, float], layer: dict[str, float]) -> None:
+    """Add what `round_layer` says of one layer: counts add up, of damping the largest stays."""
+    for key, value in layer.items():
+        report[key] = max(report[key], value) if key == "largest_damp" else report[key] + value
+
+
 def round_layer(
     layer: QLayer,
     W: Tensor,

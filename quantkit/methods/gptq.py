@@ -23,7 +23,7 @@ beforehand.
 
 from __future__ import annotations
 
-from quantkit.columns import aimed, moments, round_layer
+from quantkit.columns import NOTHING, aimed, moments, round_layer, tally
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, layerwise, unquantized
 from quantkit.qtensor import ScaleRule
@@ -55,7 +55,7 @@ def each(
     Reports how many inputs were never active, how many layers and rows fell back to rounding to
     nearest, and the largest damping that was needed.
     """
-    report = {"dead_inputs": 0.0, "nearest_layers": 0.0, "nearest_rows": 0.0, "largest_damp": 0.0}
+    report = dict(NOTHING)
     rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
 
     def quantize_layer(site: Site) -> None:
@@ -63,8 +63,7 @@ def each(
         W = site.layer.weight.detach().float().flatten(1)
         if drift and H.numel():
             W, _ = aimed(site, H, samples, ridge)
-        for key, value in round_layer(site.layer, W, H, rule, damp, act_order, block).items():
-            report[key] = max(report[key], value) if key == "largest_damp" else report[key] + value
+        tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block))
 
     return Visit(unquantized(model), quantize_layer, report, targets=drift, sequential=sequential)
 

@@ -19,7 +19,7 @@ first column it is `gptq:drift=true`.
 
 from __future__ import annotations
 
-from quantkit.columns import aimed, moments, round_layer
+from quantkit.columns import NOTHING, aimed, moments, round_layer, tally
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, layerwise, unquantized
 from quantkit.qtensor import ScaleRule
@@ -44,7 +44,7 @@ def each(
 
     Options and reports are those of `gptq`; columns go by falling diagonal of X~^T X~ unless `act_order` is false.
     """
-    report = {"dead_inputs": 0.0, "nearest_layers": 0.0, "nearest_rows": 0.0, "largest_damp": 0.0}
+    report = dict(NOTHING)
     rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
 
     def quantize_layer(site: Site) -> None:
@@ -52,8 +52,7 @@ def each(
         W = first = site.layer.weight.detach().float().flatten(1)
         if H.numel():
             W, first = aimed(site, H, samples, ridge)
-        for key, value in round_layer(site.layer, W, H, rule, damp, act_order, block, first).items():
-            report[key] = max(report[key], value) if key == "largest_damp" else report[key] + value
+        tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block, first))
 
     return Visit(unquantized(model), quantize_layer, report, targets=True)
 
