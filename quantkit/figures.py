@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from quantkit.files import new_file
-from quantkit.pareto import COLUMNS, front, knee, value
+from quantkit.pareto import COLUMNS, front, knee, label, metric_of, value
 from quantkit.statistics import t_quantile
 
 Row = Mapping[str, Any]
@@ -74,9 +74,10 @@ def draw_pareto(
     on_front = front(drawable, x, y)
     is_return = y in ("mean", "iqm")
     if is_return:
-        _reference(axes, reference[y], margin)
-    for family, (color, marker, label) in FAMILIES.items():
+        _reference(axes, reference[y], margin, metric_of(rows))
+    for family, (color, marker, family_label) in FAMILIES.items():
         members = [i for i, row in enumerate(drawable) if row.get("family") == family]
+        shown: str = family_label
         for chosen, alpha, size in ((True, 1.0, 52), (False, 0.38, 22)):
             some = [i for i in members if (i in on_front) == chosen]
             if not some:
@@ -89,9 +90,9 @@ def draw_pareto(
                 axes.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=color, alpha=strength, elinewidth=1.2, zorder=2)
             axes.scatter(
                 xs, ys, s=size, c=color, marker=marker, alpha=alpha, zorder=4 if chosen else 3,
-                edgecolors="white", linewidths=0.7, label=label,
+                edgecolors="white", linewidths=0.7, label=shown,
             )  # fmt: skip
-            label = "_nolegend_"
+            shown = "_nolegend_"
     if on_front:
         xs = [value(drawable[i], x) or 0.0 for i in on_front]
         ys = [value(drawable[i], y) or 0.0 for i in on_front]
@@ -122,16 +123,22 @@ def half_interval(row: Row, reference: Row) -> float:
     return float(t_quantile(0.975, len(ours) - 1) * statistics.stdev(differences) / math.sqrt(len(ours)))
 
 
-def _reference(axes: Axes, center: float, margin: float) -> None:
+def _reference(axes: Axes, center: float, margin: float, metric: str) -> None:
     axes.axhspan(center - margin, center, color="#999999", alpha=0.13, linewidth=0, zorder=1)
-    axes.axhline(center, color="#555555", linewidth=1.2, zorder=1, label=f"float policy ({center:.4g})")
+    axes.axhline(
+        center,
+        color="#555555",
+        linewidth=1.2,
+        zorder=1,
+        label=f"float {'network' if metric == 'accuracy' else 'policy'} ({center:.4g})",
+    )
     dashed: Any = {"linestyle": (0, (4, 3)), "label": f"margin (−{margin:.3g})"}
     axes.axhline(center - margin, color="#555555", linewidth=1.0, zorder=1, **dashed)
 
 
 def _axes(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
-    axes.set_xlabel(COLUMNS[x][1])
-    axes.set_ylabel(COLUMNS[y][1])
+    axes.set_xlabel(label(x))
+    axes.set_ylabel(label(y, metric_of(rows)))
     xs = [value(row, x) or 0.0 for row in rows]
     if xs and min(xs) > 0 and max(xs) / min(xs) > 2.5:
         axes.set_xscale("log")

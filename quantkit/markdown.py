@@ -76,9 +76,12 @@ def _pictures(
         if numbers and max(numbers) > 1.1 * min(numbers):
             figure = figures.pareto_figure(rows, reference, margin, x=x)
             save(
-                figure, f"front_{x}", f"Return against {COLUMNS[x][1]}", "Bars: 95 % of the paired difference to float."
+                figure,
+                f"front_{x}",
+                f"{study['metric'].capitalize()} against {COLUMNS[x][1]}",
+                "Bars: 95 % of the paired difference to float.",
             )
-    if reference.get("returns") and all(row["score"].get("returns") for row in shown):
+    if study["metric"] == "return" and reference.get("returns") and all(row["score"].get("returns") for row in shown):
         figure = figures.returns_figure(shown, reference)
         save(figure, "returns", "Returns of the front", "Each point is an episode; all play the same seeds.")
     if study["device"] and (chosen.get("cost") or {}).get("layers"):

@@ -20,7 +20,7 @@ from hwmodel.devices import find_device
 from hwmodel.formats import Float, FormatError, bits, element, parse
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_file
-from quantkit.pareto import COLUMNS, COSTS, front, knee, value, why_knee
+from quantkit.pareto import COLUMNS, COSTS, front, knee, label, metric_of, value, why_knee
 from quantkit.report import default_cost, failures, read_study
 from quantkit.results import Row, read_rows
 
@@ -88,17 +88,23 @@ def page_data(folder: Path, *, checkpoint: Path | None = None) -> dict[str, Any]
     chosen = knee(rows, front(rows, x, "mean"), reference["mean"], margin, x)
     measured = {record["id"]: record for record in read_rows(folder / "robustness.jsonl")}
     device = _device(settings.get("device"))
-    columns = {name: COLUMNS[name] for name in COLUMNS if any(value(row, name) is not None for row in rows)}
+    metric = metric_of(rows)
     study = {
+        "metric": metric,
         "settings": settings,
         "seed": reference.get("seed", settings.get("seed", 0)),
         "episodes": reference["n"],
-        "reference": {"mean": reference["mean"], "iqm": reference["iqm"], "returns": reference.get("returns", [])},
+        "reference": {
+            "mean": reference["mean"],
+            "iqm": reference["iqm"],
+            "returns": reference.get("returns", []) if metric == "return" else [],
+        },
         "margin": margin,
         "device": device,
         "columns": {
-            name: {"label": label, "higher": higher, "cost": name in COSTS}
-            for name, (_, label, higher) in columns.items()
+            name: {"label": label(name, metric), "higher": COLUMNS[name][2], "cost": name in COSTS}
+            for name in COLUMNS
+            if any(value(row, name) is not None for row in rows)
         },
         "layers": layers,
         "designs": [
@@ -127,18 +133,29 @@ def _design(
         "n": score["n"],
         "partial": row.get("partial", False),
         "stderr": score.get("stderr"),
-        "returns": score.get("returns", []),
+        "returns": score.get("returns", []) if metric_of([row]) == "return" else [],
+        "changed": _changed(row, reference),
         "paired": bool(score.get("returns")) and score.get("seed") == reference.get("seed"),
         "verdict": row.get("verdict"),
         "layers": [_formats(plan, layer["name"], i, len(layers)) for i, layer in enumerate(layers)],
         "cost": cost.get("layers"),
         "cost_error": cost.get("error"),
         "command": quantize_command(row, document["settings"], origin),
-        "pick": shlex.join(["quantkit", "pick", study, "-o", f"{study}_{row['id']}", "--id", row["id"]]),
+        "pick": None
+        if document["settings"].get("labelled")
+        else shlex.join(["quantkit", "pick", study, "-o", f"{study}_{row['id']}", "--id", row["id"]]),
         "robustness": robustness,
     }
     names = ("id", "weights", "acts", "granularity", "steps", "family", "origin")
     return {k: row.get(k) for k in names} | {k: cost.get(k) for k in ("fits", "clock_mhz", "residual")} | found
+
+
+def _changed(row: Row, reference: Mapping[str, Any]) -> list[int] | None:
+    """[labelled inputs that only float answers rightly, that only the design does]; None where episodes count."""
+    if metric_of([row]) == "return":
+        return None
+    pairs = list(zip(reference["returns"], row["score"]["returns"], strict=True))
+    return [sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)]
 
 
 def _formats(plan: Sequence[Mapping[str, Any]], name: str, index: int, count: int) -> list[Any]:
@@ -183,6 +200,8 @@ def quantize_command(row: Mapping[str, Any], settings: Mapping[str, Any], origin
     words += ["--seed", str(recipe["seed"])] if recipe["seed"] else []
     words += ["--env", origin["env"]] if origin.get("env") else []
     words += ["--normalize", "fold"] if settings.get("normalizer") == "fold" else []
+    words += ["--factory", origin["factory"]] if origin.get("factory") else []
+    words += ["--inputs", origin["calibration"]] if origin.get("calibration") else []
     return shlex.join(words)
 
 
@@ -199,7 +218,10 @@ def _typed(settings: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
 
 
 def _layers(document: Mapping[str, Any], rows: Sequence[Row], given: Path | None) -> list[dict[str, Any]]:
-    """Name, inputs, outputs and kernel of each layer; without a checkpoint names only, as far as rows tell them."""
+    """Name, inputs, outputs and kernel of each layer: of the checkpoint, or as the study remembers them.
+
+    Of an older study without its checkpoint names only, as far as rows tell them.
+    """
     settings, origin = document["settings"], document.get("origin") or {}
     path = given if given is not None else Path(origin["path"]) if origin.get("path") else None
     model = None
@@ -221,13 +243,12 @@ def _layers(document: Mapping[str, Any], rows: Sequence[Row], given: Path | None
             )
         model = None
     if model is not None:
-        from quantkit.qlayers import shape_of
+        from quantkit.specs import layer_shapes
 
-        shapes = {name: shape_of(layer) for name, layer in model.layers().items()}
-        return [
-            {"name": name, "inputs": s.inputs, "outputs": s.outputs, "kernel": list(s.kernel) or None}
-            for name, s in shapes.items()
-        ]
+        return layer_shapes(model)
+    if document.get("layers"):
+        stored: list[dict[str, Any]] = document["layers"]
+        return stored
     priced: list[dict[str, Any]] = next(
         (row["cost"]["layers"] for row in rows if (row.get("cost") or {}).get("layers")), []
     )
@@ -275,36 +296,43 @@ def _head(
     best, seed = rows[study["knee"]], study["seed"]
     why = why_knee(best, reference["mean"], study["margin"])
     stderr = reference.get("stderr")
+    metric, n = study["metric"], reference["n"]
+    acts = metric == "return"
+    what = "policy" if acts else "network"
     facts = [
-        ("float policy", _text(reference["mean"]), f"± {_text(stderr)} standard error" if stderr else "one episode"),
+        (f"float {what}", _text(reference["mean"]), f"± {_text(stderr)} standard error" if stderr else "one episode"),
         ("designs", str(len(rows)), f"{good} non-inferior to float"),
         ("the design to take", f"{best['weights']} × {best['acts']}", f"{best['steps']}: {why}"),
     ]
     cost = value(best, study["x"])
     if cost is not None:
-        label, have = COLUMNS[study["x"]][1], (study["device"] or {}).get(study["x"])
-        note = f"{100 * cost / have:.2g} % of {settings['device']}" if have else f"return {_text(value(best, 'mean'))}"
-        facts.append((f"its {label}", _text(cost), note))
+        have = (study["device"] or {}).get(study["x"])
+        note = (
+            f"{100 * cost / have:.2g} % of {settings['device']}" if have else f"{metric} {_text(value(best, 'mean'))}"
+        )
+        facts.append((f"its {label(study['x'])}", _text(cost), note))
     versions = {**document.get("versions", {})}
     differ = sorted({k for row in rows for k, v in row.get("versions", {}).items() if versions.get(k, v) != v})
     origin = document.get("origin") or {}
     reproduce = [
         ("checkpoint", str(settings.get("checkpoint"))),
         ("sha256", str(settings.get("checkpoint_sha256"))),
-        ("environment", _environment(settings.get("env") or {})),
-        ("observation normalization", str(settings.get("normalizer") or "none")),
-        ("episode seeds", f"{seed}..{seed + reference['n'] - 1}, the same for float and every design"),
+        *(_episodes(settings, seed, n) if acts else _labelled(settings, origin, n)),
         ("hardware target", _target(settings)),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or "not recorded"),
     ]
     if differ:
         reproduce.append(("rows made with other versions of", ", ".join(differ)))
-    lead = f"{algo} policy of {settings.get('checkpoint')}, quantized {len(rows)} ways and played on the same "
-    lead += f"{reference['n']} episodes as its float original" + (
+    lead = f"{algo} policy of {settings.get('checkpoint')}" if acts else f"Network of {settings.get('checkpoint')}"
+    lead += f", quantized {len(rows)} ways and " + (
+        f"played on the same {n} episodes" if acts else f"measured on the same {n:,} labelled inputs"
+    )
+    lead += " as its float original" + (
         f"; hardware estimated for {settings['device']}." if settings.get("device") else "."
     )
     return {
-        "title": f"{env}: return against cost",
+        "title": f"{env if acts else settings.get('checkpoint')}: {metric} against cost",
+        "metric": metric,
         "lead": lead,
         "facts": facts,
         "command": origin.get("command"),
@@ -314,20 +342,48 @@ def _head(
     }
 
 
+def _episodes(settings: Mapping[str, Any], seed: int, n: int) -> list[tuple[str, str]]:
+    return [
+        ("environment", _environment(settings.get("env") or {})),
+        ("observation normalization", str(settings.get("normalizer") or "none")),
+        ("episode seeds", f"{seed}..{seed + n - 1}, the same for float and every design"),
+    ]
+
+
+def _labelled(settings: Mapping[str, Any], origin: Mapping[str, Any], n: int) -> list[tuple[str, str]]:
+    found = [
+        ("labelled inputs", f"{n:,}, sha256 {settings.get('labelled')}"),
+        ("calibration", f"{origin.get('calibration') or 'inputs'}, sha256 {settings.get('calibration')}"),
+    ]
+    return [*found, ("built by", str(origin["factory"]))] if origin.get("factory") else found
+
+
 def _meaning(document: Mapping[str, Any], study: Mapping[str, Any]) -> list[str]:
     """What the page's numbers mean, a sentence or two each."""
     random = document.get("random") or {}
-    lines = [
-        "Return: undiscounted, of deterministic episodes; ± is the standard error of the mean.",
-        "Error bars of the mean: 95 % t interval of the paired difference to float, drawn around the design's mean: "
-        "what quantization did, not how episodes vary. Bars of the interquartile mean: its 95 % bootstrap interval.",
-        f"Margin: {_text(study['margin'])} of return, 5 % of the distance between the float and a random policy"
-        + (f" ({_text(random['mean'])})." if "mean" in random else "."),
+    what = "episodes" if study["metric"] == "return" else "labelled inputs"
+    bars = "Error bars of the mean: 95 % t interval of the paired difference to float, drawn around the design's mean: "
+    if study["metric"] == "return":
+        lines = [
+            "Return: undiscounted, of deterministic episodes; ± is the standard error of the mean.",
+            f"{bars}what quantization did, not how episodes vary. Bars of the interquartile mean: its 95 % bootstrap "
+            "interval.",
+            f"Margin: {_text(study['margin'])} of return, 5 % of the distance between the float and a random policy"
+            + (f" ({_text(random['mean'])})." if "mean" in random else "."),
+        ]
+    else:
+        lines = [
+            "Accuracy: the share of labelled inputs whose class is the largest output; ± is its standard error.",
+            f"{bars}what quantization did, input by input.",
+            f"Margin: {_text(study['margin'])} of accuracy, 1 % of the distance between the float network and one that "
+            f"always gives the most frequent class ({_text(random.get('mean'))}).",
+        ]
+    lines += [
         "Non-inferior: the one-sided bound of the paired loss (95 %, or as said) is within the margin. Inferior: the "
-        "gain's bound is below it. Inconclusive: more episodes are needed. Bounds hold for one design, not for the "
+        f"gain's bound is below it. Inconclusive: more {what} are needed. Bounds hold for one design, not for the "
         "best of many.",
-        "The design to take: the cheapest on the front that is non-inferior; where none is, the cheapest whose mean "
-        "return is within the margin, else the best.",
+        "The design to take: the cheapest on the front that is non-inferior; where none is, the cheapest whose mean is "
+        "within the margin, else the best.",
     ]
     if study["device"]:
         lines.append(

@@ -25,10 +25,26 @@ COLUMNS: dict[str, tuple[str, str, bool]] = {
     "q_error": ("fidelity.q_error", "error of Q-values", False),
     "q_regret": ("fidelity.q_regret", "Q-value lost by the action", False),
 }
+_OF_ACCURACY = {
+    "mean": "accuracy",
+    "iqm": "accuracy, Wilson's interval",
+    "agreement": "agreement with float",
+    "kl": "KL to the float network",
+}
 RETURNS = ("mean", "iqm")
 """The columns that are means over episodes."""
 COSTS = ("luts", "ffs", "dsps", "bram18", "latency_us", "weight_kib", "bits_per_weight")
 """The columns that say what a design takes; the others say how well it acts."""
+
+
+def metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows' scores are means of: "return" of episodes, or "accuracy" of labelled inputs."""
+    return str(rows[0]["score"].get("metric", "return")) if rows else "return"
+
+
+def label(column: str, metric: str = "return") -> str:
+    """A column's name for people, in a study of this metric."""
+    return _OF_ACCURACY.get(column, COLUMNS[column][1]) if metric == "accuracy" else COLUMNS[column][1]
 
 
 def value(row: Mapping[str, Any], column: str) -> float | None:
@@ -100,5 +116,5 @@ def why_knee(row: Mapping[str, Any], reference: float, margin: float) -> str:
     if row.get("verdict", {}).get("verdict") == "non-inferior":
         return "the cheapest non-inferior design on the front"
     if (value(row, "mean") or 0.0) >= reference - margin:
-        return "the cheapest on the front whose mean return is within the margin; none there is proved non-inferior"
-    return "the best return on the front, where no design is within the margin"
+        return "the cheapest on the front whose mean is within the margin; none there is proved non-inferior"
+    return "the best mean on the front, where no design is within the margin"

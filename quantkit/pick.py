@@ -327,6 +327,11 @@ def pick(
     """
     document, rows = read_study(folder)
     settings, reference = document["settings"], document["reference"]
+    if settings.get("labelled"):
+        raise InputError(
+            f"{folder} is a study of labelled inputs; pick is for policies: take the design's command from "
+            "quantkit report, then quantkit export"
+        )
     if latency_us is not None and luts is not None:
         raise InputError("give --latency-us or --luts, not both")
     column = default_cost(rows) if x is None else x

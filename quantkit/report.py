@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit.errors import InputError
 from quantkit.files import new_file
-from quantkit.pareto import COLUMNS, front, knee, value
+from quantkit.pareto import COLUMNS, front, knee, metric_of, value
 from quantkit.results import Row, read_rows
 
 FRONTS = ("luts", "weight_kib", "dsps", "latency_us")
@@ -97,10 +97,14 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
     chosen = knee(rows, on_front, reference["mean"], margin, x)
     write_table(rows, folder / "pareto.csv")
     settings = document["settings"]
-    env = (settings.get("env") or {}).get("id", "")
-    title = f"{env} ({str(settings['algo']).upper()}): {len(rows)} designs, {settings['episodes']} episodes each"
+    name = f"{(settings.get('env') or {}).get('id', '')} ({str(settings['algo']).upper()})"
+    each = f"{settings['episodes']} episodes"
+    if metric_of(rows) == "accuracy":
+        name, each = str(settings.get("checkpoint")), f"{settings['episodes']:,} labelled inputs"
+    title = f"{name}: {len(rows)} designs, {each} each"
     files = save_figure(pareto_figure(rows, reference, margin, x=x, y=y, title=title), folder / stem)
     return {
+        "metric": metric_of(rows),
         "reference": {k: reference[k] for k in ("mean", "stderr", "n")},
         "margin": margin,
         "x": x,

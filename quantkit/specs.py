@@ -21,6 +21,15 @@ from quantkit.qtensor import QTensor, units_of
 from quantkit.rounding import is_pow2
 
 
+def layer_shapes(model: Model) -> list[dict[str, Any]]:
+    """Name, inputs, outputs and kernel (None of a linear layer) of each layer with a weight, as JSON values."""
+    shapes = {name: shape_of(layer) for name, layer in model.layers().items()}
+    return [
+        {"name": name, "inputs": s.inputs, "outputs": s.outputs, "kernel": list(s.kernel) or None}
+        for name, s in shapes.items()
+    ]
+
+
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     """One spec per product with a weight, two of one in bands, in order of definition.
 

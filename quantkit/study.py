@@ -26,7 +26,7 @@ from hwmodel.formats import Float, Format, element
 from quantkit.errors import InputError
 from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model
-from quantkit.policy import Policy
+from quantkit.policy import Head, Policy
 from quantkit.racing import race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
@@ -34,6 +34,7 @@ from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
 from quantkit.statistics import Floats, Verdict, default_margin
 from quantkit.tasks import episodes as episodes_task
+from quantkit.tasks.accuracy import Labelled
 from quantkit.tasks.episodes import Progress, Score
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_STATES = 2048
 MARGIN_FRACTION = 0.05
+ACCURACY_FRACTION = 0.01
+"""Of the distance between the float network and one that always gives the most frequent class."""
 
 Origin = Literal["sweep", "allocation", "search"]
 
@@ -48,6 +51,8 @@ Origin = Literal["sweep", "allocation", "search"]
 @dataclass(frozen=True)
 class Settings:
     """How designs are measured: what must be equal for two rows to be comparable.
+
+    Of a network measured on labelled inputs `episodes` is how many there are, and `seed` is 0.
 
     latency_us or luts: the target that folds the hardware; both None = the estimate's default. mapping: what makes the
     products, as of `hwmodel.estimate`.
@@ -67,6 +72,9 @@ class Study:
 
     states: observations of float rollouts; calibration and fidelity use them. margin: the return
     that a quantized policy may lose and still count as non-inferior.
+
+    labelled: what a network that is no policy is measured on. Then states are the inputs that calibrate, returns are
+    1 or 0 for each labelled input, and `random` always answers the most frequent class.
     """
 
     model: Model
@@ -74,16 +82,27 @@ class Study:
     states: np.ndarray
     reference: Score
     random: Score
+    labelled: Labelled | None = None
 
     @property
     def margin(self) -> float:
-        """5 % of the distance between the float and the random policy."""
-        return default_margin(self.reference.returns, self.random.returns, MARGIN_FRACTION)
+        """5 % of the distance between the float and the random policy, 1 % of that between accuracies."""
+        fraction = MARGIN_FRACTION if self.labelled is None else ACCURACY_FRACTION
+        return default_margin(self.reference.returns, self.random.returns, fraction)
 
     @cached_property
     def float_outputs(self) -> np.ndarray:
-        """The float policy's outputs on the states, (states, outputs): the same for every design."""
-        return compile_policy(policy_of(self.model)[0])(self.states)
+        """The float model's outputs on the states, (states, outputs): the same for every design."""
+        return outputs_of(self.model, self.states)
+
+
+def outputs_of(model: Model, states: np.ndarray) -> np.ndarray:
+    """Outputs (states, outputs) of a policy or of any network."""
+    if isinstance(model.module, Policy):
+        return compile_policy(model.module)(states)
+    rows = torch.from_numpy(states).to(model.example.dtype)
+    with torch.inference_mode():
+        return torch.cat([model.module(part) for part in rows.split(128)]).float().numpy()
 
 
 def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
@@ -161,8 +180,16 @@ def verify_export(
     return verify(model, path, states=states, episodes=episodes, seed=seed, progress=count)
 
 
-def prepare(model: Model, settings: Settings, progress: Progress | None = None) -> Study:
-    """Score the float and a random policy and collect calibration states."""
+def prepare(
+    model: Model,
+    settings: Settings,
+    progress: Progress | None = None,
+    labelled: Labelled | None = None,
+) -> Study:
+    """Score the float and a random policy and collect calibration states, or those of `labelled` inputs."""
+    if labelled is not None:
+        reference = labelled.score(model.module, progress)
+        return Study(model, settings, labelled.calibration.numpy(), reference, labelled.constant(), labelled)
     policy, spec = policy_of(model)
     options: dict[str, Any] = {"episodes": settings.episodes, "seed": settings.seed, "progress": progress}
     reference = episodes_task.evaluate_policy(policy, spec, **options)
@@ -243,31 +270,38 @@ def evaluate_design(study: Study, recipe: Recipe, raced: bool = False) -> Row:
     began = time.perf_counter()
     settings = study.settings
     row = describe_design(study, recipe)
+    visit = visited_states if study.labelled is None else None
     try:
-        quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visited_states))
+        quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visit))
     except InputError as error:
         return row | {"error": str(error), "seconds": time.perf_counter() - began}
     row["float_layers"] = quantized.meta.get("float_layers", {})
-    policy, spec = policy_of(quantized)
     row["bits_per_weight"] = bits_per_weight(quantized)
     row["weight_kib"] = row["bits_per_weight"] * sum(m.weight.numel() for m in quantized.layers().values()) / 8192
     row["quantize_seconds"] = time.perf_counter() - began
     row["cost"] = hardware_cost(quantized, settings)
-    row["fidelity"] = episodes_task.compare_on_states(
-        study.float_outputs,
-        compile_policy(policy)(study.states),
-        policy.head,
-        q_values=study.model.meta.get("algo") in ("dqn", "qrdqn"),
-    )
-    act = episodes_task.act_of(policy)
-    if raced:
-        result, verdict = _raced(study, act, spec)
-        row["seeds"] = [settings.seed, settings.seed + result.n - 1]
+    found = outputs_of(quantized, study.states)
+    if study.labelled is None:
+        policy, spec = policy_of(quantized)
+        head, q_values = policy.head, study.model.meta.get("algo") in ("dqn", "qrdqn")
+        result, verdict = _played(study, episodes_task.act_of(policy), spec, raced)
     else:
-        result = episodes_task.evaluate(act, spec, episodes=settings.episodes, seed=settings.seed)
+        head, q_values = Head("discrete", (found.shape[1],)), False
+        result = study.labelled.score(quantized.module)
         verdict = episodes_task.compare_scores(study.reference, result, margin=study.margin)
+    row["fidelity"] = episodes_task.compare_on_states(study.float_outputs, found, head, q_values=q_values)
+    row["seeds"] = [result.seed, result.seed + result.n - 1]
     row |= {"score": result.to_json(), "verdict": verdict.to_json(), "episodes": result.n}
     return row | {"seconds": time.perf_counter() - began}
+
+
+def _played(study: Study, act: episodes_task.Act, spec: EnvSpec, raced: bool) -> tuple[Score, Verdict]:
+    """The score on all episodes, or on those that a race played, and its verdict."""
+    if raced:
+        return _raced(study, act, spec)
+    settings = study.settings
+    result = episodes_task.evaluate(act, spec, episodes=settings.episodes, seed=settings.seed)
+    return result, episodes_task.compare_scores(study.reference, result, margin=study.margin)
 
 
 def _raced(study: Study, act: episodes_task.Act, spec: EnvSpec) -> tuple[Score, Verdict]:

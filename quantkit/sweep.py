@@ -7,6 +7,7 @@ other settings or to other code is refused.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -27,7 +28,9 @@ from quantkit.model import Model
 from quantkit.recipe import LayerPlan, Recipe, Step, make_plan
 from quantkit.results import Row, RowReader, append_row, read_rows, versions
 from quantkit.sources import source_digest
+from quantkit.specs import layer_shapes
 from quantkit.study import Settings, Study, Task, describe_design, design_id, prepare
+from quantkit.tasks.accuracy import Labelled
 from quantkit.tasks.episodes import Progress, Score
 
 STUDY_VERSION = 1
@@ -58,7 +61,14 @@ class Space:
         return list(found.values())
 
 
-def study_origin(checkpoint: Path, env: str | None, normalize: str, command: Sequence[str]) -> dict[str, Any]:
+def study_origin(
+    checkpoint: Path,
+    env: str | None,
+    normalize: str,
+    command: Sequence[str],
+    factory: str | None = None,
+    calibration: Path | None = None,
+) -> dict[str, Any]:
     """What loads the model of a study again: the checkpoint's absolute path, the options of loading, the command line.
 
     Not among the facts that must agree: a checkpoint that has moved is the same checkpoint.
@@ -67,11 +77,13 @@ def study_origin(checkpoint: Path, env: str | None, normalize: str, command: Seq
         "path": str(checkpoint.absolute()),
         "env": env,
         "normalize": normalize,
+        "factory": factory,
+        "calibration": None if calibration is None else str(calibration),
         "command": shlex.join(["quantkit", *command]),
     }
 
 
-def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
+def describe_study(model: Model, settings: Settings, labelled: Labelled | None = None) -> dict[str, Any]:
     """The facts that must be the same for two rows to be comparable, as JSON values."""
     facts = {
         "study_version": STUDY_VERSION,
@@ -86,11 +98,22 @@ def describe_study(model: Model, settings: Settings) -> dict[str, Any]:
         "latency_us": settings.latency_us,
         "luts": settings.luts,
         "mapping": settings.mapping,
+        "labelled": None if labelled is None else _digest(labelled.inputs.numpy(), labelled.labels),
+        "calibration": None if labelled is None else _digest(labelled.calibration.numpy()),
         "source": source_digest(),
         "libraries": {name: v for name, v in versions().items() if name in LIBRARIES},
     }
     as_read_back: dict[str, Any] = json.loads(json.dumps(facts))  # tuples become lists
     return as_read_back
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """sha256 of the arrays' shapes, types and bytes."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype.str} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def open_study(
@@ -101,15 +124,17 @@ def open_study(
     *,
     origin: Mapping[str, Any] | None = None,
     accept_versions: bool = False,
+    labelled: Labelled | None = None,
 ) -> Study:
     """The study of a directory: read back if it is there and its facts agree, else prepared and written.
 
+    labelled: what a network that is no policy is measured on.
     origin: how to load the model again and what was typed (`study_origin`); kept from the beginning on, never compared.
     accept_versions: go on although libraries have other versions; each row tells those it was made with. Of several
     processes that begin a study at once, one prepares it and the others wait. Raises InputError naming the fact that
     differs, or a directory that holds something else.
     """
-    facts = describe_study(model, settings)
+    facts = describe_study(model, settings, labelled)
     if not (folder / "study.json").exists():
         begun = ("calibration.npy", "study.lock", ".calibration.", ".study.")  # what a beginning cut short can leave
         if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(begun) for p in folder.iterdir())):
@@ -119,7 +144,7 @@ def open_study(
         with Claims(folder) as claims:
             claims.wait("")
             if not (folder / "study.json").exists():
-                study = prepare(model, settings, progress)
+                study = prepare(model, settings, progress, labelled)
                 _write_study(folder, study, facts, origin)
                 return study
     try:
@@ -132,7 +157,7 @@ def open_study(
     for key, fresh in facts.items():
         if old.get(key) != fresh:
             _refuse(folder, key, old, fresh, accept_versions)
-    return Study(model, settings, states, *scores)
+    return Study(model, settings, states, scores[0], scores[1], labelled)
 
 
 def _refuse(folder: Path, key: str, old: dict[str, Any], fresh: Any, accept_versions: bool) -> None:
@@ -170,6 +195,7 @@ def _write_study(folder: Path, study: Study, facts: dict[str, Any], origin: Mapp
         "reference": study.reference.to_json(),
         "random": study.random.to_json(),
         "versions": versions(),
+        "layers": layer_shapes(study.model),
         "origin": None if origin is None else dict(origin),
     }
     with new_file(folder / "calibration.npy", force=True) as path, path.open("wb") as handle:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping as Mapping_
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.options import (
     _CHOOSE,
     _HW,
+    _IN,
     _NUM,
     _OUT,
     _PRESETS,
@@ -21,6 +23,7 @@ from quantkit.cli.options import (
     Env,
     Episodes,
     Exceptions,
+    Factory,
     Jobs,
     Json,
     Mapping,
@@ -35,6 +38,11 @@ from quantkit.cli.options import (
     pipelines_of,
 )
 from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.model import Model
+    from quantkit.tasks.accuracy import Labelled
 
 
 @app.command(
@@ -89,21 +97,38 @@ def sweep(
     config: Config = None,
     env: Env = None,
     normalize: Normalize = "stage",
+    factory: Factory = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help=".npy or .npz with inputs to measure a network on that is no policy.", rich_help_panel=_IN),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=_IN)
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help=".npy or .npz with other inputs, that calibrate such a network.", rich_help_panel=_IN),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front."""
+    """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front.
+
+    A policy is measured by the return of its episodes, a network with --inputs, --labels and --calibration by its
+    accuracy.
+    """
     from hwmodel.devices import find_device
     from quantkit.recipe import check
     from quantkit.sweep import Space
 
     check_space(weights, acts, granularity, latency_us, luts)
-    pipelines = pipelines_of(step, preset) or ((),)
+    pipelines = pipelines_of(step, preset, "policy" if labels is None else "network") or ((),)
     space = Space(
         listed(weights), listed(acts), listed(granularity), pipelines, exceptions(layer, listed(granularity)[0])
     )
     recipes = space.recipes()
     part = None if device == "none" else find_device(device)
-    model = load(checkpoint, env, None, normalize)
+    model = load(checkpoint, env, factory, normalize, inputs)
+    labelled = _labelled(checkpoint, model, inputs, labels, calibration)
 
     from quantkit.backends import answers
     from quantkit.report import write_report
@@ -114,10 +139,15 @@ def sweep(
         check(model, recipe)
     if ray is not None:
         answers(ray)
+    if labelled is not None:
+        episodes, seed = len(labelled.labels), 0
     settings = Settings(episodes, seed, part, latency_us, luts, mapping)
-    with progress_bar("float and random policy", "episodes") as update:
-        origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
-        study = open_study(output, model, settings, update, origin=origin, accept_versions=accept_versions)
+    what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
+    with progress_bar(*what) as update:
+        origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration)
+        study = open_study(
+            output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
+        )
     with progress_bar("designs", "designs") as update:
         rows = run(
             study,
@@ -139,6 +169,35 @@ def sweep(
     _show_report(report, json)
 
 
+def _labelled(
+    checkpoint: Path, model: Model, inputs: Path | None, labels: Path | None, calibration: Path | None
+) -> Labelled | None:
+    """What a network is measured on, None of a policy; InputError for files of the wrong kind and for too few."""
+    from quantkit.policy import Policy
+    from quantkit.study import CALIBRATION_STATES, calib_for
+    from quantkit.tasks.accuracy import Labelled, read_labels
+
+    given = {"--inputs": inputs, "--labels": labels, "--calibration": calibration}
+    if isinstance(model.module, Policy):
+        if any(given.values()):
+            raise InputError(f"{checkpoint} is a policy: it is measured in episodes; leave out {', '.join(given)}")
+        return None
+    if "config" in model.meta:
+        raise InputError(
+            f"{checkpoint} is a language model; a sweep measures policies, and networks on labelled inputs"
+        )
+    if inputs is None or labels is None or calibration is None:
+        missing = ", ".join(name for name, path in given.items() if path is None)
+        raise InputError(
+            f"{checkpoint} is no policy: give {missing} FILE.npy, to measure its accuracy and to calibrate it"
+        )
+    found = calib_for(model, None, inputs=inputs).inputs
+    classes = read_labels(labels)
+    if len(classes) != len(found):
+        raise InputError(f"{labels} has {len(classes)} labels for the {len(found)} inputs of {inputs}")
+    return Labelled(found, classes, calib_for(model, CALIBRATION_STATES, inputs=calibration).inputs)
+
+
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")
 @guarded
 def pareto(
@@ -157,16 +216,16 @@ def pareto(
 
 
 def _show_report(report: dict[str, Any], json: bool) -> None:
-    from quantkit.pareto import COLUMNS, value
+    from quantkit.pareto import COLUMNS, label, value
 
     if json:
         print_json(report)
         return
-    x, y = report["x"], report["y"]
+    x, y, metric = report["x"], report["y"], report["metric"]
     reference = report["reference"]
     say(
-        f"float policy: {reference['mean']:.2f} ± {reference['stderr'] or 0.0:.2f}; "
-        f"margin {report['margin']:.2f}; {report['designs']} designs"
+        f"float {'network' if metric == 'accuracy' else 'policy'}: {_score(reference, metric)}; "
+        f"margin {_number(report['margin'], metric)}; {report['designs']} designs"
     )
     shown = list(dict.fromkeys((x, "luts", "weight_kib", "latency_us")))
     rows = []
@@ -175,12 +234,20 @@ def _show_report(report: dict[str, Any], json: bool) -> None:
         numbers = [(value(row, c), c) for c in shown]
         cells = ["-" if v is None else f"{v:,.0f}" if c in ("luts", "ffs") else f"{v:,.4g}" for v, c in numbers]
         names = [row["weights"], row["acts"], row["granularity"], row["steps"]]
-        rows.append([*names, f"{score['mean']:.2f} ± {score['stderr'] or 0.0:.2f}", row["verdict"]["verdict"], *cells])
+        rows.append([*names, _score(score, metric), row["verdict"]["verdict"], *cells])
     columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left")
-    columns |= {"return": "right", "against float": "left"} | {COLUMNS[c][1]: "right" for c in shown}
+    columns |= {metric: "right", "against float": "left"} | {COLUMNS[c][1]: "right" for c in shown}
     knee = report["knee"]
     highlight = next((i for i, row in enumerate(report["front"]) if knee and row["id"] == knee["id"]), None)
-    print_table(f"Pareto front of {COLUMNS[y][1]} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)
+    print_table(f"Pareto front of {label(y, metric)} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)
     if knee:
         say(f"take: weights {knee['weights']}, inputs {knee['acts']}, {knee['steps']}")
     say("\n".join(f"wrote {path}" for path in report["files"]))
+
+
+def _score(score: Mapping_[str, Any], metric: str) -> str:
+    return f"{_number(score['mean'], metric)} ± {_number(score['stderr'] or 0.0, metric)}"
+
+
+def _number(number: float, metric: str) -> str:
+    return f"{number:.2%}" if metric == "accuracy" else f"{number:.2f}"

@@ -267,13 +267,15 @@ def recipe_of(
     return Recipe(plan, steps, seed)
 
 
-def pipelines_of(step: list[str] | None, preset: list[str] | None) -> tuple[tuple[Step, ...], ...]:
-    """The alternatives that repeated --step A+B and --preset stand for; () for none."""
+def pipelines_of(
+    step: list[str] | None, preset: list[str] | None, kind: Literal["policy", "network"] = "policy"
+) -> tuple[tuple[Step, ...], ...]:
+    """The alternatives that repeated --step A+B and --preset, of this kind of model, stand for; () for none."""
     from quantkit.presets import preset_steps
     from quantkit.recipe import parse_step
 
     written = (tuple(parse_step(part) for part in text.split("+")) for text in step or [])
-    return (*written, *(preset_steps(name) for name in preset or []))
+    return (*written, *(preset_steps(name, kind) for name in preset or []))
 
 
 def check_space(weights: str, acts: str, granularity: str, latency_us: float | None, luts: int | None) -> None:

@@ -14,9 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InputError
+from quantkit.statistics import spread
+from quantkit.tasks.episodes import Score
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Inputs (n, ...) with the class (n,) of each: what a network that does not act is measured on.
+
+    calibration: other inputs (m, ...), that quantization looks at.
+    """
+
+    inputs: Tensor
+    labels: np.ndarray
+    calibration: Tensor
+
+    def score(self, module: nn.Module, progress: Callable[[int, int], None] | None = None) -> Score:
+        """The accuracy as a `Score` whose n returns are 1.0 where the label was the largest output, else 0.0.
+
+        So a quantized network is compared with a float one input by input, as policies are episode by episode.
+        Raises InputError as `evaluate`.
+        """
+        began = time.perf_counter()
+        right = answers(module, self.inputs, self.labels, progress=progress)
+        return as_score(right, time.perf_counter() - began)
+
+    def constant(self) -> Score:
+        """The score of always answering the most frequent class."""
+        return as_score(self.labels == np.bincount(self.labels).argmax())
+
+
+def as_score(right: np.ndarray, seconds: float = 0.0) -> Score:
+    """The `Score` of answers (n,) that were right or not. Its interquartile mean is the mean, with Wilson's interval:
+    that of zeros and ones themselves is 0 or 1.
+    """
+    found, (std, stderr) = summary(int(right.sum()), right.size, seconds), spread(right.astype(np.float64))
+    each = tuple(right.astype(np.float64).tolist())
+    return Score(
+        "accuracy", found.mean, std, stderr, found.n, found.mean, found.low, found.high, each, (), 0, found.seconds
+    )
 
 
 @dataclass(frozen=True)
@@ -49,12 +88,26 @@ def evaluate(
     batch: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Accuracy of `module` on inputs (n, ...) with integer labels (n,); a tie counts for the first class.
+    """Accuracy of `module` on inputs (n, ...) with integer labels (n,). Raises InputError as `answers`."""
+    began = time.perf_counter()
+    right = answers(module, inputs, labels, batch=batch, progress=progress)
+    return summary(int(right.sum()), right.size, time.perf_counter() - began)
 
-    Raises InputError for labels of another length or outside 0 .. classes - 1 and for outputs that are not
-    (n, classes). `progress(inputs done, n)` is called after each batch.
+
+def answers(
+    module: nn.Module,
+    inputs: Tensor,
+    labels: np.ndarray,
+    *,
+    batch: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Whether the label (n,) is the largest output of `module`, for each of the inputs (n, ...): bool (n,).
+
+    A tie counts for the first class. Raises InputError for labels of another length or outside 0 .. classes - 1 and
+    for outputs that are not (n, classes). `progress(inputs done, n)` is called after each batch.
     """
-    n, began, correct = len(inputs), time.perf_counter(), 0
+    n, right = len(inputs), np.zeros(len(inputs), bool)
     if len(labels) != n:
         raise InputError(f"{len(labels)} labels for {n} inputs; accepted: one label for each input")
     for start in range(0, n, batch):
@@ -66,10 +119,10 @@ def evaluate(
             raise InputError(f"the network gives {given} for {rows} inputs; accuracy needs ({rows}, classes)")
         if start == 0:
             _check_range(labels, out.shape[1])
-        correct += int((out.argmax(dim=1).numpy() == labels[start : start + batch]).sum())
+        right[start : start + rows] = out.argmax(dim=1).numpy() == labels[start : start + rows]
         if progress:
             progress(start + rows, n)
-    return summary(correct, n, time.perf_counter() - began)
+    return right
 
 
 def summary(correct: int, n: int, seconds: float = 0.0) -> Accuracy:

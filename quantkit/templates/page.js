@@ -173,7 +173,7 @@ function drawDesign() {
     v ? ` ${signed(v.diff_mean)} to float, ${number(100 * (v.level ?? 0.95))} % bounds ${signed(v.low)} and ${signed(v.high)}` : "");
   const rows = Object.keys(S.columns).filter((c) => value(d, c) != null).map((c) => {
     let text = number(value(d, c), 5);
-    if (c === "mean" && d.stderr != null) text += ` ± ${number(d.stderr, 3)} (${d.n} episodes)`;
+    if (c === "mean" && d.stderr != null) text += ` ± ${number(d.stderr, 3)} (${number(d.n)} ${S.metric === "return" ? "episodes" : "inputs"})`;
     if (c === "iqm" && d.iqm) text += ` [${number(d.iqm[0])}, ${number(d.iqm[1])}]`;
     const have = S.device && S.device[c];
     if (have) text += ` (${number(100 * value(d, c) / have, 2)} % of ${number(have)})`;
@@ -182,7 +182,7 @@ function drawDesign() {
   fill($("numbers").tBodies[0], ...rows);
   fill($("commands"),
     d.command && make("p", {class: "label"}, "quantize it again"), d.command && copied(d.command),
-    make("p", {class: "label"}, "checkpoint, ONNX, estimate and card"), copied(d.pick));
+    d.pick && make("p", {class: "label"}, "checkpoint, ONNX, estimate and card"), d.pick && copied(d.pick));
   drawNetwork(d); drawReturns(d); drawHardware(d); drawRobustness(d);
 }
 
@@ -213,6 +213,12 @@ function drawNetwork(d) {
 }
 
 function drawReturns(d) {
+  if (S.metric !== "return") {
+    const [lost, gained] = d.changed;
+    $("returns").hidden = $("paired").hidden = true;
+    $("paired-note").textContent = `Of ${number(S.episodes)} labelled inputs, ${number(lost)} that float answers rightly are answered wrongly, and ${number(gained)} the other way round.`;
+    return;
+  }
   const box = (name, returns, color) => ({
     type: "box", name, x: returns, orientation: "h", boxpoints: "all", jitter: 0.5, pointpos: 0, fillcolor: "rgba(0,0,0,0)",
     line: {color, width: 1.3}, marker: {color, size: 5, opacity: 0.65}, hoverinfo: "x",
