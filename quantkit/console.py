@@ -113,6 +113,8 @@ def remarks(gaps: Mapping[str, Any]) -> list[str]:
             "the network cannot be followed, so only layers found by their type are quantized, and products and"
             f" normalizations in its code stay in float: {gaps['untraced']}"
         )
+    if estimated := gaps.get("estimated"):
+        found.append(f"the normalization of observations is {estimated}")
     if idle := gaps["idle"]:
         names = ", ".join(idle[:6]) + (f" and {len(idle) - 6} more" if len(idle) > 6 else "")
         found.append(f"{names} never ran on the calibration inputs: their inputs stay in float")

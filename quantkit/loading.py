@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from quantkit.errors import InputError
-from quantkit.loaders import sb3, torch_module
-from quantkit.model import EnvSpec, Model
+from quantkit.loaders import cleanrl, sb3, torch_module
+from quantkit.model import EnvSpec, Model, Normalization
 from quantkit.qlayers import QLayer, shape_of
 from quantkit.recipe import format_name
 from quantkit.specs import parameter_count, weight_name
@@ -19,17 +19,17 @@ def load_checkpoint(
     path: str | Path,
     *,
     env: EnvSpec | str | None = None,
-    normalize: Literal["stage", "fold"] = "stage",
+    normalize: Normalization = "stage",
     factory: str | None = None,
     inputs: Path | None = None,
 ) -> Model:
-    """The model at `path`: a Stable-Baselines3 zip, an rl-zoo folder, a module's tensors, a Hugging Face directory of
-    a causal language model, or a quantized directory.
+    """The model at `path`: a Stable-Baselines3 zip, an rl-zoo folder, a CleanRL file, a module's tensors, a Hugging
+    Face directory of a causal language model, or a quantized directory.
 
     env: the environment to use instead of the checkpoint's. normalize: VecNormalize as an input
-    "stage" or as a "fold" into the first layer. factory: `package.module:callable` that builds the
-    module whose tensors are in a .safetensors, .pt or .pth file; inputs: .npy or .npz with inputs of it.
-    Raises InputError, one line naming the file and what would be accepted.
+    "stage", as a "fold" into the first layer, or, of a CleanRL agent, "none". factory: `package.module:callable`
+    that builds the module whose tensors are in a .safetensors, .pt or .pth file; inputs: .npy or .npz with
+    inputs of it. Raises InputError, one line naming the file and what would be accepted.
     """
     path = Path(path)
     if not path.exists() and path.with_name(f"{path.name}.zip").is_file():
@@ -47,13 +47,15 @@ def load_checkpoint(
         return model
     if factory is not None or torch_module.sniff(path):
         return torch_module.load(path, factory=factory, env=env, inputs=inputs)
+    if cleanrl.sniff(path):
+        return cleanrl.load(path, env=env, normalize=normalize)
     if sb3.sniff(path):
         return sb3.load(path, env=env, normalize=normalize)
     if is_hugging_face(path):
         return hugging_face(path).load(path)
     raise InputError(
-        f"{path}: not a checkpoint; accepted: a Stable-Baselines3 .zip, an rl-zoo folder, a Hugging Face directory,"
-        " a quantized directory, or a .safetensors or .pt file with factory="
+        f"{path}: not a checkpoint; accepted: a Stable-Baselines3 .zip, an rl-zoo folder, a .cleanrl_model file,"
+        " a Hugging Face directory, a quantized directory, or a .safetensors or .pt file with factory="
     )
 
 
@@ -78,7 +80,7 @@ def gaps(model: Model) -> dict[str, Any]:
 
     float_layers: {name: reason}. untraced: why the network could not be followed, or None. idle: layers and points
     whose input was to be quantized and that never ran on the calibration set. silent_channels: input channels that
-    were zero on all of it.
+    were zero on all of it. estimated: what the checkpoint lacks and was estimated, or None.
     """
     steps = model.meta.get("steps") or []
     idle = [
@@ -90,6 +92,7 @@ def gaps(model: Model) -> dict[str, Any]:
         "float_layers": model.meta.get("float_layers", {}),
         "untraced": model.meta.get("untraced"),
         "idle": idle if steps else [],
+        "estimated": (model.meta.get("normalizer") or {}).get("estimated"),
         "silent_channels": int(sum(step["diagnostics"].get("silent_channels", 0) for step in steps)),
     }
 
@@ -129,6 +132,6 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
         "untraced": meta.get("untraced"),
         "parameters": parameter_count(model),
         "quantized": any(isinstance(layer, QLayer) for layer in model.layers().values()),
-        **{key: value for key, value in gaps(model).items() if key in ("idle", "silent_channels")},
+        **{key: value for key, value in gaps(model).items() if key in ("idle", "silent_channels", "estimated")},
         "sha256": meta.get("sha256"),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class EnvSpec:
     time_feature: int | None = None
     pad_obs: int | None = None
     trained_on: str | None = None
+
+
+Normalization = Literal["stage", "fold", "none"]
+"""Where observations are normalized: in a float input stage, in the first layer, or not although they could be."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from hwmodel.formats import Float, FormatError, bits, element, parse
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_file
 from quantkit.pareto import COLUMNS, COSTS, front, knee, label, metric_of, value, why_knee
-from quantkit.report import default_cost, failures, read_study
+from quantkit.report import default_cost, failures, normalize_of, read_study
 from quantkit.results import Row, read_rows
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def quantize_command(row: Mapping[str, Any], settings: Mapping[str, Any], origin
         words += ["--step", step_text((name, options))]
     words += ["--seed", str(recipe["seed"])] if recipe["seed"] else []
     words += ["--env", origin["env"]] if origin.get("env") else []
-    words += ["--normalize", "fold"] if settings.get("normalizer") == "fold" else []
+    asked = normalize_of({"settings": settings, "origin": origin})
+    words += ["--normalize", asked] if asked != "stage" else []
     words += ["--factory", origin["factory"]] if origin.get("factory") else []
     words += ["--inputs", origin["calibration"]] if origin.get("calibration") else []
     return shlex.join(words)
@@ -230,8 +231,7 @@ def _layers(document: Mapping[str, Any], rows: Sequence[Row], given: Path | None
 
         try:
             if given is not None or path.exists():
-                normalize = "fold" if settings.get("normalizer") == "fold" else "stage"
-                model = load_checkpoint(path, env=origin.get("env"), normalize=normalize)  # type: ignore[arg-type]
+                model = load_checkpoint(path, env=origin.get("env"), normalize=normalize_of(document))
         except InputError:
             if given is not None:
                 raise

@@ -31,7 +31,7 @@ from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
 from quantkit.pareto import COLUMNS, COSTS, front, knee, value, why_knee
 from quantkit.recipe import Recipe, quantize
-from quantkit.report import default_cost, read_study
+from quantkit.report import default_cost, normalize_of, read_study
 from quantkit.results import Row, append_row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
@@ -173,8 +173,7 @@ def study_model(document: Mapping[str, Any], folder: Path, checkpoint: Path | No
         raise InputError(
             f"the checkpoint of {folder} ({settings.get('checkpoint')}) is not where it was; give --checkpoint"
         )
-    normalize: Any = "fold" if settings.get("normalizer") == "fold" else "stage"
-    model = load_checkpoint(path, env=origin.get("env"), normalize=normalize)
+    model = load_checkpoint(path, env=origin.get("env"), normalize=normalize_of(document))
     if model.meta.get("sha256") != settings.get("checkpoint_sha256"):
         theirs, ours = (str(v)[:12] for v in (model.meta.get("sha256"), settings.get("checkpoint_sha256")))
         raise InputError(f"{path} is another checkpoint (sha256 {theirs}) than that of {folder} ({ours})")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import InputError
 from quantkit.files import new_file
 from quantkit.pareto import COLUMNS, front, knee, metric_of, value
 from quantkit.results import Row, read_rows
+
+if TYPE_CHECKING:
+    from quantkit.model import Normalization
 
 FRONTS = ("luts", "weight_kib", "dsps", "latency_us")
 
@@ -41,6 +44,13 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     if not rows:
         raise InputError(f"{folder} has no finished design yet; run the sweep again to go on")
     return document, rows
+
+
+def normalize_of(document: Mapping[str, Any]) -> Normalization:
+    """How the study's checkpoint was loaded; an older study tells by its normalizer only."""
+    asked = (document.get("origin") or {}).get("normalize")
+    folded = document["settings"].get("normalizer") == "fold"
+    return asked if asked in ("stage", "fold", "none") else "fold" if folded else "stage"
 
 
 def failures(folder: Path) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ from quantkit.console import guarded, print_json, print_table, progress_bar, rem
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
-    from quantkit.model import Model
+    from quantkit.model import Model, Normalization
     from quantkit.recipe import Recipe
 
 
@@ -154,7 +154,7 @@ def _quantize_whole(
     inputs: Path | None,
     env: str | None,
     factory: str | None,
-    normalize: Literal["stage", "fold"],
+    normalize: Normalization,
     force: bool,
 ) -> tuple[Model, dict[str, Any]]:
     """Quantize what is no language model and write it; the model and its summary."""

@@ -14,7 +14,7 @@ import typer
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
-    from quantkit.model import Calib, Model
+    from quantkit.model import Calib, Model, Normalization
     from quantkit.qlayers import LayerPlan
     from quantkit.recipe import Recipe, Step
 
@@ -34,7 +34,7 @@ _LOOK, _MAKE, _CHOOSE = "Look", "Make", "Choose"
 Checkpoint = Annotated[
     Path,
     typer.Argument(
-        help="SB3 zip, rl-zoo folder, Hugging Face directory, quantized directory, or safetensors with --factory."
+        help="SB3 zip, rl-zoo folder, CleanRL file, Hugging Face or quantized directory, or safetensors with --factory."
     ),
 ]
 Env = Annotated[
@@ -48,9 +48,10 @@ Inputs = Annotated[
     Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=_IN)
 ]
 Normalize = Annotated[
-    Literal["stage", "fold"],
+    Literal["stage", "fold", "none"],
     typer.Option(
-        help="Observation normalization: a float input stage, or folded into the first layer.", rich_help_panel=_IN
+        help="Observation normalization: a float input stage, folded into the first layer, or (CleanRL) none.",
+        rich_help_panel=_IN,
     ),
 ]
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes to run.", rich_help_panel=_NUM)]
@@ -162,7 +163,7 @@ def load(
     checkpoint: Path,
     env: str | None,
     factory: str | None,
-    normalize: Literal["stage", "fold"],
+    normalize: Normalization,
     inputs: Path | None = None,
 ) -> Model:
     """`load_checkpoint`, imported when a command needs it."""

@@ -10,18 +10,19 @@ import math
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from quantkit.errors import InputError
 from quantkit.loaders import zoo
-from quantkit.loaders.sb3_actor import build_actor, fold
+from quantkit.loaders.chain import fold
+from quantkit.loaders.sb3_actor import build_actor
 from quantkit.loaders.sb3_archive import Archive, read_archive
 from quantkit.loaders.sb3_spaces import Space, read_space
 from quantkit.loaders.vecnormalize import Normalizer, read_normalizer
-from quantkit.model import EnvSpec, Model
+from quantkit.model import EnvSpec, Model, Normalization
 from quantkit.policy import Head, InputStage, Policy
 
 ACCEPTED = "PPO, A2C, TRPO, DQN, QR-DQN, ARS, SAC, TD3, DDPG or TQC with MlpPolicy or CnnPolicy"
@@ -52,7 +53,7 @@ def sniff(path: Path) -> bool:
         return False
 
 
-def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Literal["stage", "fold"] = "stage") -> Model:
+def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Normalization = "stage") -> Model:
     """The actor of an SB3 zip or rl-zoo folder as a Model whose module is a `Policy`.
 
     env: overrides the environment's id (an EnvSpec: everything about it). normalize: VecNormalize as
@@ -61,7 +62,7 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Literal["st
     Raises InputError, one line naming the file and the cause.
     """
     if normalize not in ("stage", "fold"):
-        raise InputError(f"normalize={normalize!r}; expected 'stage' or 'fold'")
+        raise InputError(f"{path}: normalize={normalize!r}; expected 'stage' or 'fold'")
     checkpoint = zoo.locate(path)
     archive = read_archive(checkpoint.zip)
     where = str(checkpoint.zip)
