@@ -237,9 +237,9 @@ def _shape_of(spec: EnvSpec | None, inputs: int) -> tuple[int, ...]:
 
 def _made(spec: EnvSpec) -> Any:
     """The environment; InputError in one line whatever making it raises."""
-    import gymnasium
-
     try:
+        import gymnasium
+
         return gymnasium.make(spec.id, **spec.kwargs)
     except Exception as error:
         raise InputError(f"environment {spec.id!r} cannot be made ({one_line(error)})") from None
