@@ -102,7 +102,7 @@ def stream_text(network: Network, plans: Sequence[Fold]) -> str:
     """The module `policy_axis`: `policy` between two AXI4-Streams, codes and sums in fields of whole bytes."""
     first, last = plans[0], plans[-1]
     width, acc = bits(network.layers[0].formats[1]), network.layers[-1].acc_bits
-    code, word = _bytes(width), _bytes(acc)
+    code, word = whole_bytes(width), whole_bytes(acc)
     beats, outputs = first.column_folds, last.spec.out_features
     at, beat = address_bits(outputs), address_bits(beats)
     codes = ", ".join(f"s_axis_tdata[{i * code} +: {width}]" for i in reversed(range(first.simd)))
@@ -147,7 +147,7 @@ module policy_axis (
 """
 
 
-def _bytes(width: int) -> int:
+def whole_bytes(width: int) -> int:
     """The next multiple of eight bits."""
     return -(-width // 8) * 8
 
@@ -305,7 +305,7 @@ def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: 
 FLATTEN = "setattr -mod -unset keep_hierarchy *\nflatten\nopt_clean -purge\n"
 
 
-def yosys_script(plans: Sequence[Fold], device: Device) -> str:
+def yosys_script(plans: Sequence[Fold], device: Device, templates: Sequence[str] = LIBRARY) -> str:
     """Commands that synthesize `policy` with the flow of the cost model; for UltraScale+ parts only with DSPs,
     because Yosys makes the same of the rest. Counts lie in stat.json, for ECP5 the netlist for `place_script` in
     policy.json."""
@@ -315,7 +315,7 @@ def yosys_script(plans: Sequence[Fold], device: Device) -> str:
         command = command.replace("-family xc7", "-family xcup")
     if device.family == "ecp5":
         report += "\nwrite_json policy.json"
-    names = " ".join(f"rtl/{name}.v" for name in LIBRARY)
+    names = " ".join(f"rtl/{name}.v" for name in templates)
     return f"read_verilog network.v policy_axis.v {names}\n{command} -top policy\n{FLATTEN}{report}\n"
 
 

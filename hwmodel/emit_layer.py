@@ -10,6 +10,7 @@ import numpy as np
 
 from hwmodel.accumulator import signed_bits
 from hwmodel.affine import Affine, code_of, solve
+from hwmodel.conv import depthwise
 from hwmodel.cost import HwError
 from hwmodel.fabric import family
 from hwmodel.folding import Fold
@@ -43,16 +44,26 @@ def weight_rom(index: int, layer: Layer, plan: Fold) -> Rom:
         pack = plan.pack
         shape = (plan.row_folds, plan.pe // pack.lanes, pack.lanes, plan.column_folds, plan.simd)
         units = (
-            layer.units.reshape(shape)
+            in_window_order(layer, layer.units)
+            .reshape(shape)
             .transpose(0, 3, 1, 4, 2)
             .reshape(plan.row_folds * plan.column_folds, -1, pack.lanes)
         )
         stored = [[field for values in word for field in fields(values, pack)] for word in units]
         packed = tuple(_packed(word, pack.field) for word in stored)
         return Rom(f"layer{index}_weights", pack.field * plan.pe * plan.simd, packed)
-    block = layer.codes.reshape(plan.row_folds, plan.pe, plan.column_folds, plan.simd)
+    block = in_window_order(layer, layer.codes).reshape(plan.row_folds, plan.pe, plan.column_folds, plan.simd)
     words = block.transpose(0, 2, 1, 3).reshape(plan.row_folds * plan.column_folds, -1)
     return Rom(f"layer{index}_weights", width * plan.pe * plan.simd, tuple(_packed(word, width) for word in words))
+
+
+def in_window_order(layer: Layer, matrix: np.ndarray) -> np.ndarray:
+    """Columns as the layer reads them: of a window the channels fastest, of any other layer as they are."""
+    window = layer.spec.window
+    if window is None:
+        return matrix
+    rows = matrix.reshape(len(matrix), -1, *window.kernel)
+    return rows.transpose(0, 2, 3, 1).reshape(matrix.shape)
 
 
 def _packed(codes: Iterable[int], width: int) -> int:
@@ -197,7 +208,7 @@ def layer_text(index: int, layer: Layer, plan: Fold, *, beside_dsps: bool = Fals
         "    input start,",
         "    output busy,",
         f"    output [{col - 1}:0] col,",
-        f"    input [{plan.simd * ab - 1}:0] acts,",
+        f"    input [{plan.lanes * ab - 1}:0] acts,",
         "    output write,",
         f"    output [{plan.units * out_bits - 1}:0] results,",
         "    output finished",
@@ -313,12 +324,13 @@ def _elements(plan: Fold, weight: Format, act: Format, acc: int, beside_dsps: bo
         parameters = dict(packed_unit(pack, act, plan.port, plan.simd, acc).params)
     text = ", ".join(f".{key}({value})" for key, value in parameters.items())
     step = plan.simd * lanes * wide
+    acts = f"acts[p*{bits(act)} +: {bits(act)}]" if depthwise(plan.spec) else "acts"
     return [
         "  genvar p;",
         "  generate",
         f"    for (p = 0; p < {many}; p = p + 1) begin : element",
         f"      {module} #({text})",
-        f"        mac (clk, last_sum | empty, weights[p*{step} +: {step}], acts, "
+        f"        mac (clk, last_sum | empty, weights[p*{step} +: {step}], {acts}, "
         f"sums[p*{lanes * acc} +: {lanes * acc}]);",
         "    end",
         "  endgenerate",

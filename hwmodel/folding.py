@@ -5,6 +5,7 @@ A layer of R x C weights at PE x SIMD takes, for `positions` outputs, without ov
     cycles = (R / PE) * (C / SIMD) * positions + fill
     fill   = 1 (memory) + product and tree stages + converter stages + results waiting per converter
 
+(of a convolution whose window is known, `conv.waits` more and the cycles in which input is missing: `conv`)
 and the network's latency is the sum over layers: a layer starts when the one before it is done.
 """
 
@@ -17,6 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from hwmodel import conv
 from hwmodel.accumulator import type_bound
 from hwmodel.convert import converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
@@ -24,7 +26,7 @@ from hwmodel.devices import Device
 from hwmodel.fabric import kept
 from hwmodel.formats import Block, Format, bits
 from hwmodel.layer import elements, frame, operands, stream_ends
-from hwmodel.mac import pipeline_stages
+from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
 from hwmodel.packing import Packing, divisors, packed_cost, packing
 from hwmodel.spec import LayerSpec, PerGroup
@@ -65,6 +67,30 @@ class Fold:
         return self.spec.in_features // self.simd
 
     @property
+    def lanes(self) -> int:
+        """Input codes read at once: SIMD, or PE where every row has a channel of its own."""
+        return self.pe if conv.depthwise(self.spec) else self.simd
+
+    @property
+    def stream(self) -> conv.Stream:
+        """How the window of the layer streams."""
+        return conv.stream(self.spec, self.pe, self.simd, self.units)
+
+    @property
+    def schedule(self) -> conv.Schedule:
+        """When the positions of the layer's window start."""
+        found, window = self.stream, self.spec.window
+        assert window is not None
+        return conv.schedule(window, found.words, found.lines, found.period)
+
+    @property
+    def depth(self) -> int:
+        """Results of a layer with a window that wait at most."""
+        found = self.stream
+        rest = self.cycles - self.schedule.stalls - self.spec.positions * found.period - conv.waits(self.spec)
+        return conv.depth(found, rest)
+
+    @property
     def share(self) -> int:
         """Elements that take turns at one converter."""
         return self.pe // self.units
@@ -99,6 +125,8 @@ def _formats(spec: LayerSpec) -> tuple[Format, Format]:
 def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
     """Every fold of a layer whose PE divides its rows and whose SIMD divides its columns (and its groups).
 
+    With a window only those that its words allow (`conv.foldable`).
+
     With DSPs only those whose rows at once fill them: as many products share each DSP as the formats allow.
     """
     columns = spec.in_features
@@ -111,7 +139,10 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
         packs = [packing(*_formats(spec), port, pe) for pe in rows]
         lanes = [1 if pack is None else pack.lanes for pack in packs]
         rows = [pe for pe, n in zip(rows, lanes, strict=True) if n == max(lanes)]
-    return tuple(layer_fold(spec, pe, simd, port) for simd in divisors(columns) for pe in rows)
+    pairs = [(pe, simd) for simd in divisors(columns) for pe in rows]
+    if spec.window is not None:
+        pairs = [pair for pair in pairs if conv.foldable(spec, *pair)]
+    return tuple(layer_fold(spec, pe, simd, port) for pe, simd in pairs)
 
 
 @kept
@@ -123,22 +154,30 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> 
     weight, act = _formats(spec)
     if spec.out_features % pe or spec.in_features % simd:
         raise HwError(f"layer {spec.name!r}: {pe} x {simd} does not divide {spec.out_features} x {spec.in_features}")
+    if spec.window is not None and not conv.foldable(spec, pe, simd):
+        raise HwError(
+            f"layer {spec.name!r}: {pe} x {simd} does not divide the rows and channels of its window's groups"
+        )
     width = acc_bits(spec)
     row_folds, column_folds = spec.out_features // pe, spec.in_features // simd
     words = row_folds * column_folds
     stages = pipeline_stages(weight, act, simd)
 
-    pack = None if port is None else packing(weight, act, port, pe)
+    own = conv.depthwise(spec)
+    pack = None if port is None or own else packing(weight, act, port, pe)
     grouping, sum_bits = group_cost(spec, width)
     if pack is None:
-        stored, extra = bits(weight), elements(weight, act, width, pe, simd)
+        each = mac_cost(weight, act, width, simd) * pe if own else elements(weight, act, width, pe, simd)
+        stored, extra = bits(weight), each
     else:
         stored, extra = pack.field, packed_cost(pack, width, simd, pe)
     extra += grouping * pe
     if group_bits := group_scale_bits(spec):
         groups = spec.in_features // spec.granularity.size  # type: ignore[union-attr]
         extra += rom(pe * group_bits, row_folds * groups).cost
-    if spec.positions > 1:  # a buffer of two columns and one more counter: nothing emits convolutions yet
+    if spec.window is not None:
+        extra += conv.window_cost(spec, conv.stream(spec, pe, simd, pe))
+    elif spec.positions > 1:  # a buffer of two columns and one more counter: without its window none is emitted
         extra += ram(simd * bits(act), 2 * column_folds).cost
         counted = (spec.positions - 1).bit_length()
         extra += Cost(luts=counted, ffs=counted)
@@ -152,9 +191,16 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> 
         around = extra + frame(spec, pe, simd, units, sum_bits, stored)
         for found in converters(spec, sum_bits, units):
             cost = around + found.cost
+            if spec.window is not None:
+                leaving = units * (sum_bits if spec.out is None else bits(spec.out))
+                rest = fill + found.stages + pe // units - 1
+                cost += conv.results_cost(leaving, conv.depth(conv.stream(spec, pe, simd, units), rest))
             choices.append((cost.luts + BRAM_IN_LUTS * cost.bram18, units, found, cost))
     _, units, found, cost = min(choices, key=lambda choice: choice[0])
     cycles = words * spec.positions + fill + found.stages + pe // units - 1
+    if spec.window is not None:
+        at = conv.stream(spec, pe, simd, units)
+        cycles += conv.waits(spec) + conv.schedule(spec.window, at.words, at.lines, at.period).stalls
     weights = rom(pe * simd * stored, words)
     return Fold(spec, pe, simd, cost, cycles, weights, found.method, width, units, pack, port or 25)
 
@@ -178,7 +224,7 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
 
 def _chained(specs: Sequence[LayerSpec]) -> bool:
     fits = all(a.out_features == b.in_features and a.out is not None for a, b in pairwise(specs))
-    return fits and all(spec.positions == 1 for spec in specs)
+    return fits and all(spec.positions == 1 and spec.window is None for spec in specs)
 
 
 def _buffer(fold: Fold, write: int) -> Cost:

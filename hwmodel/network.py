@@ -30,7 +30,8 @@ MAX_ACC_BITS = 53
 class Layer:
     """One matrix product and what follows it.
 
-    spec: formats, accumulator bits, activation. codes: weights as bit patterns (rows, columns).
+    spec: formats, accumulator bits, activation. codes: weights as bit patterns (rows, columns); columns of a window
+    are channels, then lines, then columns of the kernel, the last fastest.
     thresholds: Python integers (rows, levels of `spec.out` - 1), ascending in each row; None in the last
     layer, whose sums leave. A level that no sum reaches has a threshold above the row's largest sum.
     line: float64 (rows, 3), gain and bias that turn a sum into the activation's input, and the real value of one step
@@ -46,8 +47,9 @@ class Layer:
     def __post_init__(self) -> None:
         name, shape = self.spec.name, (self.spec.out_features, self.spec.in_features)
         weight, act = self.formats
-        if self.spec.op != "linear" or self.spec.positions != 1:
-            raise HwError(f"layer {name!r}: only linear layers become hardware so far, not {self.spec.op}")
+        if self.spec.window is None and (self.spec.op != "linear" or self.spec.positions != 1):
+            raise HwError(f"layer {name!r}: a convolution becomes hardware with its window, which is not known")
+        check_window(self.spec)
         if isinstance(self.spec.granularity, PerGroup):
             raise HwError(f"layer {name!r}: scales per group have no hardware here; accepted: tensor, row")
         if self.codes.shape != shape:
@@ -119,18 +121,30 @@ class Network:
         for before, after in zip(self.layers, self.layers[1:], strict=False):
             if before.spec.out is None or before.spec.out != after.spec.act:
                 raise HwError(f"layer {after.spec.name!r} reads {after.spec.act}, but gets {before.spec.out}")
-            if before.spec.out_features != after.spec.in_features:
+            if outputs_of(before.spec) != inputs_of(after.spec):
                 raise HwError(
-                    f"layer {after.spec.name!r} has {after.spec.in_features} inputs, "
-                    f"but gets {before.spec.out_features}"
+                    f"layer {after.spec.name!r} has {inputs_of(after.spec)} inputs, but gets {outputs_of(before.spec)}"
                 )
-        if self.layers[-1].spec.out is not None:
+        windows = [layer.spec.window is not None for layer in self.layers]
+        if any(windows) != all(windows):
+            raise HwError("either every layer of a network has a window or none")
+        if self.layers[-1].spec.out is not None and not windows[0]:
             raise HwError(f"layer {self.layers[-1].spec.name!r} is the last; its sums leave, without an output format")
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
         """What the cost model reads."""
         return tuple(layer.spec for layer in self.layers)
+
+    @property
+    def inputs(self) -> int:
+        """Codes of one inference; of a map line by line, column by column, its channels together."""
+        return inputs_of(self.specs[0])
+
+    @property
+    def outputs(self) -> int:
+        """Sums that leave (codes, where the last layer has an output format), a map in the order of `inputs`."""
+        return outputs_of(self.specs[-1])
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON values; `from_json` is its inverse."""
@@ -160,6 +174,46 @@ class Network:
         return cls(layers, record["host"])
 
 
+def inputs_of(spec: LayerSpec) -> int:
+    """Codes that a layer reads in one inference."""
+    window = spec.window
+    return spec.in_features if window is None else window.channels * window.height * window.width
+
+
+def outputs_of(spec: LayerSpec) -> int:
+    """Results of a layer in one inference."""
+    return spec.out_features * spec.positions
+
+
+def check_window(spec: LayerSpec) -> None:
+    """`HwError` where a layer's window contradicts its matrix or no hardware here follows it."""
+    window = spec.window
+    if window is None:
+        return
+    (kh, kw), (sh, sw), (top, bottom, left, right) = window.kernel, window.stride, window.padding
+    name = f"layer {spec.name!r}"
+    if min(window.channels, window.height, window.width, kh, kw, sh, sw) < 1 or min(top, bottom, left, right) < 0:
+        raise HwError(f"{name}: sizes, kernel and stride are 1 at least and padding 0, not {window}")
+    if max(top, bottom) >= kh or max(left, right) >= kw:
+        raise HwError(f"{name}: padding {window.padding} with a kernel of {kh} x {kw} has positions that see no input")
+    if window.height + top + bottom < kh or window.width + left + right < kw:
+        raise HwError(f"{name}: a kernel of {kh} x {kw} does not fit a map of {window.height} x {window.width}")
+    if window.channels % spec.groups or spec.out_features % spec.groups:
+        raise HwError(f"{name}: {spec.groups} groups do not divide {window.channels} and {spec.out_features} channels")
+    columns, positions = window.channels // spec.groups * kh * kw, window.out_height * window.out_width
+    if (spec.in_features, spec.positions) != (columns, positions):
+        raise HwError(
+            f"{name}: the window has {columns} columns and {positions} positions, "
+            f"not {spec.in_features} and {spec.positions}"
+        )
+    if any(window.padding) and spec.act is not None and not _has_zero(spec.act):
+        raise HwError(f"{name}: padding needs an input format with a zero, which {spec.act} has not")
+
+
+def _has_zero(fmt: Format) -> bool:
+    return any(value == 0 and encode(value, fmt) == 0 for value in levels(fmt))
+
+
 def read_network(folder: Path) -> Network:
     """The network that was emitted into `folder`; `HwError` names what is missing or damaged."""
     path = folder / "network.json"
@@ -177,36 +231,51 @@ def read_network(folder: Path) -> Network:
 
 
 def reference(network: Network, codes: np.ndarray) -> np.ndarray:
-    """Sums of the last layer for input codes (n, inputs): int64 (n, outputs), exact."""
+    """Sums of the last layer, codes where it has an output format, for input codes (n, inputs): int64 (n, outputs)."""
     return trace(network, codes)[-1]
 
 
 def trace(network: Network, codes: np.ndarray) -> list[np.ndarray]:
-    """The input codes of every layer after the first, and last the sums that leave."""
+    """The input codes of every layer after the first, and last what leaves."""
     current = check_codes(network, codes)
     found: list[np.ndarray] = []
     for layer in network.layers:
         _, act = layer.formats
-        sums = to_units(current, act) @ layer.units.T
+        sums = layer_sums(layer, to_units(current, act))
         if layer.thresholds is None:
             found.append(sums)
         else:
             assert layer.spec.out is not None
             table = np.array([encode(v, layer.spec.out) for v in levels(layer.spec.out)])
             bounds = layer.thresholds.astype(np.int64)
-            ranks = [np.searchsorted(row, column, side="right") for row, column in zip(bounds, sums.T, strict=True)]
-            current = table[np.stack(ranks, axis=1)]
+            columns = sums.reshape(-1, layer.spec.out_features).T
+            ranks = [np.searchsorted(row, column, side="right") for row, column in zip(bounds, columns, strict=True)]
+            current = table[np.stack(ranks, axis=1)].reshape(len(current), -1)
             found.append(current)
     return found
 
 
+def layer_sums(layer: Layer, units: np.ndarray) -> np.ndarray:
+    """Exact sums of one layer for inputs in units of their step: (n, inputs) -> (n, outputs), in the stream's order."""
+    spec, window = layer.spec, layer.spec.window
+    if window is None:
+        return units @ layer.units.T
+    (kh, kw), (sh, sw), (top, bottom, left, right) = window.kernel, window.stride, window.padding
+    maps = units.reshape(len(units), window.height, window.width, window.channels)
+    maps = np.pad(maps, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    patches = np.lib.stride_tricks.sliding_window_view(maps, (kh, kw), axis=(1, 2))[:, ::sh, ::sw]
+    shape = (*patches.shape[:3], spec.groups, spec.in_features)
+    weights = layer.units.reshape(spec.groups, -1, spec.in_features)
+    sums = np.einsum("nyxgc,grc->nyxgr", patches.reshape(shape), weights, optimize=True)
+    return sums.reshape(len(units), -1)
+
+
 def check_codes(network: Network, codes: np.ndarray) -> np.ndarray:
     """The codes as int64 (n, inputs), or `HwError`: wrong shape, or a pattern that is no number of the format."""
-    spec = network.layers[0].spec
     act = network.layers[0].formats[1]
     codes = np.asarray(codes)
-    if codes.ndim != 2 or codes.shape[1] != spec.in_features:
-        raise HwError(f"vectors of shape {codes.shape} do not fit (n, {spec.in_features}) input codes")
+    if codes.ndim != 2 or codes.shape[1] != network.inputs:
+        raise HwError(f"vectors of shape {codes.shape} do not fit (n, {network.inputs}) input codes")
     if codes.dtype.kind not in "iu":
         raise HwError(f"vectors are codes of {act}, integers 0 .. {2 ** bits(act) - 1}, not {codes.dtype}")
     bad = ~np.isin(codes, legal_codes(act))
@@ -225,7 +294,7 @@ def legal_codes(fmt: Format) -> np.ndarray:
 def sample_codes(network: Network, n: int, seed: int = 0) -> np.ndarray:
     """Input codes to try: all smallest, all largest, all zero where there is one, then random ones."""
     act = network.layers[0].formats[1]
-    columns = network.layers[0].spec.in_features
+    columns = network.inputs
     ends: Sequence[float] = (levels(act)[0], levels(act)[-1], min(levels(act), key=abs))
     corners = np.array([[encode(v, act)] * columns for v in ends])
     random = np.random.default_rng(seed).choice(legal_codes(act), size=(max(0, n - len(corners)), columns))

@@ -114,7 +114,7 @@ class Simulation:
     def run(self, codes: np.ndarray) -> Answer:
         """Sums for input codes (n, inputs), one inference after the other."""
         codes = check_codes(self.network, codes)
-        outputs = self.network.layers[-1].spec.out_features
+        outputs = self.network.outputs
         lines: list[list[int]] = []
         assert self._process.stdin is not None and self._process.stdout is not None
         for begin in range(0, len(codes), CHUNK):

