@@ -219,6 +219,9 @@ def read_network(folder: Path) -> Network:
     path = folder / "network.json"
     try:
         document = json.loads(path.read_text())
+        if "parts" in document:
+            names = ", ".join(part["folder"] for part in document["parts"])
+            raise HwError(f"{folder} holds several designs; give one of its folders: {names}")
         if document["format_version"] != FORMAT_VERSION:
             raise HwError(f"{path} has format_version {document['format_version']!r}; this version reads 1")
         return Network.from_json(document)

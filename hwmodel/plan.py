@@ -20,6 +20,7 @@ from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, predict, search_folding, whole
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
+from hwmodel.spec import LayerSpec
 
 
 def plan_network(
@@ -38,7 +39,19 @@ def plan_network(
     """
     if any(layer.thresholds is not None and layer.spec.rescale is None for layer in network.layers):
         network = solved(network)
-    specs = network.specs
+    return plan_specs(network.specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
+
+
+def plan_specs(
+    specs: Sequence[LayerSpec],
+    device: Device,
+    *,
+    latency_us: float | None = None,
+    luts: int | None = None,
+    clock_mhz: float = 100.0,
+    dsp: str = "none",
+) -> tuple[Fold, ...]:
+    """`plan_network` of layers that need not follow each other in one design, but share the device and the target."""
     names = {spec.name for spec in specs} if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
     if unknown := sorted(names - {spec.name for spec in specs}):
         known = ", ".join(spec.name for spec in specs)

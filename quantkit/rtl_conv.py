@@ -1,0 +1,339 @@
+"""From a quantized network with convolutions to the integers of `hwmodel.emit_conv`: layer by layer.
+
+A layer whose output meets nothing but ascending activations, zero padding and flattening on its way to one other layer
+gives that layer's input codes, by thresholds as in `rtl_export`. Any other gives its exact sums, and what follows
+(residual additions, means, branches) is left to the host in float32, as the simulator computes it. Zeros padded before
+a layer are taken into its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from hwmodel.affine import solved_layer
+from hwmodel.cost import HwError
+from hwmodel.network import Layer, Network
+from hwmodel.spec import Window
+from quantkit.bands import Bands
+from quantkit.errors import InputError
+from quantkit.model import Model
+from quantkit.policy import ACTIVATION_NAMES, Policy
+from quantkit.qlayers import QLayer
+from quantkit.qtensor import encode
+from quantkit.rtl_export import _act, _line, _scaled, _step, _to_values, thresholds
+from quantkit.specs import layer_specs
+
+aten = torch.ops.aten
+Pads = tuple[int, int, int, int]
+"""Lines of zeros above and below, columns to the left and to the right."""
+_SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a network. inputs: names of the steps read, "" for the network's own input.
+
+    module: a layer, an activation, `nn.ZeroPad2d` or `nn.Flatten`; None for any other operation, told in `text`.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    module: nn.Module | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer as hardware. name: dotted, as in the model. to: the layer whose input codes leave; None where sums leave.
+
+    before: operations that the host computes between other hardware and this layer, in words. pads: zeros that the
+    network pads before the layer and the window itself in hardware.
+    """
+
+    name: str
+    network: Network
+    to: str | None
+    before: tuple[str, ...]
+    pads: Pads
+
+    @property
+    def window(self) -> Window:
+        """The layer's window."""
+        found = self.network.specs[0].window
+        assert found is not None
+        return found
+
+
+def has_convolutions(model: Model) -> bool:
+    """Whether a layer of the model is a convolution of images, so that hardware needs windows."""
+    return any(isinstance(m, nn.Conv2d) or (isinstance(m, QLayer) and m.op == "conv2d") for m in model.module.modules())
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """steps: by name, in running order. layers: those with weights. shapes: their inputs', without the batch."""
+
+    steps: dict[str, Step]
+    layers: dict[str, QLayer]
+    shapes: dict[str, tuple[int, ...]]
+
+    def readers(self, name: str) -> list[Step]:
+        """The steps that read a step."""
+        return [step for step in self.steps.values() if name in step.inputs]
+
+    def path(self, name: str) -> list[Step]:
+        """The steps from a layer to the one that its codes can go to, that one last; empty where sums must leave."""
+        found: list[Step] = []
+        while True:
+            readers = self.readers(found[-1].name if found else name)
+            if len(readers) != 1 or readers[0].inputs.count(found[-1].name if found else name) != 1:
+                return []
+            found.append(readers[0])
+            if readers[0].name in self.layers:
+                break
+            if len(readers[0].inputs) != 1 or readers[0].module is None:
+                return []
+        flattens = any(isinstance(step.module, nn.Flatten) for step in found)
+        per_input = flattens and self.layers[found[-1].name].in_scale is not None
+        return [] if per_input else found
+
+    def pads(self, name: str) -> Pads:
+        """The zeros padded right before a layer."""
+        step, total = self.steps[name], np.zeros(4, int)
+        while step.inputs and isinstance(module := self.steps[step.inputs[0]].module, nn.ZeroPad2d):
+            left, right, top, bottom = module.padding  # type: ignore[misc]
+            total += [top, bottom, left, right]
+            step = self.steps[step.inputs[0]]
+        return tuple(map(int, total))  # type: ignore[return-value]
+
+    def before(self, name: str) -> list[str]:
+        """The operations between a layer and the layers before it, in running order, in words."""
+        wanted, found = set(self.steps[name].inputs), []
+        for step in reversed(self.steps.values()):
+            if step.name in wanted and step.name not in self.layers and step.name != "":
+                wanted.update(step.inputs)
+                if not isinstance(step.module, nn.ZeroPad2d | nn.Identity):
+                    found.append(step.text)
+        return found[::-1]
+
+
+def parts_of(model: Model) -> tuple[Part, ...]:
+    """The layers of a quantized network in the order in which they run; InputError names one without hardware."""
+    graph = _graph(model)
+    specs = {spec.name: spec for spec in layer_specs(model)}
+    paths = {name: graph.path(name) for name in graph.layers}
+    sources = {path[-1].name: name for name, path in paths.items() if path}
+    parts = []
+    for name, layer in graph.layers.items():
+        assert layer.q is not None
+        before = None if name not in sources else graph.layers[sources[name]]
+        spec = replace(specs[name], out=None, window=_window(graph, name, before))
+        codes = layer.q.codes.numpy().astype(np.int64).reshape(spec.out_features, spec.in_features)  # type: ignore[union-attr]
+        to = paths[name][-1].name if paths[name] else None
+        try:
+            made = Layer(spec, codes, None)
+            if to is not None:
+                between = [step.module for step in paths[name][:-1]]
+                made = _requantized(made, layer, [m for m in between if m is not None], graph.layers[to])
+            network = Network((made,), _facts(layer, to))
+        except HwError as error:
+            raise InputError(str(error)) from None
+        outside = () if before is not None else tuple(graph.before(name))
+        parts.append(Part(name, network, to, outside, graph.pads(name)))
+    return tuple(parts)
+
+
+def _graph(model: Model) -> _Graph:
+    steps = {step.name: step for step in _steps(model)}
+    layers: dict[str, QLayer] = {}
+    for name, step in steps.items():
+        if isinstance(step.module, nn.Linear | nn.Conv2d | QLayer):
+            layers[name] = _checked(name, step.module)
+    if not layers:
+        raise InputError("this network has no layers")
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, args: shapes.update({name: tuple(args[0].shape[1:])})
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            model.module(model.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Graph(steps, layers, shapes)
+
+
+def _checked(name: str, layer: nn.Module) -> QLayer:
+    """The layer itself, or InputError where it has no hardware."""
+    if not isinstance(layer, QLayer) or layer.q is None or layer.act is None:
+        raise InputError(f"layer {name} is in float; hardware needs quantized weights and inputs in every layer")
+    if isinstance(layer.q, Bands):
+        raise InputError(f"layer {name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
+    if layer.op not in ("linear", "conv2d"):
+        raise InputError(f"layer {name} is of kind {layer.op}; accepted in hardware: linear, conv2d")
+    return layer
+
+
+def _requantized(plain: Layer, layer: QLayer, between: Sequence[nn.Module], following: QLayer) -> Layer:
+    """The layer with the thresholds of the codes that the following one reads."""
+    kept = [m for m in between if not isinstance(m, (nn.ZeroPad2d, nn.Flatten, *_SILENT))]
+    names = ["hardtanh" if isinstance(m, nn.Hardtanh) else ACTIVATION_NAMES[type(m)] for m in kept]
+    activation: Any = names[0] if len(names) == 1 else "other" if names else "none"
+    table = thresholds(_to_values(layer, kept, following), plain, _act(following))
+    spec = replace(plain.spec, out=_act(following), activation=activation)
+    return solved_layer(Layer(spec, plain.codes, table.astype(object), _line(layer, following)))
+
+
+def _window(graph: _Graph, name: str, before: QLayer | None) -> Window:
+    """The window of a layer, the zeros before it included; before: the layer whose codes it reads, if one."""
+    layer, shape, (top, bottom, left, right) = graph.layers[name], graph.shapes[name], graph.pads(name)
+    if layer.op == "linear":
+        if len(shape) != 1:
+            raise InputError(f"layer {name} reads inputs of shape {shape}; hardware reads one vector, or a map")
+        if before is None or before.op == "linear":
+            return Window(shape[0])
+        channels = before.weight.shape[0]
+        _, height, width = _map_after(graph, name, channels)
+        return Window(channels, height, width, (height, width))
+    if any(d != 1 for d in layer.dilation):
+        raise InputError(f"layer {name} has dilation {tuple(layer.dilation)}; hardware reads windows without gaps")
+    own = [layer.padding] * 2 if isinstance(layer.padding, int) else list(layer.padding)
+    channels, height, width = shape
+    kernel, stride = tuple(layer.weight.shape[2:]), tuple(layer.stride)
+    padding = (own[0] + top, own[0] + bottom, own[1] + left, own[1] + right)
+    return Window(channels, height - top - bottom, width - left - right, kernel, stride, padding)  # type: ignore[arg-type]
+
+
+def _map_after(graph: _Graph, name: str, channels: int) -> tuple[int, int, int]:
+    """The map that a linear layer reads flattened: that of the convolution before it."""
+    source = next(n for n in graph.layers if (path := graph.path(n)) and path[-1].name == name)
+    window = _window(graph, source, None)
+    return channels, window.out_height, window.out_width
+
+
+def _facts(layer: QLayer, to: str | None) -> dict[str, Any]:
+    """What the host makes of a layer's input and sums, in JSON."""
+    assert layer.act is not None
+    gain = np.broadcast_to(np.asarray(layer.kernel().gain, np.float32), layer.bias.shape)
+    return {
+        "in_factor": None if layer.in_scale is None else layer.in_scale.tolist(),
+        "in_scale": layer.act.scale,
+        "in_format": str(layer.act.fmt),
+        "step": _step(layer),
+        "gain": gain.tolist(),
+        "bias": layer.bias.tolist(),
+        "to": to,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# The network as steps
+
+
+def _steps(model: Model) -> list[Step]:
+    module = model.module
+    if isinstance(module, Policy):
+        found, last = [Step("", (), None, "input")], ""
+        for leaf, child in module.net.named_children():
+            found.append(Step(f"net.{leaf}", (last,), child, type(child).__name__))
+            last = f"net.{leaf}"
+        return [replace(s, module=None) if not _known(s.module) else s for s in found]
+    if not isinstance(module, fx.GraphModule):
+        reason = model.meta.get("untraced") or "its graph is not known"
+        raise InputError(f"hardware needs to know which layer feeds which: {reason}")
+    names: dict[fx.Node, str] = {}
+    found = []
+    for n in module.graph.nodes:
+        if n.target is aten.sym_size.int:
+            continue
+        names[n] = "" if n.op == "placeholder" else str(n.target) if n.op == "call_module" else n.name
+        inputs = tuple(names[a] for a in n.all_input_nodes if a in names)
+        child = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
+        text = type(child).__name__ if child is not None else str(n.target).removeprefix("aten.").split(".")[0]
+        found.append(Step(names[n], inputs, child if _known(child) else None, text))
+    return found
+
+
+def _known(module: nn.Module | None) -> bool:
+    """Whether a module is a layer or does nothing else to each number than an activation does."""
+    simple = (nn.Hardtanh, nn.ZeroPad2d, nn.Flatten, *_SILENT, nn.Linear, nn.Conv2d, QLayer)
+    return isinstance(module, simple) or type(module) in ACTIVATION_NAMES
+
+
+def _function(n: fx.Node) -> nn.Module | None:
+    """The module that does what a node does; None where it is none of those that may stand between two layers."""
+    if n.op != "call_function":
+        return None
+    if n.target in (aten.relu.default, aten.relu_.default):
+        return nn.ReLU()
+    if n.target is aten.tanh.default:
+        return nn.Tanh()
+    if n.target is aten.sigmoid.default:
+        return nn.Sigmoid()
+    if n.target in (aten.hardtanh.default, aten.hardtanh_.default):
+        low, high = (*n.args[1:], *(-1.0, 1.0)[len(n.args) - 1 :])
+        return nn.Hardtanh(float(low), float(high))  # type: ignore[arg-type]
+    if n.target is aten.leaky_relu.default:
+        return nn.LeakyReLU(float(n.args[1]) if len(n.args) > 1 else 0.01)  # type: ignore[arg-type]
+    if n.target in (aten.pad.default, aten.constant_pad_nd.default):
+        constant = n.target is aten.constant_pad_nd.default or n.args[2:3] in ((), ("constant",))
+        value = n.args[2 if n.target is aten.constant_pad_nd.default else 3 :]
+        sizes = list(n.args[1])  # type: ignore[arg-type]
+        if constant and len(sizes) == 4 and min(sizes) >= 0 and not any(value):  # type: ignore[type-var, operator]
+            return nn.ZeroPad2d(tuple(sizes))  # type: ignore[arg-type]
+    if n.target is aten.flatten.using_ints and n.args[1:] in ((1,), (1, -1)):
+        return nn.Flatten()
+    if n.target in (aten.reshape.default, aten.view.default) and len(n.args[1]) == 2:  # type: ignore[arg-type]
+        return nn.Flatten()
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Beside the simulator
+
+
+def seen(model: Model, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The float input and output of every layer by name, as the simulator has them for the inputs x."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, args, y, name=name: found.update({name: (args[0], y)}))  # type: ignore[misc]
+        for name, layer in model.qlayers().items()
+    ]
+    try:
+        with torch.inference_mode():
+            model.module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def input_codes(part: Part, layer: QLayer, x: Tensor) -> np.ndarray:
+    """The codes (n, inputs) int64 that hardware reads for a layer's float inputs, in the stream's order."""
+    with torch.inference_mode():
+        values = layer.input_values(x)
+    codes = encode(values.contiguous(), _act(layer)).numpy().astype(np.int64)
+    window, (top, _, left, _) = part.window, part.pads
+    maps = codes.reshape(len(codes), window.channels, -1) if codes.ndim == 2 else codes
+    if codes.ndim == 2:
+        maps = maps.reshape(len(codes), window.channels, window.height, window.width)
+    maps = maps[:, :, top : top + window.height, left : left + window.width]
+    return maps.transpose(0, 2, 3, 1).reshape(len(codes), -1)
+
+
+def outputs(part: Part, layer: QLayer, sums: np.ndarray) -> np.ndarray:
+    """The layer's float32 outputs for hardware's sums (n, outputs): (n, channels, height, width), or (n, features)."""
+    spec, window = part.network.specs[0], part.window
+    y = _scaled(layer)(sums.reshape(-1, spec.out_features))
+    if layer.op == "linear":
+        return y.reshape(len(sums), -1)
+    return y.reshape(len(sums), window.out_height, window.out_width, -1).transpose(0, 3, 1, 2)
