@@ -16,6 +16,8 @@ where the fill is that of `folding` and `waits`, and stalls are the cycles in wh
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +26,7 @@ from hwmodel import fabric
 from hwmodel.cost import Cost
 from hwmodel.fabric import kept
 from hwmodel.formats import bits
-from hwmodel.layer import address_bits
+from hwmodel.layer import address_bits, choice
 from hwmodel.memory import ram
 from hwmodel.spec import LayerSpec, Window
 
@@ -94,11 +96,12 @@ class Schedule:
 
 
 @kept
-def schedule(window: Window, words: int, lines: int, period: int) -> Schedule:
+def schedule(window: Window, words: int, lines: int, period: int, share: int) -> Schedule:
     """When positions start where a beat of `words` per input position is offered in every cycle: exact.
 
-    Position p starts in the cycle after its last beat at the earliest, and `period` cycles behind position p - 1; beats
-    wait while the ring of `lines` is full, which is until a position started that leaves the oldest line.
+    Position p starts in the cycle after its last beat at the earliest, `period` cycles behind position p - 1, or
+    `share` cycles later, as sums wait for their turn at a converter. Beats wait while the ring of `lines` is full: until
+    a position started that leaves the oldest line.
     """
     (kh, kw), (sh, sw), (top, _, left, _) = window.kernel, window.stride, window.padding
     line = window.width * words
@@ -120,10 +123,12 @@ def schedule(window: Window, words: int, lines: int, period: int) -> Schedule:
         if row == 0:
             first = int(ready[0])
             lead = first - line_start[last] + last * line
-        earliest = np.maximum.accumulate(ready - columns * period)
-        starts = np.maximum(earliest, before + period if row else earliest) + columns * period
-        row_start.append(int(starts[0]))
-        before = int(starts[-1])
+        starts = []
+        for want in ready.tolist():
+            due = before + period
+            before = want if before < 0 else due if want <= due else max(want, due + share)
+            starts.append(before)
+        row_start.append(starts[0])
     stalls = before - first - (window.out_height * window.out_width - 1) * period
     return Schedule(lead, stalls, window.height * line)
 
@@ -134,6 +139,147 @@ def _opened(line: int, row_start: list[int], stride: int, top: int, lines: int) 
         return 0
     row = -(-(line + 1 - lines + top) // stride)
     return row_start[row] + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What `chain_cycles` needs of a stage: its window and stream; `tail` cycles from a position's last word to its
+    last result on offer; `folds` row folds of `share` beats each; room for `depth` results."""
+
+    window: Window
+    stream: Stream
+    tail: int
+    folds: int
+    share: int
+    depth: int
+
+
+def chain_cycles(stages: Sequence[Stage], units: Sequence[int]) -> tuple[int, int]:
+    """Cycles of stages in a row from the beat that completes the first window to the last result, and that beat.
+
+    units: results a beat of each stage. Exact: the registers that decide what moves, cycle by cycle, jumping over
+    cycles in which nothing does.
+    """
+    states = [_State(stage) for stage in stages]
+    groups = [math.gcd(u, s.stream.codes) for u, s in zip(units, stages[1:], strict=False)]
+    splits = [u // g for u, g in zip(units, groups, strict=False)]
+    collects = [s.stream.codes // g for g, s in zip(groups, stages[1:], strict=True)]
+    split, collect = [0] * len(groups), [0] * len(groups)
+    left = stages[-1].window.out_height * stages[-1].window.out_width * stages[-1].stream.beats
+    first = states[0]
+    lead = schedule(stages[0].window, first.stream.words, first.stream.lines, first.stream.period, 1).lead
+    at = begin = 0
+    while True:
+        starts = [state.starts(at) for state in states]
+        accepts = [state.open for state in states]
+        moved = False
+        taken = [False] * len(states)
+        for i in range(len(groups)):  # between stages
+            after = states[i + 1]
+            if not states[i].offers(at):
+                continue
+            last = collect[i] == collects[i] - 1
+            if last and not accepts[i + 1]:
+                continue
+            moved = True
+            collect[i] = 0 if last else collect[i] + 1
+            if last:
+                after.accept()
+            taken[i] = split[i] == splits[i] - 1
+            split[i] = 0 if taken[i] else split[i] + 1
+        if accepts[0]:
+            first.accept()
+            moved = True
+            if first.total == lead:
+                begin = at
+        if states[-1].offers(at):
+            taken[-1] = moved = True
+            left -= 1
+            if left == 0:
+                return at - begin, lead
+        for state, start, gone in zip(states, starts, taken, strict=True):
+            state.step(at, start, gone)
+            moved |= start
+        at = at + 1 if moved else min(t for state in states for t in state.waits(at))
+
+
+class _State:
+    """The registers of `rtl/window.v` and `rtl/fifo.v` that decide what moves, for one map."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.stream = stage, stage.stream
+        self.line = stage.window.width * self.stream.words
+        self.beats = stage.window.height * self.line
+        self.total = 0  # beats in
+        self.row = self.column = 0  # the position to start next
+        self.free = 0  # the cycle from which it may start for what runs before it
+        self.reserved = 0
+        self.results: deque[int] = deque()  # cycles from which they are on offer
+        (kh, _), top = stage.window.kernel, stage.window.padding[0]
+        self.last = kh - 1 - top  # its last line
+        self.limit = self.last + self.stream.lines - kh + 1
+        self.full = self.stream.lines >= stage.window.height
+        self.needed = self._needed()
+        self.open = True
+
+    def _needed(self) -> int:
+        """Beats that the position to start next waits for; more than there are if there is none."""
+        window, words = self.stage.window, self.stream.words
+        if self.row == window.out_height:
+            return self.beats + 1
+        if self.last >= window.height:
+            return self.beats
+        columns = self.column * window.stride[1] - window.padding[2] + window.kernel[1]
+        return self.last * self.line + min(columns * words, self.line)
+
+    def starts(self, at: int) -> bool:
+        """Whether a position starts in this cycle."""
+        room = self.reserved <= self.stage.depth - self.stream.beats
+        due = at == self.free or at >= self.free + (self.stage.share if self.column or self.row else 0)
+        return due and at >= self.free and self.total >= self.needed and room
+
+    def offers(self, at: int) -> bool:
+        """Whether a result is on offer."""
+        return bool(self.results) and self.results[0] <= at
+
+    def accept(self) -> None:
+        """One beat in."""
+        self.total += 1
+
+    def step(self, at: int, start: bool, taken: bool) -> None:
+        """The end of the cycle."""
+        stage, window = self.stage, self.stage.window
+        if taken:
+            self.results.popleft()
+            self.reserved -= 1
+        if start:
+            self.reserved += self.stream.beats
+            fold = self.stream.period // stage.folds
+            done = at + stage.tail - stage.share + 1
+            self.results.extend(done + (f + 1) * fold + turn for f in range(stage.folds) for turn in range(stage.share))
+            self.limit = self.last + self.stream.lines - window.kernel[0] + 1
+            self.free = at + self.stream.period
+            self.column += 1
+            if self.column == window.out_width:
+                self.column, self.row, self.last = 0, self.row + 1, self.last + window.stride[0]
+            self.needed = self._needed()
+        self.open = self.total < self.beats and (self.full or self.total // self.line < self.limit)
+
+    def waits(self, at: int) -> list[int]:
+        """Cycles behind this one in which something may happen."""
+        found = [t for t in (self.free, self.free + self.stage.share) if t > at]
+        return [*found, self.results[0]] if self.results and self.results[0] > at else found
+
+
+def regroup_cost(width: int, units: int, codes: int) -> Cost:
+    """Between beats of `units` and beats of `codes` codes of `width` bits (`rtl/regroup.v`)."""
+    part = math.gcd(units, codes)
+    split, collect = units // part, codes // part
+    luts = sum(fabric.counter(n) for n in (split, collect) if n > 1) + (
+        choice(split) * part * width if split > 1 else 0
+    )
+    ffs = sum(address_bits(n) for n in (split, collect) if n > 1) + (collect - 1) * part * width
+    return Cost(luts=luts + 2, ffs=ffs)
 
 
 def depth(found: Stream, rest: int) -> int:

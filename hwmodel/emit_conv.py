@@ -8,6 +8,7 @@ The top `policy` has one valid/ready stream in and one out, `policy_axis` two AX
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel import emit
-from hwmodel.cost import HwError
 from hwmodel.devices import Device
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
 from hwmodel.fabric import pricing
@@ -25,11 +25,11 @@ from hwmodel.formats import bits
 from hwmodel.layer import address_bits
 from hwmodel.memory import ram
 from hwmodel.network import Layer, Network, reference, sample_codes
-from hwmodel.plan import layer_costs, total
+from hwmodel.plan import layer_costs, total, total_cycles
 
 VECTORS = 8
 ZERO = "1'b0"
-LIBRARY = ("window", "steps", "fifo")
+LIBRARY = ("window", "steps", "fifo", "regroup")
 
 
 @cache
@@ -71,6 +71,7 @@ def stage_text(index: int, layer: Layer, plan: Fold) -> str:
         "LINES": found.lines,
         "BEATS": found.beats,
         "DEPTH": plan.depth,
+        "PAUSE": plan.share - 1,
         "BLOCK": int(ring.kind == "bram"),
     }
     text = ", ".join(f".{name}({value})" for name, value in parameters.items())
@@ -117,9 +118,31 @@ module policy (
     input out_ready,
     output [{out_bits - 1}:0] out_results
 );
-  stage0 only (clk, rst, in_valid, in_ready, in_codes, out_valid, out_ready, out_results);
+{chr(10).join(_chain(network, plans))}
 endmodule
 """
+
+
+def _chain(network: Network, plans: Sequence[Fold]) -> list[str]:
+    """The stages of the top, with `rtl/regroup.v` between them."""
+    lines = []
+    for i, plan in enumerate(plans):
+        source = "in_valid, in_ready, in_codes" if i == 0 else f"valid{i}, ready{i}, codes{i}"
+        sink = "out_valid, out_ready, out_results" if i + 1 == len(plans) else f"gives{i}, takes{i}, results{i}"
+        if i:
+            before, width = plans[i - 1], bits(network.layers[i].formats[1])
+            lines += [
+                f"  wire valid{i}, ready{i};",
+                f"  wire [{plan.lanes * width - 1}:0] codes{i};",
+                f"  regroup #(.BITS({width}), .IN({before.units}), .OUT({plan.lanes}), "
+                f".PART({math.gcd(before.units, plan.lanes)}))",
+                f"    beats{i} (clk, rst, gives{i - 1}, takes{i - 1}, results{i - 1}, valid{i}, ready{i}, codes{i});",
+            ]
+        if i + 1 < len(plans):
+            leaving = plan.units * result_bits(network.layers[i])
+            lines += [f"  wire gives{i}, takes{i};", f"  wire [{leaving - 1}:0] results{i};"]
+        lines.append(f"  stage{i} part{i} (clk, rst, {source}, {sink});")
+    return lines
 
 
 def beats_out(last: Fold) -> int:
@@ -250,8 +273,6 @@ endmodule
 
 def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     """All of `policy` by file name: `network.v`, memories, and the templates."""
-    if len(network.layers) != 1:
-        raise HwError(f"{len(network.layers)} layers with windows; each is a design of its own so far")
     texts, files = [top_text(network, plans)], dict(library())
     for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
         text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
@@ -310,7 +331,7 @@ def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: 
         | asdict(one)
         for p, one in zip(plans, costs, strict=True)
     ]
-    cycles = sum(p.cycles for p in plans)
+    cycles = total_cycles(plans)
     return {
         "device": device.name,
         "clock_mhz": clock_mhz,

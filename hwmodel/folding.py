@@ -81,7 +81,7 @@ class Fold:
         """When the positions of the layer's window start."""
         found, window = self.stream, self.spec.window
         assert window is not None
-        return conv.schedule(window, found.words, found.lines, found.period)
+        return conv.schedule(window, found.words, found.lines, found.period, self.share)
 
     @property
     def depth(self) -> int:
@@ -89,6 +89,14 @@ class Fold:
         found = self.stream
         rest = self.cycles - self.schedule.stalls - self.spec.positions * found.period - conv.waits(self.spec)
         return conv.depth(found, rest)
+
+    @property
+    def stage(self) -> conv.Stage:
+        """The layer with its window as a stage of `conv.chain_cycles`."""
+        found, window = self.stream, self.spec.window
+        assert window is not None
+        tail = self.cycles - self.schedule.stalls - self.spec.positions * found.period - 1
+        return conv.Stage(window, found, tail, self.row_folds, self.share, self.depth)
 
     @property
     def share(self) -> int:
@@ -200,7 +208,7 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> 
     cycles = words * spec.positions + fill + found.stages + pe // units - 1
     if spec.window is not None:
         at = conv.stream(spec, pe, simd, units)
-        cycles += conv.waits(spec) + conv.schedule(spec.window, at.words, at.lines, at.period).stalls
+        cycles += conv.waits(spec) + conv.schedule(spec.window, at.words, at.lines, at.period, pe // units).stalls
     weights = rom(pe * simd * stored, words)
     return Fold(spec, pe, simd, cost, cycles, weights, found.method, width, units, pack, port or 25)
 
@@ -210,8 +218,15 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
 
     A fold is priced with an input buffer that is written one code at a time; in the chain, the layer before it
     writes as many codes as it has converters, and the host as many as the first layer reads. The last layer
-    also has the stream's counters and the output register. All zero where the layers are no such chain.
+    also has the stream's counters and the output register. Of layers with windows, beats are regrouped before all but
+    the first. All zero where the layers are no such chain.
     """
+    if all(fold.spec.window is not None for fold in chosen):
+        beats = [
+            conv.regroup_cost(bits(_formats(after.spec)[1]), before.units, after.lanes)
+            for before, after in pairwise(chosen)
+        ]
+        return [ZERO, *beats]
     if not _chained([fold.spec for fold in chosen]):
         return [ZERO] * len(chosen)
     found = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hwmodel.affine import solved
+from hwmodel.conv import chain_cycles
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
@@ -81,5 +82,7 @@ def total(plans: Sequence[Fold]) -> Cost:
 
 
 def total_cycles(plans: Sequence[Fold]) -> int:
-    """Cycles of one inference."""
+    """Cycles of one inference; of layers with windows, which overlap, `conv.chain_cycles`."""
+    if all(p.spec.window is not None for p in plans) and len(plans) > 1:
+        return chain_cycles([p.stage for p in plans], [p.units for p in plans])[0]
     return sum(p.cycles for p in plans)

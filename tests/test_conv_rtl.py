@@ -14,9 +14,10 @@ from hwmodel import emit_conv, simulate
 from hwmodel.accumulator import exact_bits
 from hwmodel.affine import solved
 from hwmodel.devices import find_device
-from hwmodel.folding import Fold, layer_fold
+from hwmodel.folding import Fold, folds, layer_fold
 from hwmodel.formats import parse
 from hwmodel.network import Layer, Network, legal_codes, sample_codes
+from hwmodel.plan import total_cycles
 from hwmodel.reference import to_units
 from hwmodel.spec import LayerSpec, Window
 
@@ -87,3 +88,45 @@ def test_every_window_is_exact_and_on_time(name: str, out: str | None, tmp_path:
     window, rows, groups, fold = CASES[name]
     network = convolution(window, rows, groups=groups, out=out)
     prove(tmp_path / "x", network, emitted(network, fold, tmp_path / "x"))
+
+
+def chain(layers: list[tuple[Window, int, int]], seed: int = 3) -> Network:
+    """Layers in a row, uint4 between them."""
+    made = []
+    for i, (window, rows, groups) in enumerate(layers):
+        out = "uint4" if i + 1 < len(layers) else None
+        made.append(convolution(window, rows, groups=groups, acts="uint4" if i else "int4", out=out).layers[0])
+    return solved(Network(tuple(made)))
+
+
+CHAINS = {
+    "two": [
+        (Window(3, 7, 6, (3, 3), (1, 1), (1, 1, 1, 1)), 4, 1),
+        (Window(4, 7, 6, (3, 3), (2, 2), (0, 1, 1, 1)), 6, 1),
+    ],
+    "separable": [
+        (Window(1, 12, 6, (5, 4), (2, 2), (2, 2, 1, 1)), 6, 1),
+        (Window(6, 6, 3, (3, 3), (1, 1), (1, 1, 1, 1)), 6, 6),
+        (Window(6, 6, 3), 8, 1),
+        (Window(8, 6, 3, (3, 3), (1, 1), (1, 1, 1, 1)), 8, 8),
+        (Window(8, 6, 3, (6, 3)), 4, 1),
+        (Window(4), 3, 1),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("seed", range(3))
+def test_chains_overlap_to_the_cycle(name: str, seed: int, tmp_path: Path) -> None:
+    """Layers that stream into each other, at random folds: exact, and as many cycles as predicted."""
+    network = chain(CHAINS[name])
+    rng = np.random.default_rng(seed)
+    plans = [folds(spec)[rng.integers(len(folds(spec)))] for spec in network.specs]
+    folder = tmp_path / "x"
+    folder.mkdir()
+    emit_conv.write(network, plans, folder, DEVICE)
+    found = simulate.check(folder, sample_codes(network, 4, seed=5), "iverilog")
+    assert found.mismatch is None
+    assert (found.cycles_min, found.cycles_max) == (total_cycles(plans), total_cycles(plans))

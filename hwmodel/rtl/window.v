@@ -2,14 +2,15 @@
 // In: beats of BITS bits, WORDS of them per input position. They go to a ring of LINES lines. Out: `start` when a
 // position can be computed, and from the cycle after next, one word a cycle: for each group (GROUPS, one word of STEP
 // further each), REPEATS times, the TAPS words of every kernel element, rows first; zeros outside the map.
-// A position starts when its last line is there far enough and `reserved` results behind it have room.
+// A position starts when its last line is there far enough and `reserved` results behind it have room, and right behind
+// the one before it or PAUSE cycles later: until then its sums wait for their turns at the converters.
 // A line is overwritten once a position started that does not read it; the next map waits for the end of this one.
 module window #(
     parameter BITS = 8, parameter WORDS = 2, parameter TAPS = 2, parameter GROUPS = 1, parameter REPEATS = 2,
     parameter WIDTH = 5, parameter HEIGHT = 6, parameter KW = 3, parameter KH = 3,
     parameter SW = 1, parameter SH = 1, parameter LEFT = 1, parameter TOP = 1,
     parameter OUT_W = 5, parameter OUT_H = 6, parameter LINES = 4,
-    parameter BEATS = 1, parameter DEPTH = 4, parameter BLOCK = 0
+    parameter BEATS = 1, parameter DEPTH = 4, parameter PAUSE = 2, parameter BLOCK = 0
 ) (
     input clk,
     input rst,
@@ -52,7 +53,7 @@ module window #(
   wire full = lines == ALL[RB-1:0];
   wire line_end = beat == LAST_BEAT[CB-1:0];
   wire accept = in_valid & in_ready;
-  wire finish, ending, leave;
+  wire finish, ending, leave, paused;
   assign in_ready = ~full & ((LINES >= HEIGHT) | (lines < limit));
   always @(posedge clk) begin
     if (rst | leave) begin
@@ -74,6 +75,7 @@ module window #(
   reg [XB-1:0] x_next;
   reg [YB-1:0] y_next;
   reg [AB-1:0] at_next, top_next;
+  wire [AB-1:0] line_down, top_down;
   reg [HB-1:0] reserved;
   reg running, closing;                              // closing: the map's last position has started
   wire [NB-1:0] here = {{(NB-CB){1'b0}}, beat};
@@ -81,7 +83,7 @@ module window #(
   wire room = reserved <= ROOM[HB-1:0];
   wire row_end = column == END_P[PB-1:0];
   wire map_end = row_end & (row == END_Q[QB-1:0]);
-  assign start = (~running | finish) & ~closing & there & room & ~rst;
+  assign start = (~running | finish) & ~closing & there & room & ~paused & ~rst;
   assign ending = start & map_end;
   assign leave = closing & finish;
   wire restart = rst | ending;
@@ -112,9 +114,25 @@ module window #(
       row <= row + 1'b1;
       last <= last + ROW1[RB-1:0];
       y_next <= y_next + Y1[YB-1:0];
-      top_next <= (top_next >= WRAP[AB-1:0] && MOVE != 0) ? top_next - WRAP[AB-1:0] : top_next + MOVE[AB-1:0];
+      top_next <= top_down;
     end
   end
+
+  generate
+    if (PAUSE == 0) begin : eager
+      assign paused = 1'b0;
+    end else begin : resting
+      localparam B = $clog2(PAUSE + 1);
+      localparam [31:0] ALL_OF_IT = PAUSE;
+      reg [B-1:0] left;
+      assign paused = |left;
+      always @(posedge clk) begin
+        if (rst) left <= {B{1'b0}};
+        else if (finish & ~start) left <= ALL_OF_IT[B-1:0];
+        else if (paused) left <= left - 1'b1;
+      end
+    end
+  endgenerate
 
   // the words of the running position
   wire word_end, tap_end, kernel_end, repeat_end, group_end;
@@ -130,7 +148,18 @@ module window #(
   reg [YB-1:0] y, y_first;
   reg [AB-1:0] at, at_first, line, line_first;
   wire [AB-1:0] at_group = (done & repeat_end) ? at_first + GROUP[AB-1:0] : at_first;
-  wire [AB-1:0] line_down = (line >= UP[AB-1:0]) ? line - UP[AB-1:0] : line + DOWN[AB-1:0];
+  generate
+    if (LINES == 1) begin : single
+      assign line_down = line;
+    end else begin : ring
+      assign line_down = (line >= UP[AB-1:0]) ? line - UP[AB-1:0] : line + DOWN[AB-1:0];
+    end
+    if (MOVE == 0) begin : turned
+      assign top_down = top_next;
+    end else begin : turning
+      assign top_down = (top_next >= WRAP[AB-1:0]) ? top_next - WRAP[AB-1:0] : top_next + MOVE[AB-1:0];
+    end
+  endgenerate
   always @(posedge clk) begin
     if (start) begin
       x <= x_next;
