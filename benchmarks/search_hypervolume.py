@@ -2,11 +2,11 @@
 
     python benchmarks/search_hypervolume.py [AGENT ..] [--data ../shared/data/rl-zoo] [--episodes 40] [--fresh 100]
 
-Uniform: binary, ternary, int2, 3, 4, 6, 8 for the weights and int2, 3, 4, 5, 6, 8 for the inputs of all layers: 42
-designs, all their episodes. Searched: `quantkit.search` over the same formats for each layer, with the same methods
-(preset fast, or round to nearest), device and latency, until it has played three quarters of the uniform designs'
-episodes; completing its front's returns takes about the rest. Both fronts are chosen by those episodes and then
-measured on fresh ones, so that no design profits from the episodes that chose it.
+Uniform: binary, ternary, int2, 3, 4, 6, 8 for the weights and the same, int1 and int5 for the inputs of all layers: 63
+designs, all their episodes; those with int1 cannot be built, for the observations are signed. Searched:
+`quantkit.search` over the same formats for each layer, with the same methods (preset fast, or round to nearest), device
+and latency, and as many episodes. Both fronts are chosen by those episodes and then measured on fresh ones, so that no
+design profits from the episodes that chose it.
 
 Hypervolume: what a front dominates in the plane of LUTs and return, up to the LUTs of int8 x int8 (the design that one
 starts from), over the logarithm of LUTs, in which halving them counts the same everywhere, and over LUTs themselves.
@@ -43,7 +43,7 @@ from quantkit.sweep import Space, complete, open_study
 from quantkit.tasks import episodes as episodes_task
 
 WEIGHTS = ("binary", "ternary", "int2", "int3", "int4", "int6", "int8")
-ACTS = ("int2", "int3", "int4", "int5", "int6", "int8")
+ACTS = ("int1", "binary", "ternary", "int2", "int3", "int4", "int5", "int6", "int8")
 FRESH_SEED = 500_000
 Point = tuple[float, float]
 
@@ -95,12 +95,12 @@ def compare(
     with workers(uniform) as mapper:
         tasks = [Task(recipe) for recipe in Space(WEIGHTS, ACTS, pipelines=(steps,)).recipes()]
         rows_uniform = complete(uniform, tasks, work / "uniform", mapper)
-    budget = sum(row["episodes"] for row in rows_uniform)
+    budget = sum(row.get("episodes", 0) for row in rows_uniform)
     study = open_study(work / "search", model, settings)
     with workers(study) as mapper:
         space = SearchSpace(WEIGHTS, ACTS, pipelines=(steps,))
-        rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=int(0.75 * budget))
-    played = [budget, sum(row.get("episodes", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
+        rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=budget, batch=8)
+    played = [budget, sum(row.get("played", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
     chosen = []
     for rows in (rows_uniform, rows_search):
         whole = [row for row in rows if row.get("episodes") == episodes]
@@ -121,7 +121,7 @@ def compare(
         possible = hypervolume([(cheapest, best)], eight or 0.0, worst, best, True) / volumes["log_random"][0]
         near = [x for x, y in points[i] if y >= best - 0.05 * (best - worst)]
         found.append({
-            "agent": name, "front": kind, "designs": len((rows_uniform, rows_search)[i]), "episodes": played[i],
+            "agent": name, "front": kind, "designs": sum("score" in row for row in (rows_uniform, rows_search)[i]), "episodes": played[i],
             "on_front": len(points[i]), "fewest_luts": min(x for x, _ in points[i]),
             "fewest_luts_within_5_percent": min(near, default=""),
             **{f"ratio_{kind_}": round(pair[1] / pair[0], 3) for kind_, pair in volumes.items()},

@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from hwmodel.cost import HwError
+from hwmodel.fabric import kept
 from hwmodel.folding import default_cycles, front, whole
 from hwmodel.formats import Format
 from quantkit.errors import InputError
@@ -101,7 +101,7 @@ def problem(
     return Problem(chosen, np.array(layer), np.array(act_ids), np.array(out_ids), np.array(uses_, np.float64))
 
 
-@lru_cache(maxsize=65536)
+@kept
 def _folds(spec: object, port: int | None, clock_mhz: float) -> tuple[tuple[float, ...], ...]:
     """LUTs, DSPs, BRAM18 and latency of each fold worth having."""
     return tuple(

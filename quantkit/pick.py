@@ -20,7 +20,7 @@ import torch
 
 from hwmodel.cost import HwError
 from hwmodel.devices import Device, find_device
-from hwmodel.estimate import Estimate, estimate
+from hwmodel.estimate import Estimate
 from hwmodel.estimate import Mapping as Mapping_
 from quantkit.artifact import save_artifact, summary
 from quantkit.card import write_card
@@ -35,7 +35,7 @@ from quantkit.report import default_cost, normalize_of, read_study
 from quantkit.results import Row, append_row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
-from quantkit.study import Settings, design_id, hardware_cost, policy_of, verify_export, visited_states
+from quantkit.study import Target, design_id, policy_of, verify_export, visited_states
 from quantkit.tasks.episodes import Progress, compare_on_states, compare_scores, evaluate_policy
 from quantkit.tasks.robustness import compare, default_conditions
 from quantkit.verify import verify
@@ -45,27 +45,6 @@ CONFIRM_SEED = 500_000
 QONNX_STATES = 256
 MARKER = "pick.json"
 _PRICED = ("luts", "ffs", "dsps", "bram18", "latency_us")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The part and what folds the hardware on it: one of latency_us and luts, or neither (the default latency)."""
-
-    device: Device
-    latency_us: float | None = None
-    luts: int | None = None
-    mapping: Mapping_ = "lut"
-
-    def __str__(self) -> str:
-        name = self.device.name + {"lut": "", "dsp": " with DSPs", "auto": " with DSPs if needed"}[self.mapping]
-        if self.latency_us is not None:
-            return f"{name} within {self.latency_us:g} µs"
-        return name if self.luts is None else f"{name} within {self.luts:,} LUTs"
-
-    def price(self, model: Model, **limits: Any) -> Estimate:
-        """What a model takes there; limits: in place of the target's own."""
-        limits = limits or {"latency_us": self.latency_us, "luts": self.luts}
-        return estimate(layer_specs(model), self.device, mapping=self.mapping, **limits)
 
 
 @dataclass(frozen=True)
@@ -227,7 +206,7 @@ def choose(
         if target is None:
             return Choice(row, built, None, why)
         try:
-            price = target.price(built)
+            price = target.price(layer_specs(built))
         except HwError as error:
             number, text = _nearest(built, target)
             misses.append((number, f"{text}, by {named(row)}: {error}"))
@@ -257,9 +236,9 @@ def _nearest(model: Model, target: Target) -> tuple[float, str]:
     part = target.device
     try:
         if target.luts is not None:
-            least = target.price(model, latency_us=1e9)
+            least = target.price(layer_specs(model), latency_us=1e9)
             return least.luts, f"{least.luts:,} LUTs ({least.latency_us:g} µs)"
-        quickest = target.price(model, luts=part.luts)
+        quickest = target.price(layer_specs(model), luts=part.luts)
     except HwError:
         return math.inf, f"none in {part.name}"
     if not quickest.fits:
@@ -282,9 +261,8 @@ def differences(choice: Choice, model: Model, document: Mapping[str, Any], state
         "fidelity": compare_on_states(reference, compile_policy(policy)(states), policy.head, q_values=q_values)
     }
     if settings.get("device"):
-        part = find_device(settings["device"])
-        own = Settings(device=part, **_folding(settings))
-        fresh["cost"] = json.loads(json.dumps(hardware_cost(choice.model, own)))
+        own = Target(find_device(settings["device"]), **_folding(settings))
+        fresh["cost"] = json.loads(json.dumps(own.cost(layer_specs(choice.model))))
     found = []
     for name, ours in fresh.items():
         theirs = row.get(name) or {}

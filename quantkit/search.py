@@ -1,14 +1,17 @@
-"""Search for the front of return against cost: seeded by allocation, led by Optuna, thrifty with episodes.
+"""Search for the front of return against cost: seeded by allocation, thrifty with episodes.
 
 1. Sensitivities of every pipeline are measured (`sensitivity`), and the front of mixed precision under the budgets is
    allocated (`allocate`). Its designs are the first, with the predicted front of uniform precision, which is there to
    be beaten.
-2. Batch after batch, half of the designs are allocated where the front of returns found so far has its widest gaps,
-   and the others are Optuna's (NSGA-II or TPE): formats for each layer, a granularity and a pipeline. Of these more are
-   proposed than evaluated: those whose predicted cost is over a budget, or whose predicted loss and cost most others
-   beat, are dropped before an episode is played.
+2. Batch after batch, designs come from three sources: allocated in the gaps of the front found so far; one layer's
+   formats away from a design on it; Optuna's (NSGA-II or TPE). Those that promise to add the most to the front (`gain`)
+   by the sum of their layers' losses are quantized and compared with float on the calibration states, which takes
+   milliseconds and no episode; those that promise the most by that are played.
 3. Returns are raced (`racing`): what is clearly worse, or clearly as good, stops early.
 4. Of what is on the front then, returns are completed to all episodes, until the front has only complete ones.
+
+With several hardware targets a design has a cost on each, and plays once: there is a front for each target, and what a
+design promises is what it adds to all of them.
 
 Everything is a function of the study, the space and the seed: which designs are proposed depends on rows of whole
 batches only, never on who made them or how fast. So a search that was killed goes on by going through the same
@@ -20,31 +23,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from hwmodel.fabric import pricing
 from hwmodel.packing import WIDE_PORT
 from quantkit.allocate import RESOURCES, Problem, allocate, budget_front, default_latency, problem
 from quantkit.backends import Mapper
 from quantkit.claims import Claims
 from quantkit.errors import InputError
+from quantkit.gain import Front, likely
 from quantkit.pareto import front, nondominated, value
 from quantkit.racing import race
 from quantkit.recipe import Recipe, Step, step_text
 from quantkit.results import Row
-from quantkit.sensitivity import Cell, assemble, measure
-from quantkit.study import Study, Task, design_id
+from quantkit.sensitivity import Cell, assemble, measure, untrained
+from quantkit.study import Study, Target, Task, design_id, points
 from quantkit.surrogate import Prediction, predict
 from quantkit.sweep import complete
 from quantkit.tasks.episodes import Progress
 
 Sampler = Literal["nsga2", "tpe"]
 PROPOSALS = 4
-"""So many designs are proposed for each that is evaluated."""
+"""So many designs Optuna proposes for each that is evaluated."""
+SCREENED = 6
+"""So many designs are quantized for each that is played."""
+_GAPS = 6
+"""In so many gaps of a front new designs are allocated."""
+_WALK = 256
+"""At most so many neighbours of a front's designs are looked at."""
 _IDLE = 10
 """So many batches without a new design end a search: the space is used up."""
 
@@ -66,20 +78,33 @@ class Limits:
 
     budgets: Mapping[str, float]
 
-    def over(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row, or a prediction of one, is over a budget, or has no number where it needs one."""
-        for name, most in self.budgets.items():
-            found = value(row, name)
-            if found is None or found > most:
-                return True
-        return False
+    def cost(self, row: Mapping[str, Any], column: str) -> float | None:
+        """A column of a row, or of a prediction of one, on its target; None where it has none or is over a budget."""
+        found = {name: value(row, name) for name in (column, *self.budgets)}
+        over = any((use := found[name]) is None or use > most for name, most in self.budgets.items())
+        return None if over else found[column]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A design that may be played: its cells, one per layer, and the number of its pipeline."""
+
+    recipe: Recipe
+    cells: tuple[Cell, ...]
+    pipeline: int
+
+    @cached_property
+    def id(self) -> str:
+        """The id of its row."""
+        return design_id(self.recipe)
 
 
 Tables = list[dict[tuple[str, str, str, str], Cell]]
 """For each pipeline the cells by layer, formats of weights and inputs, and granularity."""
-Seed = tuple[Recipe, tuple[Cell, ...]]
-Programs = list[tuple[Problem, dict[str, float]]]
-"""For each pipeline what `allocate` takes."""
+Programs = list[list[tuple[Problem, dict[str, float]]]]
+"""For each pipeline and target what `allocate` takes."""
+Screen = Callable[[Sequence[Recipe]], Mapping[str, Row]]
+"""Rows without episodes, by id."""
 Update = Callable[[int, int, Row | None], None]
 
 
@@ -103,18 +128,17 @@ def search(
 ) -> list[Row]:
     """Rows of the designs that were tried, in order: the allocation's first, then at most `designs` in all.
 
-    episodes: once so many were played, no more designs are proposed; None: no bound. cost: the resource that is traded
-    for return. budgets: on all resources. batch: designs at once, on which the result depends. points: at most of each
-    front to begin with, allocated and uniform, for each pipeline. storage: URL for Optuna's record, None for a journal
-    file in the folder. Designs of which the front needs complete returns are played to their end at last, and count
-    once. Raises InputError for formats that fit no layer, impossible budgets, a storage that cannot be opened, and as
-    `complete`.
+    episodes: of all designs together, as many are proposed as can be played and completed with so many; None: no bound.
+    cost: the resource that is traded for return. budgets: on all resources. batch: designs at once, on which the result
+    depends. points: at most of each front to begin with, allocated and uniform, for each pipeline; fewer where there
+    are several targets. storage: URL for Optuna's record, None for a journal file in the folder. Designs of which the
+    front needs complete returns are played to their end at last, and count once. Raises InputError for formats that fit
+    no layer, impossible budgets, a storage that cannot be opened, and as `complete`.
     """
     limits = Limits(dict(budgets or {}))
     _check(study, cost, limits)
     open_storage(storage, folder)  # what cannot be opened is told before anything is measured
     tables, seeds, programs = _seeds(study, folder, space, cost, limits, points, measuring)
-    seeds = seeds[:designs]
     settled: dict[str, Row] = {}
 
     def evaluate(recipes: Sequence[Recipe], origin: Any, raced: bool) -> None:
@@ -127,25 +151,42 @@ def search(
         for row in complete(study, tasks, folder, mapper, update):
             settled[row["id"]] = row
 
-    evaluate([recipe for recipe, _ in seeds], "allocation", races)
-    guide = _Guide(study, space, tables, limits, cost, sampler, batch, races, programs)
-    guide.begin(seeds, settled)
+    def screen(recipes: Sequence[Recipe]) -> Mapping[str, Row]:
+        rows = complete(study, [Task(recipe, screen=True) for recipe in recipes], folder, mapper, file="screened.jsonl")
+        return {row["id"]: row for row in rows}
+
+    guide = _Guide(study, space, tables, limits, cost, sampler, batch, races, programs, screen)
+    first = guide.affordable(seeds[:designs], episodes)
+    evaluate([seed.recipe for seed in first], "allocation", races)
+    guide.begin(first, settled)
     idle = 0
-    while len(settled) < designs and idle < _IDLE and (episodes is None or guide.played(settled) < episodes):
-        chosen = guide.ask(settled, designs - len(settled))
+    while len(settled) < designs and idle < _IDLE and (most := guide.affordable_now(settled, episodes)) > 0:
+        chosen = guide.ask(settled, min(designs - len(settled), most))
         idle = 0 if chosen else idle + 1
-        evaluate(chosen, "search", races)
+        evaluate([one.recipe for one in chosen], "search", races)
         guide.tell(settled)
         _record(storage, space, guide.study, folder)
     for _ in range(4):  # completing a return may bring another design to the front
         rows = list(settled.values())
-        raced = [rows[i] for i in front(paired(study, rows), cost, "mean") if _short(rows[i], study)]
+        raced = [rows[i] for i in _on_fronts(study, paired(study, rows), cost) if _short(rows[i], study)]
         if not raced:
             break
         by_origin = itertools.groupby(sorted(raced, key=lambda row: row["origin"]), key=lambda row: row["origin"])
         for origin, some in by_origin:
             evaluate([Recipe.from_json(row["recipe"]) for row in some], origin, False)
     return list(settled.values())
+
+
+def _on_fronts(study: Study, rows: Sequence[Row], cost: str) -> list[int]:
+    """Indices of the rows on the front of at least one target."""
+    every = [points(row) for row in rows]
+    found = [front([on[min(place, len(on) - 1)] for on in every], cost, "mean") for place in range(_places(study))]
+    return sorted(set(itertools.chain.from_iterable(found)))
+
+
+def _places(study: Study) -> int:
+    """How many fronts there are."""
+    return max(1, len(study.settings.targets))
 
 
 def paired(study: Study, rows: Sequence[Row]) -> list[Row]:
@@ -180,48 +221,60 @@ def _seeds(
     space: SearchSpace,
     cost: str,
     limits: Limits,
-    points: int,
+    most: int,
     measuring: Progress | None,
-) -> tuple[Tables, list[Seed], Programs]:
+) -> tuple[Tables, list[Candidate], Programs]:
     """The cells of each pipeline, and what to begin with: allocated and uniform fronts, in turns of the pipelines."""
     tables: Tables = []
-    fronts: list[list[Seed]] = []
+    fronts: list[list[Candidate]] = []
     programs: Programs = []
-    for steps in space.pipelines:
+    targets = study.settings.targets or (None,)
+    each = max(4, most // len(targets)) if len(targets) > 1 else most
+    for number, steps in enumerate(space.pipelines):
         cells = measure(study, folder, space.weights, space.acts, space.granularities, steps, measuring)
         tables.append({(c.layer, c.weights, c.acts, c.granularity): c for options in cells.values() for c in options})
-        allowed = dict(limits.budgets)
-        if study.settings.device is not None and (latency := default_latency(cells)) is not None:
-            wanted = study.settings.latency_us or latency
-            allowed["latency_us"] = min(wanted, allowed.get("latency_us", wanted))
-            allowed |= {} if study.settings.luts is None else {"luts": study.settings.luts}
-        part = study.settings.device
-        port = WIDE_PORT[part.family] if part is not None and study.settings.mapping == "dsp" else None
-        given = problem(cells, on={cost, *allowed}, port=port)
-        programs.append((given, allowed))
-        chosen = [point.cells for point in budget_front(given, cost, allowed, points)]
-        chosen += _uniform_front(study, cells, limits, cost)[:points]
-        fronts.append([(assemble(some, steps, space.seed), some) for some in chosen])
+        programs.append([_program(cells, cost, limits, target) for target in targets])
+        for place, (given, allowed) in enumerate(programs[-1]):
+            chosen = [point.cells for point in budget_front(given, cost, allowed, each)]
+            chosen += _uniform_front(study, cells, limits, cost, place)[:each]
+            fronts.append([Candidate(assemble(some, steps, space.seed), some, number) for some in chosen])
     turns = [seed for group in itertools.zip_longest(*fronts) for seed in group if seed is not None]
-    return tables, list({design_id(recipe): (recipe, cells) for recipe, cells in turns}.values()), programs
+    return tables, list({seed.id: seed for seed in turns}.values()), programs
+
+
+def _program(
+    cells: Mapping[str, Sequence[Cell]], cost: str, limits: Limits, target: Target | None
+) -> tuple[Problem, dict[str, float]]:
+    """What `allocate` takes for one target: options with their costs there, and what they may take at most."""
+    allowed = dict(limits.budgets)
+    if target is None:
+        return problem(cells, on={cost, *allowed}), allowed
+    with pricing(target.device.family):
+        if (latency := default_latency(cells)) is not None:
+            wanted = target.latency_us or latency
+            allowed["latency_us"] = min(wanted, allowed.get("latency_us", wanted))
+            if target.luts is not None:
+                allowed["luts"] = min(target.luts, allowed.get("luts", target.luts))
+        port = WIDE_PORT[target.device.family] if target.mapping == "dsp" else None
+        return problem(cells, on={cost, *allowed}, port=port), allowed
 
 
 def _uniform_front(
-    study: Study, cells: Mapping[str, Sequence[Cell]], limits: Limits, cost: str
+    study: Study, cells: Mapping[str, Sequence[Cell]], limits: Limits, cost: str, place: int
 ) -> list[tuple[Cell, ...]]:
-    """Of the designs with one pair of formats for all layers, those on the predicted front of loss against cost."""
+    """Of the designs with one pair of formats for all layers, those on the predicted front of one target."""
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in itertools.chain.from_iterable(cells.values()):
         groups.setdefault((cell.weights, cell.acts, cell.granularity), []).append(cell)
     whole = [tuple(group) for group in groups.values() if len(group) == len(cells)]
     guesses = [predict(group, study.settings) for group in whole]
-    known = [i for i, guess in enumerate(guesses) if not limits.over(guess.row) and guess.cost(cost) is not None]
-    points = [(guesses[i].cost(cost) or 0.0, guesses[i].loss) for i in known]
-    return [whole[known[i]] for i in nondominated(points, (False, False))]
+    costs = [limits.cost(points(guess.row)[place], cost) for guess in guesses]
+    known = [i for i, found in enumerate(costs) if found is not None]
+    return [whole[known[i]] for i in nondominated([(costs[i] or 0.0, guesses[i].loss) for i in known], (False, False))]
 
 
 class _Guide:
-    """Optuna's side of a search: proposals, and what became of them. One instance lives as long as its search."""
+    """What to try next: proposals, and what became of them. One instance lives as long as its search."""
 
     def __init__(
         self,
@@ -234,11 +287,13 @@ class _Guide:
         batch: int,
         races: bool,
         programs: Programs,
+        screen: Screen,
     ) -> None:
         optuna = _optuna()
         self.model, self.space, self.tables, self.limits = study, space, tables, limits
-        self.cost, self.batch, self.races, self.programs = cost, batch, races, programs
+        self.cost, self.batch, self.races, self.programs, self.screen = cost, batch, races, programs, screen
         self.layers = list(study.model.layers())
+        self.plain = [untrained(steps) for steps in space.pipelines]
         if sampler == "nsga2":
             chosen: Any = optuna.samplers.NSGAIISampler(population_size=batch, seed=space.seed)
         else:
@@ -246,113 +301,252 @@ class _Guide:
         self.study = optuna.create_study(sampler=chosen, directions=["minimize", "maximize"])
         self.asked: list[tuple[Any, str | None]] = []
         self.worst = 1e12
-        self.seen: dict[str, Prediction] = {}
+        self.seen: dict[str, Candidate] = {}
+        self.guesses: dict[str, Prediction] = {}
+        self.screened: dict[str, Row] = {}
+        self.batches = 0
 
-    def begin(self, seeds: Sequence[Seed], rows: Mapping[str, Row]) -> None:
+    def begin(self, seeds: Sequence[Candidate], rows: Mapping[str, Row]) -> None:
         """Tell the designs that were there before the first proposal."""
-        self._suggest(seeds)
+        self._enqueue(seeds)
+        self._screen(seeds)
         self.tell(rows)
 
-    def _suggest(self, seeds: Sequence[Seed]) -> Sequence[Seed]:
-        """The designs, made trials of Optuna's."""
-        for recipe, cells in seeds:
-            self.study.enqueue_trial(self._params(recipe, cells))
-        for recipe, cells in seeds:
-            trial, name = self.study.ask(), design_id(recipe)
-            self._draw(trial)
-            self.asked.append((trial, name))
-            self.seen[name] = predict(cells, self.model.settings)
-        return seeds
+    def affordable(self, seeds: Sequence[Candidate], episodes: int | None) -> Sequence[Candidate]:
+        """As many of the first designs as take at most half of the episodes, were none of them stopped early."""
+        if episodes is None:
+            return seeds
+        return seeds[: max(1, episodes // (2 * self.model.settings.episodes))]
 
-    def _between(self, rows: Mapping[str, Row]) -> list[Seed]:
-        """Up to half a batch of new designs allocated in the gaps of the front found so far, the widest first.
+    def affordable_now(self, rows: Mapping[str, Row], episodes: int | None) -> int:
+        """How many more designs can be played, at as many episodes each as so far, and the front be completed then."""
+        if episodes is None:
+            return self.batch
+        played = [row for row in rows.values() if "score" in row]
+        spent = sum(self._shown(row)[0] for row in played)
+        whole = self.model.settings.episodes
+        shown = [row | {"score": row["score"] | {"mean": self._shown(row)[1]}} for row in played]
+        owed = sum(whole - self._shown(played[i])[0] for i in _on_fronts(self.model, shown, self.cost))
+        return int((episodes - spent - owed) / max(1.0, spent / max(1, len(played))))
 
-        A gap is as wide as the logarithm of its costs' ratio times its returns' difference.
-        """
-        good = [row for row in rows.values() if "score" in row and not self.limits.over(row)]
-        points = [(cost, self._shown(row)[1], row) for row in good if (cost := value(row, self.cost))]
-        ends = sorted(
-            (points[i] for i in nondominated([(c, mean) for c, mean, _ in points], (False, True))), key=lambda p: p[0]
-        )
-        gaps = sorted(itertools.pairwise(ends), key=lambda ab: -math.log(ab[1][0] / ab[0][0]) * (ab[1][1] - ab[0][1]))
-        texts = [pipeline_text(steps) for steps in self.space.pipelines]
-        found: dict[str, Seed] = {}
-        for (low, _, _), (high, _, row) in gaps:
-            index = texts.index(row["steps"]) if row["steps"] in texts else 0
-            given, allowed = self.programs[index]
-            for share in (0.5, 0.25, 0.75):
-                try:
-                    cells = allocate(given, {**allowed, self.cost: low ** (1 - share) * high**share}).cells
-                except InputError:
-                    continue
-                recipe = assemble(cells, self.space.pipelines[index], self.space.seed)
-                if (name := design_id(recipe)) not in rows and name not in found:
-                    found[name] = (recipe, cells)
-                    break
-            if len(found) >= self.batch // 2:
-                break
-        return list(found.values())
-
-    def ask(self, rows: Mapping[str, Row], most: int) -> list[Recipe]:
-        """The designs to evaluate next, at most a batch and `most`: none that has a row."""
-        allocated = [recipe for recipe, _ in self._suggest(self._between(rows)[:most])]
-        found: dict[str, tuple[Recipe, Prediction]] = {}
-        for _ in range(PROPOSALS * self.batch):
-            trial = self.study.ask()
-            cells, steps = self._draw(trial)
-            if cells is None:  # a format or granularity that a layer cannot have
-                self.asked.append((trial, None))
-                continue
-            recipe = assemble(cells, steps, self.space.seed)
-            name = design_id(recipe)
-            if name not in self.seen:
-                self.seen[name] = predict(cells, self.model.settings)
-            self.asked.append((trial, name))
-            if name not in rows and not self.limits.over(self.seen[name].row) and recipe not in allocated:
-                found[name] = (recipe, self.seen[name])
-        best = sorted(found, key=lambda name: (self._beaten(found[name][1], rows), name))
-        return [*allocated, *(found[name][0] for name in best)][: min(self.batch, most)]
+    def ask(self, rows: Mapping[str, Row], most: int) -> list[Candidate]:
+        """The designs to play next, at most a batch and `most`: none that has a row."""
+        self.batches += 1
+        found = [*self._between(rows), *self._neighbours(rows), *self._drawn()]
+        pool = {one.id: one for one in found if one.id not in rows}
+        for name, one in pool.items():
+            self.seen.setdefault(name, one)
+            if name not in self.guesses:
+                self.guesses[name] = predict(one.cells, self.model.settings)
+        some = self._promising(pool, rows, len(pool), {name: self.guesses[name].row for name in pool}, self._guessed)
+        short = [pool[name] for name in some[: SCREENED * self.batch]]
+        self._screen(short)
+        costs = {one.id: row for one in short if "error" not in (row := self.screened[one.id])}
+        best = self._promising(costs, rows, min(self.batch, most), costs, self._lost)
+        chosen = [pool[name] for name in best]
+        drawn = {name for _, name in self.asked}
+        self._enqueue([one for one in chosen if one.id not in drawn])
+        return chosen
 
     def tell(self, rows: Mapping[str, Row]) -> None:
         """What became of all that was asked: values of those with a row, the others count as not tried."""
         import optuna
 
+        told: set[str] = set()
         for trial, name in self.asked:
             row = rows.get(name or "")
-            if row is None:
+            if row is None or name is None or name in told:
                 self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
+            told.add(name)
             trial.set_user_attr("design", name)
-            cost = value(row, self.cost)
-            if cost is None or "score" not in row or self.limits.over(row):
+            costs = [cost for priced in points(row) if (cost := self.limits.cost(priced, self.cost)) is not None]
+            if not costs or "score" not in row:
                 self.study.tell(trial, [self.worst, self.model.random.mean])
             else:
-                self.study.tell(trial, [cost, self.model.reference.mean + self._shown(row)[1]])
+                self.study.tell(trial, [sum(costs) / len(costs), self._shown(row)[1]])
         self.asked.clear()
 
-    def played(self, rows: Mapping[str, Row]) -> int:
-        """Episodes of the rows, as they were when they were told."""
-        return sum(self._shown(row)[0] for row in rows.values() if "score" in row)
-
     def _shown(self, row: Row) -> tuple[int, float]:
-        """Episodes and mean paired difference that count: in races those of the race, though it was completed since.
+        """Episodes and mean return that count: in races those of the race, though it was completed since.
 
-        So that what is proposed does not depend on which returns an earlier run completed.
+        So that what is proposed does not depend on which returns an earlier run completed. The mean is the float
+        policy's plus the mean paired difference, as in `paired`.
         """
         returns, reference = np.asarray(row["score"]["returns"]), np.asarray(self.model.reference.returns)
         if self.races:
             returns, _ = race(reference, lambda first, count: returns[first : first + count], self.model.margin)
-        return len(returns), float((returns - reference[: len(returns)]).mean())
+        return len(returns), self.model.reference.mean + float((returns - reference[: len(returns)]).mean())
 
-    def _beaten(self, one: Prediction, rows: Mapping[str, Row]) -> int:
-        """How many evaluated designs are predicted to cost no more and to lose no more."""
-        cost = one.cost(self.cost)
-        known = [self.seen[name] for name in rows if name in self.seen]
-        costs = [(other.cost(self.cost), other.loss) for other in known]
-        return sum(c is not None and cost is not None and c <= cost and loss <= one.loss for c, loss in costs)
+    def _guessed(self, name: str) -> float:
+        """A design's loss as the sum of its layers'."""
+        return self.guesses[name].loss
 
-    def _draw(self, trial: Any) -> tuple[list[Cell] | None, tuple[Step, ...]]:
-        """The cells and the steps that a trial's parameters stand for; None for cells that do not exist."""
+    def _lost(self, name: str) -> float:
+        """A design's loss on the calibration states: KL of actions, or the square of the error of actions or values."""
+        found = self.screened[name]["fidelity"]
+        return found["kl"] if "kl" in found else float(found.get("action_error", found.get("q_error"))) ** 2
+
+    def _promising(
+        self,
+        names: Collection[str],
+        rows: Mapping[str, Row],
+        most: int,
+        priced: Mapping[str, Mapping[str, Any]],
+        loss: Callable[[str], float],
+    ) -> list[str]:
+        """At most so many of the designs, in order of what they are expected to add to the fronts of all targets.
+
+        Each that is taken counts as played then, at its mean expectation, for those after it.
+        """
+        costs = {name: [self.limits.cost(row, self.cost) for row in points(priced[name])] for name in names}
+        costs = {name: mine for name, mine in costs.items() if any(cost is not None for cost in mine)}
+        played = {name: row for name, row in rows.items() if "score" in row and name in self.seen}
+        shown = {name: self._shown(row)[1] for name, row in played.items()}
+        kinds: list[list[tuple[float, float]]] = [[] for _ in self.space.pipelines]
+        for name in played:
+            if loss == self._guessed or "error" not in self.screened.get(name, {"error": ""}):
+                kinds[self.seen[name].pipeline].append((loss(name), shown[name]))
+        top, floor = self.model.reference.mean, self.model.random.mean
+        expected = {name: likely(loss(name), kinds[self.seen[name].pipeline]) or [top] for name in sorted(costs)}
+        found: list[list[tuple[float, float]]] = [[] for _ in range(_places(self.model))]
+        for name, row in played.items():
+            for place, one in enumerate(points(row)):
+                if (cost := self.limits.cost(one, self.cost)) is not None:
+                    found[place].append((cost, shown[name]))
+        ends = [
+            max([c for c, _ in mine] + [c for other in costs.values() if (c := other[place]) is not None], default=1.0)
+            for place, mine in enumerate(found)
+        ]
+
+        def fronts() -> list[Front]:
+            return [Front(mine, end, floor, top) for mine, end in zip(found, ends, strict=True)]
+
+        def promise(name: str, now: list[Front]) -> float:
+            values = expected[name]
+            gains = [
+                front_.gain(cost, one)
+                for front_, cost in zip(now, costs[name], strict=True)
+                if cost is not None
+                for one in values
+            ]
+            return sum(gains) / len(values)
+
+        now, chosen = fronts(), list[str]()
+        bounds = {name: promise(name, now) for name in expected}  # gains shrink as others are taken
+        if most >= len(bounds):
+            return sorted(bounds, key=lambda name: (-bounds[name], loss(name), name))
+        while bounds and len(chosen) < most:
+            name = max(bounds, key=lambda name: (bounds[name], -loss(name), name))
+            fresh = promise(name, now)
+            if fresh < bounds[name]:
+                bounds[name] = fresh
+                continue
+            del bounds[name]
+            chosen.append(name)
+            for mine, cost in zip(found, costs[name], strict=True):
+                if cost is not None:
+                    mine.append((cost, sum(expected[name]) / len(expected[name])))
+            now = fronts()
+        return chosen
+
+    def _screen(self, some: Sequence[Candidate]) -> None:
+        """Quantize and compare on states what was not yet, each with the steps of its pipeline that do not train."""
+        plain = {one.id: replace(one.recipe, steps=self.plain[one.pipeline]) for one in some}
+        missing = {name: recipe for name, recipe in plain.items() if name not in self.screened}
+        rows = self.screen(list({design_id(recipe): recipe for recipe in missing.values()}.values()))
+        self.screened |= {name: rows[design_id(recipe)] for name, recipe in missing.items()}
+
+    def _ends(self, rows: Mapping[str, Row], place: int) -> list[tuple[float, float, Row]]:
+        """The front found so far of one target: cost, return that counts, and row, by ascending cost."""
+        found = []
+        for row in rows.values():
+            if "score" in row and (cost := self.limits.cost(points(row)[place], self.cost)) is not None:
+                found.append((cost, self._shown(row)[1], row))
+        best = nondominated([(cost, mean) for cost, mean, _ in found], (False, True))
+        return sorted((found[i] for i in best), key=lambda point: point[0])
+
+    def _between(self, rows: Mapping[str, Row]) -> list[Candidate]:
+        """New designs allocated in the gaps of the fronts found so far, the widest first.
+
+        A gap is as wide as the logarithm of its costs' ratio times its returns' difference.
+        """
+        found: dict[str, Candidate] = {}
+        for place in range(_places(self.model)):
+            ends = [point for point in self._ends(rows, place) if point[0] > 0]
+            gaps = sorted(
+                itertools.pairwise(ends), key=lambda ab: -math.log(ab[1][0] / ab[0][0]) * (ab[1][1] - ab[0][1])
+            )
+            for (low, _, _), (high, _, row) in gaps[:_GAPS]:
+                number = self.seen[row["id"]].pipeline
+                given, allowed = self.programs[number][place]
+                for share in (0.5, 0.25, 0.75):
+                    try:
+                        cells = allocate(given, {**allowed, self.cost: low ** (1 - share) * high**share}).cells
+                    except InputError:
+                        continue
+                    one = Candidate(assemble(cells, self.space.pipelines[number], self.space.seed), cells, number)
+                    if one.id not in rows and one.id not in found:
+                        found[one.id] = one
+                        break
+        return list(found.values())
+
+    def _neighbours(self, rows: Mapping[str, Row]) -> list[Candidate]:
+        """Designs that differ from one on a front in one layer's weights, inputs or granularity, or in the pipeline.
+
+        Of more than _WALK a sample, another one for each batch.
+        """
+        middle = {
+            row["id"]: self.seen[row["id"]]
+            for place in range(_places(self.model))
+            for _, _, row in self._ends(rows, place)
+        }
+        found: dict[tuple[Any, ...], tuple[tuple[Cell, ...], int]] = {}
+        for one in middle.values():
+            names = [(c.layer, c.weights, c.acts, c.granularity) for c in one.cells]
+            for number, table in enumerate(self.tables):
+                if number != one.pipeline and all(name in table for name in names):
+                    found[(number, *names)] = (tuple(table[name] for name in names), number)
+            for key, cell in self.tables[one.pipeline].items():
+                i = self.layers.index(key[0])
+                if sum(a != b for a, b in zip(key, names[i], strict=True)) == 1:
+                    changed = (*one.cells[:i], cell, *one.cells[i + 1 :])
+                    found[(one.pipeline, *names[:i], key, *names[i + 1 :])] = (changed, one.pipeline)
+        some = list(found.values())
+        if len(some) > _WALK:
+            rng = np.random.default_rng([self.space.seed, self.batches])
+            some = [some[i] for i in sorted(rng.choice(len(some), _WALK, replace=False).tolist())]
+        return [
+            Candidate(assemble(cells, self.space.pipelines[number], self.space.seed), cells, number)
+            for cells, number in some
+        ]
+
+    def _drawn(self) -> list[Candidate]:
+        """Optuna's proposals."""
+        found = []
+        for _ in range(PROPOSALS * self.batch):
+            trial = self.study.ask()
+            cells, number = self._draw(trial)
+            if cells is None:  # a format or granularity that a layer cannot have
+                self.asked.append((trial, None))
+                continue
+            found.append(Candidate(assemble(cells, self.space.pipelines[number], self.space.seed), cells, number))
+            self.asked.append((trial, found[-1].id))
+        return found
+
+    def _enqueue(self, some: Sequence[Candidate]) -> None:
+        """Make trials of Optuna's of designs that it did not propose."""
+        for one in some:
+            self.seen[one.id] = one
+            self.guesses[one.id] = predict(one.cells, self.model.settings)
+            self.study.enqueue_trial(self._params(one))
+        for one in some:
+            trial = self.study.ask()
+            self._draw(trial)
+            self.asked.append((trial, one.id))
+
+    def _draw(self, trial: Any) -> tuple[tuple[Cell, ...] | None, int]:
+        """The cells and the pipeline that a trial's parameters stand for; None for cells that do not exist."""
         index = 0
         if len(self.space.pipelines) > 1:
             texts = [pipeline_text(steps) for steps in self.space.pipelines]
@@ -369,18 +563,18 @@ class _Guide:
             )
             for layer in self.layers
         ]
-        found = [self.tables[index].get(key) for key in keys]  # type: ignore[call-overload]
-        cells = [cell for cell in found if cell is not None]
-        return (cells if len(cells) == len(found) else None), self.space.pipelines[index]
+        found = [self.tables[index].get(key) for key in keys]
+        cells = tuple(cell for cell in found if cell is not None)
+        return (cells if len(cells) == len(found) else None), index
 
-    def _params(self, recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
-        """The parameters of an allocated design; a mix of granularities is told as that of its first layer."""
+    def _params(self, one: Candidate) -> dict[str, Any]:
+        """The parameters of a design; a mix of granularities is told as that of its first layer."""
         params: dict[str, Any] = {}
         if len(self.space.pipelines) > 1:
-            params["steps"] = pipeline_text(recipe.steps)
+            params["steps"] = pipeline_text(self.space.pipelines[one.pipeline])
         if len(self.space.granularities) > 1:
-            params["granularity"] = cells[0].granularity
-        for cell in cells:
+            params["granularity"] = one.cells[0].granularity
+        for cell in one.cells:
             params |= {f"{cell.layer} weights": cell.weights, f"{cell.layer} inputs": cell.acts}
         return params
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import time
 import traceback
+from collections.abc import Mapping as Map
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 import hwmodel
 from hwmodel.cost import HwError
 from hwmodel.devices import Device
-from hwmodel.estimate import Mapping, estimate
+from hwmodel.estimate import Estimate, Mapping, estimate
 from hwmodel.formats import Float, Format, element
+from hwmodel.spec import LayerSpec
 from quantkit.errors import InputError
 from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model
@@ -49,13 +52,50 @@ Origin = Literal["sweep", "allocation", "search"]
 
 
 @dataclass(frozen=True)
+class Target:
+    """The part and what folds the hardware on it: one of latency_us and luts, or neither (the default latency)."""
+
+    device: Device
+    latency_us: float | None = None
+    luts: int | None = None
+    mapping: Mapping = "lut"
+
+    def __str__(self) -> str:
+        name = self.device.name + {"lut": "", "dsp": " with DSPs", "auto": " with DSPs if needed"}[self.mapping]
+        if self.latency_us is not None:
+            return f"{name} within {self.latency_us:g} µs"
+        return name if self.luts is None else f"{name} within {self.luts:,} LUTs"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "device": self.device.name,
+            "latency_us": self.latency_us,
+            "luts": self.luts,
+            "mapping": self.mapping,
+        }
+
+    def price(self, specs: Sequence[LayerSpec], **limits: Any) -> Estimate:
+        """What layers take there; limits: in place of the target's own. `HwError` where they cannot be built."""
+        limits = limits or {"latency_us": self.latency_us, "luts": self.luts}
+        return estimate(specs, self.device, mapping=self.mapping, **limits)
+
+    def cost(self, specs: Sequence[LayerSpec]) -> dict[str, Any]:
+        """`price` as JSON values with the model's version; {"error": reason} for what cannot be built."""
+        try:
+            return self.price(specs).to_json() | {"model": hwmodel.__version__}
+        except HwError as error:
+            return {"error": str(error)}
+
+
+@dataclass(frozen=True)
 class Settings:
     """How designs are measured: what must be equal for two rows to be comparable.
 
     Of a network measured on labelled inputs `episodes` is how many there are, and `seed` is 0.
 
     latency_us or luts: the target that folds the hardware; both None = the estimate's default. mapping: what makes the
-    products, as of `hwmodel.estimate`.
+    products, as of `hwmodel.estimate`. also: more targets; each design is priced for all of them, and plays once.
     """
 
     episodes: int = 20
@@ -64,6 +104,14 @@ class Settings:
     latency_us: float | None = None
     luts: int | None = None
     mapping: Mapping = "lut"
+    also: tuple[Target, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All targets, the first one first; () without a device."""
+        if self.device is None:
+            return ()
+        return (Target(self.device, self.latency_us, self.luts, self.mapping), *self.also)
 
 
 @dataclass(frozen=True)
@@ -212,11 +260,16 @@ def family(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One design to evaluate. origin: who asked for it. race: stop its episodes as soon as they decide."""
+    """One design to evaluate. origin: who asked for it. race: stop its episodes as soon as they decide.
+
+    screen: no episodes at all, see `screen_design`. known: returns and lengths of its first episodes, played before.
+    """
 
     recipe: Recipe
     origin: Origin = "sweep"
     race: bool = False
+    screen: bool = False
+    known: tuple[tuple[float, ...], tuple[int, ...]] = ((), ())
 
     @property
     def id(self) -> str:
@@ -232,7 +285,9 @@ def attempt(study: Study, task: Task) -> Row:
     """
     began = time.perf_counter()
     try:
-        return evaluate_design(study, task.recipe, task.race) | {"origin": task.origin}
+        if task.screen:
+            return screen_design(study, task.recipe)
+        return evaluate_design(study, task.recipe, task.race, task.known) | {"origin": task.origin}
     except InputError as error:
         problem = {"error": str(error)}
     except Exception as error:
@@ -262,46 +317,80 @@ def describe_design(study: Study, recipe: Recipe) -> Row:
     }
 
 
-def evaluate_design(study: Study, recipe: Recipe, raced: bool = False) -> Row:
+def evaluate_design(
+    study: Study,
+    recipe: Recipe,
+    raced: bool = False,
+    known: tuple[tuple[float, ...], tuple[int, ...]] = ((), ()),
+) -> Row:
     """The row of one design. What the design itself makes impossible is recorded in `error`.
 
     raced: play only as many of the episodes as decide about non-inferiority (`quantkit.racing`); `episodes` tells.
+    known: as of `Task`; these are not played again. `played`: how many were, for this row.
     """
     began = time.perf_counter()
-    settings = study.settings
     row = describe_design(study, recipe)
-    visit = visited_states if study.labelled is None else None
     try:
-        quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visit))
+        quantized = _quantized(study, recipe)
     except InputError as error:
         return row | {"error": str(error), "seconds": time.perf_counter() - began}
     row["float_layers"] = quantized.meta.get("float_layers", {})
-    row["bits_per_weight"] = bits_per_weight(quantized)
-    row["weight_kib"] = row["bits_per_weight"] * sum(m.weight.numel() for m in quantized.layers().values()) / 8192
-    row["quantize_seconds"] = time.perf_counter() - began
-    row["cost"] = hardware_cost(quantized, settings)
-    found = outputs_of(quantized, study.states)
-    if study.labelled is None:
-        policy, spec = policy_of(quantized)
-        head, q_values = policy.head, study.model.meta.get("algo") in ("dqn", "qrdqn")
-        result, verdict = _played(study, episodes_task.act_of(policy), spec, raced)
-    else:
-        head, q_values = Head("discrete", (found.shape[1],)), False
-        result = study.labelled.score(quantized.module)
-        verdict = episodes_task.compare_scores(study.reference, result, margin=study.margin)
-    row["fidelity"] = episodes_task.compare_on_states(study.float_outputs, found, head, q_values=q_values)
+    row |= _measured(study, quantized) | {"quantize_seconds": time.perf_counter() - began}
+    result, verdict = _scored(study, quantized, raced, known)
     row["seeds"] = [result.seed, result.seed + result.n - 1]
-    row |= {"score": result.to_json(), "verdict": verdict.to_json(), "episodes": result.n}
+    played = result.n - (0 if raced else len(known[0]))
+    row |= {"score": result.to_json(), "verdict": verdict.to_json(), "episodes": result.n, "played": played}
     return row | {"seconds": time.perf_counter() - began}
 
 
-def _played(study: Study, act: episodes_task.Act, spec: EnvSpec, raced: bool) -> tuple[Score, Verdict]:
-    """The score on all episodes, or on those that a race played, and its verdict."""
-    if raced:
-        return _raced(study, act, spec)
-    settings = study.settings
-    result = episodes_task.evaluate(act, spec, episodes=settings.episodes, seed=settings.seed)
+def _scored(
+    study: Study, quantized: Model, raced: bool, known: tuple[tuple[float, ...], tuple[int, ...]]
+) -> tuple[Score, Verdict]:
+    """What the design scores on the labelled inputs, or in the episodes, and how that compares with float."""
+    if study.labelled is not None:
+        result = study.labelled.score(quantized.module)
+    else:
+        policy, spec = policy_of(quantized)
+        act = episodes_task.act_of(policy)
+        if raced:
+            return _raced(study, act, spec)
+        result = _whole(study, act, spec, known)
     return result, episodes_task.compare_scores(study.reference, result, margin=study.margin)
+
+
+def screen_design(study: Study, recipe: Recipe) -> Row:
+    """What of a design's row is known without an episode: memory, cost, and fidelity on the study's states."""
+    return {"id": design_id(recipe), **_measured(study, _quantized(study, recipe))}
+
+
+def _quantized(study: Study, recipe: Recipe) -> Model:
+    visit = visited_states if study.labelled is None else None
+    return quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visit))
+
+
+def _measured(study: Study, quantized: Model) -> Row:
+    bits, found = bits_per_weight(quantized), outputs_of(quantized, study.states)
+    module = quantized.module
+    head = module.head if isinstance(module, Policy) else Head("discrete", (found.shape[1],))
+    q_values = study.model.meta.get("algo") in ("dqn", "qrdqn")
+    return {
+        "bits_per_weight": bits,
+        "weight_kib": bits * sum(m.weight.numel() for m in quantized.layers().values()) / 8192,
+        **hardware_costs(quantized, study.settings),
+        "fidelity": episodes_task.compare_on_states(study.float_outputs, found, head, q_values=q_values),
+    }
+
+
+def _whole(
+    study: Study, act: episodes_task.Act, spec: EnvSpec, known: tuple[tuple[float, ...], tuple[int, ...]]
+) -> Score:
+    """The score on all episodes; those that are known are not played."""
+    settings, n = study.settings, len(known[0])
+    if not n:
+        return episodes_task.evaluate(act, spec, episodes=settings.episodes, seed=settings.seed)
+    rest = episodes_task.rollout(act, spec, episodes=settings.episodes - n, seed=settings.seed + n)
+    returns, lengths = (np.concatenate(pair) for pair in zip(known, (rest.returns, rest.lengths), strict=True))
+    return episodes_task.score(episodes_task.Rollout(returns, lengths.astype(np.int64), settings.seed, rest.seconds))
 
 
 def _raced(study: Study, act: episodes_task.Act, spec: EnvSpec) -> tuple[Score, Verdict]:
@@ -317,26 +406,26 @@ def _raced(study: Study, act: episodes_task.Act, spec: EnvSpec) -> tuple[Score, 
     return episodes_task.score(episodes_task.Rollout(returns, lengths, study.settings.seed, seconds)), verdict
 
 
-def hardware_cost(model: Model, settings: Settings) -> dict[str, Any] | None:
-    """LUTs, FFs, DSPs, BRAM18, cycles and latency on the device; None without a device.
+def hardware_costs(model: Model, settings: Settings) -> dict[str, Any]:
+    """{"cost": that of the first target, None without a device}; of several also "costs": {target: cost}, the others'.
 
-    A design that cannot be built gives {"error": reason}.
+    A cost has LUTs, FFs, DSPs, BRAM18, cycles and latency; a design that cannot be built gives {"error": reason}.
     """
-    if settings.device is None:
-        return None
-    try:
-        result = estimate(
-            layer_specs(model),
-            settings.device,
-            latency_us=settings.latency_us,
-            luts=settings.luts,
-            mapping=settings.mapping,
-        )
-    except HwError as error:
-        return {"error": str(error)}
-    record = result.to_json()
-    record["model"] = hwmodel.__version__
-    return record
+    if not settings.targets:
+        return {"cost": None}
+    specs = layer_specs(model)
+    first, *others = (target.cost(specs) for target in settings.targets)
+    names = [str(target) for target in settings.also]
+    return {"cost": first} | ({"costs": dict(zip(names, others, strict=True))} if others else {})
+
+
+def points(row: Map[str, Any]) -> list[Row]:
+    """The row once for each hardware target that the study names, `cost` being that target's: the first, then others.
+
+    Returns are those of the recipe, which no target changes. `target` tells which, but for the first.
+    """
+    others = [{**row, "cost": cost, "target": name} for name, cost in (row.get("costs") or {}).items()]
+    return [dict(row), *others]
 
 
 def _format_texts(recipe: Recipe) -> tuple[str, str]:

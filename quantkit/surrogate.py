@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hwmodel.cost import HwError
-from hwmodel.estimate import estimate
+from hwmodel.spec import LayerSpec
 from quantkit.pareto import COLUMNS, value
 from quantkit.sensitivity import Cell
-from quantkit.study import Settings
+from quantkit.study import Settings, Target
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,24 @@ def predict(cells: Sequence[Cell], settings: Settings) -> Prediction:
     What a design takes in the end differs where a method changes what lies between the layers, such as factors that
     SmoothQuant leaves behind, and where weights are rounded along with those of the layers before.
     """
-    specs = [replace(a.spec, out=b.spec.act) for a, b in itertools.pairwise(cells)]
+    specs = [*(replace(a.spec, out=b.spec.act) for a, b in itertools.pairwise(cells)), cells[-1].spec]
     bits = sum(cell.bits for cell in cells)
     weights = sum(cell.spec.out_features * cell.spec.in_features for cell in cells)
     row: dict[str, Any] = {"weight_kib": bits / 8192, "bits_per_weight": bits / weights, "cost": None}
-    if settings.device is not None:
-        try:
-            found = estimate(
-                (*specs, cells[-1].spec),
-                settings.device,
-                latency_us=settings.latency_us,
-                luts=settings.luts,
-                mapping=settings.mapping,
-            )
-            row["cost"] = {name: getattr(found, name) for name in _NAMES}
-        except HwError as error:
-            row["cost"] = {"error": str(error)}
+    costs = [_cost(target, tuple(specs)) for target in settings.targets]
+    if costs:
+        row["cost"] = costs[0]
+    if settings.also:
+        row["costs"] = {str(target): cost for target, cost in zip(settings.also, costs[1:], strict=True)}
     return Prediction(sum(cell.loss for cell in cells), row)
+
+
+def _cost(target: Target, specs: Sequence[LayerSpec]) -> dict[str, Any]:
+    try:
+        found = target.price(specs)
+    except HwError as error:
+        return {"error": str(error)}
+    return {name: getattr(found, name) for name in _NAMES}
 
 
 _NAMES = [path.removeprefix("cost.") for path, _, _ in COLUMNS.values() if path.startswith("cost.")]

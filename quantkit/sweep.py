@@ -14,7 +14,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def describe_study(model: Model, settings: Settings, labelled: Labelled | None =
         "mapping": settings.mapping,
         "labelled": None if labelled is None else _digest(labelled.inputs.numpy(), labelled.labels),
         "calibration": None if labelled is None else _digest(labelled.calibration.numpy()),
+        "also": [target.to_json() for target in settings.also],
         "source": source_digest(),
         "libraries": {name: v for name, v in versions().items() if name in LIBRARIES},
     }
@@ -162,7 +163,7 @@ def open_study(
 
 def _refuse(folder: Path, key: str, old: dict[str, Any], fresh: Any, accept_versions: bool) -> None:
     """Raise InputError for a fact that differs, unless the study is older than the fact or the user accepts it."""
-    if key not in old and (key in ("source", "libraries") or (key, fresh) == ("mapping", "lut")):
+    if key not in old and (key in ("source", "libraries") or (key, fresh) in (("mapping", "lut"), ("also", []))):
         return
     if key == "libraries":
         names = [name for name in fresh | old[key] if fresh.get(name) != old[key].get(name)]
@@ -231,18 +232,20 @@ def complete(
     folder: Path,
     mapper: Mapper,
     progress: Callable[[int, int, Row | None], None] | None = None,
+    file: str = "rows.jsonl",
 ) -> list[Row]:
-    """The rows of the tasks, in their order: those that are there, and those that are made now.
+    """The rows of the tasks, in their order: those that are there in the folder's file, and those that are made now.
 
     Several processes may do this on one folder at once: each design is claimed by one of them, and the others take its
     row when it is there, or its claim when its process died. A design whose worker died is tried once more. Failed
-    designs of earlier runs are tried again. Raises InputError when `FAILURES` designs failed in the same way, and when
-    a row cannot be written; finished rows are kept.
+    designs of earlier runs are tried again. A design that was raced plays only the rest of its episodes. Raises
+    InputError when `FAILURES` designs failed in the same way, and when a row cannot be written; finished rows are kept.
     """
     wanted = {task.id: task for task in tasks}
-    reader = RowReader(folder / "rows.jsonl")
+    reader = RowReader(folder / file)
     last = {row["id"]: row for row in reader.fresh(tail=True) if row["id"] in wanted}
     known = {name: row for name, row in last.items() if "failure" not in row and _done(row, wanted[name], study)}
+    begun = {name: _played(row) for name, row in last.items() if name not in known}
     failures: dict[str, list[Row]] = {}
     deaths: set[str] = set()
     total = len(wanted)
@@ -265,7 +268,7 @@ def complete(
                 if name in known:
                     claims.give(name)
                 else:
-                    yield wanted[name]
+                    yield replace(wanted[name], known=begun.get(name, ((), ())))
 
     if progress:
         progress(len(known), total, None)
@@ -283,7 +286,7 @@ def complete(
                         "failure": "the worker died",
                         "origin": task.origin,
                     }
-                append_row(folder / "rows.jsonl", outcome)
+                append_row(folder / file, outcome)
                 claims.give(task.id)
                 note(outcome)
                 if kind := outcome.get("failure"):
@@ -297,6 +300,12 @@ def complete(
 def _done(row: Row | None, task: Task, study: Study) -> bool:
     """Whether the row answers the task: one whose race ended early does not answer for all episodes."""
     return row is not None and (task.race or row.get("episodes", study.settings.episodes) >= study.settings.episodes)
+
+
+def _played(row: Row) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Returns and lengths of the episodes of a row whose race ended early."""
+    score = row.get("score") or {"returns": (), "lengths": ()}
+    return tuple(score["returns"]), tuple(score["lengths"])
 
 
 def _stop_after(failures: dict[str, list[Row]], kind: str, row: Row) -> None:

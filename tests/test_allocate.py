@@ -22,7 +22,7 @@ from quantkit.model import Calib, Model
 from quantkit.policy import Head
 from quantkit.recipe import make_plan, parse_step, quantize, uniform
 from quantkit.sensitivity import Cell, assemble, errors_of, measure, read_sensitivity, untrained
-from quantkit.study import Settings, Study, hardware_cost
+from quantkit.study import Settings, Study, hardware_costs
 from quantkit.tasks.episodes import Rollout, score
 
 SCORE = score(Rollout(np.array([1.0, 2.0]), np.array([1, 1]), 1000, 0.0))
@@ -221,7 +221,7 @@ def test_predicted_costs_are_those_of_the_estimate(swept: list[Allocation]) -> N
     study = study_of(cartpole())
     for point in swept:
         quantized = quantize(study.model, assemble(point.cells), Calib(torch.from_numpy(study.states)))
-        cost = hardware_cost(quantized, Settings(device=find_device("xc7a35t"))) or {}
+        cost = hardware_costs(quantized, Settings(device=find_device("xc7a35t")))["cost"]
         assert cost["luts"] == pytest.approx(point.costs["luts"], rel=0.05, abs=8)
 
 

@@ -46,7 +46,7 @@ def tiny_study() -> Study:
 def stub(folder: Path | None = None, seconds: float = 0.003) -> Callable[[Study, Recipe], Row]:
     """An evaluation that takes a moment and whose row is long; each call is noted in `folder`/calls."""
 
-    def evaluate(study: Study, recipe: Recipe, raced: bool = False) -> Row:
+    def evaluate(study: Study, recipe: Recipe, *_: Any) -> Row:
         name = design_id(recipe)
         if folder is not None:
             with (folder / "calls").open("a") as file:
@@ -266,7 +266,7 @@ def test_rows_without_a_checksum_are_read(tmp_path: Path) -> None:
 def failing(bad: set[str], message: str = "the arm fell off") -> Callable[[Study, Recipe], Row]:
     """Evaluations that raise for some designs, as an environment may."""
 
-    def evaluate(study: Study, recipe: Recipe, raced: bool = False) -> Row:
+    def evaluate(study: Study, recipe: Recipe, *_: Any) -> Row:
         if design_id(recipe) in bad:
             raise ZeroDivisionError(message)
         return stub(None, 0)(study, recipe)
@@ -299,7 +299,7 @@ def test_three_failures_alike_stop_a_study(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_design_makes_impossible_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """InputErrors in evaluation are rows with `error`; any number of them stops nothing; they are not tried again."""
 
-    def refuse(study: Study, recipe: Recipe, raced: bool = False) -> Row:
+    def refuse(study: Study, recipe: Recipe, *_: Any) -> Row:
         raise InputError("actions that are not finite")
 
     monkeypatch.setattr(quantkit.study, "evaluate_design", refuse)

@@ -28,7 +28,7 @@ from quantkit.study import (
     design_id,
     evaluate_design,
     family,
-    hardware_cost,
+    hardware_costs,
     policy_of,
     prepare,
 )
@@ -132,11 +132,11 @@ def test_hardware_cost_is_an_estimate_an_error_or_nothing(study: Study) -> None:
     """No device: None. Float activations or an impossible target: a reason. Else the estimate's numbers."""
     model = cartpole()
     done = quantize(model, uniform("int4", "int4"), calib(model))
-    assert hardware_cost(done, Settings()) is None
+    assert hardware_costs(done, Settings()) == {"cost": None}
     floats = quantize(model, uniform("int4", "float"), calib(model))
-    assert "error" in (hardware_cost(floats, Settings(device=DEVICE)) or {})
-    assert "error" in (hardware_cost(done, Settings(device=DEVICE, latency_us=1e-6)) or {})
-    cost = hardware_cost(done, Settings(device=DEVICE)) or {}
+    assert "error" in hardware_costs(floats, Settings(device=DEVICE))["cost"]
+    assert "error" in hardware_costs(done, Settings(device=DEVICE, latency_us=1e-6))["cost"]
+    cost = hardware_costs(done, Settings(device=DEVICE))["cost"]
     assert {"luts", "ffs", "dsps", "bram18", "cycles", "latency_us", "fits", "model"} <= set(cost)
     json.dumps(cost, allow_nan=False)
 

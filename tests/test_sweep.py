@@ -60,11 +60,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
     """The ids of the designs that are evaluated from now on; interrupted after some."""
     calls: list[str] = []
 
-    def spy(study: Study, recipe: Recipe, raced: bool = False) -> Row:
+    def spy(study: Study, recipe: Recipe, *rest: Any) -> Row:
         if stop_after is not None and len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append(design_id(recipe))
-        return evaluate_design(study, recipe, raced)
+        return evaluate_design(study, recipe, *rest)
 
     monkeypatch.setattr(quantkit.study, "evaluate_design", spy)
     return calls
