@@ -109,6 +109,7 @@ def compare(
     reference = json.loads((work / "fresh" / "study.json").read_text())
     best, worst = reference["reference"]["mean"], reference["random"]["mean"]
     eight = next(value(row, "luts") for row in rows_uniform if (row["weights"], row["acts"]) == ("int8", "int8"))
+    tried = [sum("score" in row for row in rows) for rows in (rows_uniform, rows_search)]
     found = []
     for i, kind in enumerate(("uniform", "searched")):
         floors = {"random": worst, "half": (worst + best) / 2}
@@ -121,7 +122,7 @@ def compare(
         possible = hypervolume([(cheapest, best)], eight or 0.0, worst, best, True) / volumes["log_random"][0]
         near = [x for x, y in points[i] if y >= best - 0.05 * (best - worst)]
         found.append({
-            "agent": name, "front": kind, "designs": sum("score" in row for row in (rows_uniform, rows_search)[i]), "episodes": played[i],
+            "agent": name, "front": kind, "designs": tried[i], "episodes": played[i],
             "on_front": len(points[i]), "fewest_luts": min(x for x, _ in points[i]),
             "fewest_luts_within_5_percent": min(near, default=""),
             **{f"ratio_{kind_}": round(pair[1] / pair[0], 3) for kind_, pair in volumes.items()},
