@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,7 +138,7 @@ def search(
     """
     limits = Limits(dict(budgets or {}))
     _check(study, cost, limits)
-    open_storage(storage, folder)  # what cannot be opened is told before anything is measured
+    check_storage(storage, folder)  # what cannot be opened is told before anything is measured
     tables, seeds, programs = _seeds(study, folder, space, cost, limits, points, measuring)
     settled: dict[str, Row] = {}
 
@@ -319,14 +320,17 @@ class _Guide:
         return seeds[: max(1, episodes // (2 * self.model.settings.episodes))]
 
     def affordable_now(self, rows: Mapping[str, Row], episodes: int | None) -> int:
-        """How many more designs can be played, at as many episodes each as so far, and the front be completed then."""
+        """How many more designs can be played, at as many episodes each as so far, and the front be completed then.
+
+        One more design is counted as owed, for completing returns may bring others to the front.
+        """
         if episodes is None:
             return self.batch
         played = [row for row in rows.values() if "score" in row]
         spent = sum(self._shown(row)[0] for row in played)
         whole = self.model.settings.episodes
         shown = [row | {"score": row["score"] | {"mean": self._shown(row)[1]}} for row in played]
-        owed = sum(whole - self._shown(played[i])[0] for i in _on_fronts(self.model, shown, self.cost))
+        owed = whole + sum(whole - self._shown(played[i])[0] for i in _on_fronts(self.model, shown, self.cost))
         return int((episodes - spent - owed) / max(1.0, spent / max(1, len(played))))
 
     def ask(self, rows: Mapping[str, Row], most: int) -> list[Candidate]:
@@ -596,10 +600,11 @@ def _optuna() -> Any:
     return optuna
 
 
-def open_storage(url: str | None, folder: Path) -> Any:
+@contextmanager
+def open_storage(url: str | None, folder: Path) -> Iterator[Any]:
     """Optuna's storage at a URL (sqlite:///FILE, postgresql://..., journal:FILE), None for a journal in the folder.
 
-    InputError in one line if it cannot be opened.
+    Its connections are closed at the end. InputError in one line if it cannot be opened.
     """
     _optuna()
     from optuna.storages import JournalStorage, RDBStorage
@@ -608,14 +613,27 @@ def open_storage(url: str | None, folder: Path) -> Any:
     try:
         if url is None or url.startswith("journal:"):
             path = folder / "optuna.journal" if url is None else Path(url.removeprefix("journal:"))
-            return JournalStorage(JournalFileBackend(str(path)))
-        return RDBStorage(url)
+            storage: Any = JournalStorage(JournalFileBackend(str(path)))
+        else:
+            storage = RDBStorage(url)
     except Exception as error:  # whatever the database's driver raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"--storage {url}: cannot be opened ({reason}); accepted: sqlite:///FILE, postgresql://USER@HOST/NAME, "
             "journal:FILE"
         ) from None
+    try:
+        yield storage
+    finally:
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
+
+
+def check_storage(url: str | None, folder: Path) -> None:
+    """InputError in one line if a storage cannot be opened."""
+    with open_storage(url, folder):
+        pass
 
 
 def _record(url: str | None, space: SearchSpace, done: Any, folder: Path) -> None:
@@ -627,7 +645,7 @@ def _record(url: str | None, space: SearchSpace, done: Any, folder: Path) -> Non
     with Claims(folder) as claims:
         claims.wait("")
         try:
-            _add_trials(open_storage(url, folder), name, done)
+            _add_trials(url, folder, name, done)
         except Exception as error:  # whatever the database's driver raises
             if isinstance(error, InputError):
                 raise
@@ -635,18 +653,19 @@ def _record(url: str | None, space: SearchSpace, done: Any, folder: Path) -> Non
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise InputError(f"--storage {url}: cannot be written ({reason}); finished designs are kept") from None
             (folder / "optuna.journal").unlink(missing_ok=True)
-            _add_trials(open_storage(url, folder), name, done)
+            _add_trials(url, folder, name, done)
 
 
-def _add_trials(storage: Any, name: str, done: Any) -> None:
+def _add_trials(url: str | None, folder: Path, name: str, done: Any) -> None:
     import optuna
 
     finished = [t for t in done.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
-    kept = optuna.create_study(
-        storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
-    )
-    there = {trial.user_attrs.get("design") for trial in kept.get_trials(deepcopy=False)}
-    for trial in finished:
-        if trial.user_attrs.get("design") not in there:
-            kept.add_trial(trial)
-            there.add(trial.user_attrs.get("design"))
+    with open_storage(url, folder) as storage:
+        kept = optuna.create_study(
+            storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
+        )
+        there = {trial.user_attrs.get("design") for trial in kept.get_trials(deepcopy=False)}
+        for trial in finished:
+            if trial.user_attrs.get("design") not in there:
+                kept.add_trial(trial)
+                there.add(trial.user_attrs.get("design"))

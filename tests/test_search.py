@@ -25,7 +25,7 @@ from quantkit.errors import InputError
 from quantkit.pareto import front, value
 from quantkit.recipe import Recipe, parse_step
 from quantkit.results import Row, read_rows
-from quantkit.search import SearchSpace, open_storage, paired, search
+from quantkit.search import SearchSpace, check_storage, open_storage, paired, search
 from quantkit.sensitivity import measure
 from quantkit.study import Settings, Study, design_id, evaluate_design
 from quantkit.surrogate import predict
@@ -178,9 +178,9 @@ def test_the_record_is_written_where_asked(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/record.db"
     for storage in (None, url, url):
         searched(tmp_path / "s", storage=storage)
-        where = open_storage(storage, tmp_path / "s")
-        (name,) = optuna.get_all_study_names(where)
-        trials = optuna.load_study(study_name=name, storage=where).trials
+        with open_storage(storage, tmp_path / "s") as where:
+            (name,) = optuna.get_all_study_names(where)
+            trials = optuna.load_study(study_name=name, storage=where).trials
         assert len({t.user_attrs["design"] for t in trials}) == len(trials) == DESIGNS
 
 
@@ -193,16 +193,16 @@ def test_a_torn_record_is_begun_anew(tmp_path: Path) -> None:
     journal.write_bytes(journal.read_bytes()[:-30])
     for _ in range(2):
         searched(tmp_path / "s")
-    where = open_storage(None, tmp_path / "s")
-    (name,) = optuna.get_all_study_names(where)
-    assert len(optuna.load_study(study_name=name, storage=where).trials) == DESIGNS
+    with open_storage(None, tmp_path / "s") as where:
+        (name,) = optuna.get_all_study_names(where)
+        assert len(optuna.load_study(study_name=name, storage=where).trials) == DESIGNS
 
 
 @pytest.mark.parametrize("url", ["sqlite:////no/such/folder/x.db", "postgresql://nobody@127.0.0.1:1/x", "hello"])
 def test_a_storage_that_cannot_be_opened_is_one_line(url: str, tmp_path: Path) -> None:
     """Whatever the driver says, it is an InputError that names the URL and what would be accepted."""
     with pytest.raises(InputError, match="cannot be opened") as caught:
-        open_storage(url, tmp_path)
+        check_storage(url, tmp_path)
     assert url in str(caught.value) and "sqlite:///FILE" in str(caught.value) and "\n" not in str(caught.value)
 
 

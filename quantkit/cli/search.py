@@ -134,9 +134,9 @@ def search(
     part = None if device == "none" else find_device(device)
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
     if storage is not None:
-        from quantkit.search import open_storage
+        from quantkit.search import check_storage
 
-        open_storage(storage, output)
+        check_storage(storage, output)
     chosen = cost or ("weight_kib" if part is None else "luts" if luts is None else "latency_us")
     model = load(checkpoint, env, None, normalize)
 
