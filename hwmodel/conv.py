@@ -100,8 +100,8 @@ def schedule(window: Window, words: int, lines: int, period: int, share: int) ->
     """When positions start where a beat of `words` per input position is offered in every cycle: exact.
 
     Position p starts in the cycle after its last beat at the earliest, `period` cycles behind position p - 1, or
-    `share` cycles later, as sums wait for their turn at a converter. Beats wait while the ring of `lines` is full: until
-    a position started that leaves the oldest line.
+    `share` cycles later, as sums wait for their turn at a converter. Beats wait while the ring of `lines` is full,
+    until a position started that leaves the oldest line.
     """
     (kh, kw), (sh, sw), (top, _, left, _) = window.kernel, window.stride, window.padding
     line = window.width * words
@@ -155,7 +155,8 @@ class Stage:
 
 
 def chain_cycles(stages: Sequence[Stage], units: Sequence[int]) -> tuple[int, int]:
-    """Cycles of stages in a row from the beat that completes the first window to the last result, and that beat.
+    """Cycles of stages in a row from the beat that completes the first window to the last result; from there until
+    the last beat that nothing reads has gone.
 
     units: results a beat of each stage. Exact: the registers that decide what moves, cycle by cycle, jumping over
     cycles in which nothing does.
@@ -168,8 +169,8 @@ def chain_cycles(stages: Sequence[Stage], units: Sequence[int]) -> tuple[int, in
     left = stages[-1].window.out_height * stages[-1].window.out_width * stages[-1].stream.beats
     first = states[0]
     lead = schedule(stages[0].window, first.stream.words, first.stream.lines, first.stream.period, 1).lead
-    at = begin = 0
-    while True:
+    at = begin = end = 0
+    while left or not all(state.done for state in states):
         starts = [state.starts(at) for state in states]
         accepts = [state.open for state in states]
         moved = False
@@ -195,12 +196,12 @@ def chain_cycles(stages: Sequence[Stage], units: Sequence[int]) -> tuple[int, in
         if states[-1].offers(at):
             taken[-1] = moved = True
             left -= 1
-            if left == 0:
-                return at - begin, lead
+            end = at
         for state, start, gone in zip(states, starts, taken, strict=True):
             state.step(at, start, gone)
             moved |= start
-        at = at + 1 if moved else min(t for state in states for t in state.waits(at))
+        at = at + 1 if moved else min((t for state in states for t in state.waits(at)), default=at + 1)
+    return end - begin, at - end
 
 
 class _State:
@@ -231,6 +232,11 @@ class _State:
             return self.beats
         columns = self.column * window.stride[1] - window.padding[2] + window.kernel[1]
         return self.last * self.line + min(columns * words, self.line)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of the map is left: no beat to come, no position and no result."""
+        return self.total == self.beats and self.row == self.stage.window.out_height and not self.results
 
     def starts(self, at: int) -> bool:
         """Whether a position starts in this cycle."""
@@ -263,7 +269,8 @@ class _State:
             if self.column == window.out_width:
                 self.column, self.row, self.last = 0, self.row + 1, self.last + window.stride[0]
             self.needed = self._needed()
-        self.open = self.total < self.beats and (self.full or self.total // self.line < self.limit)
+        drained = self.row == window.out_height and at >= self.free
+        self.open = self.total < self.beats and (self.full or self.total // self.line < self.limit or drained)
 
     def waits(self, at: int) -> list[int]:
         """Cycles behind this one in which something may happen."""

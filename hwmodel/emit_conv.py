@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel import emit
+from hwmodel.conv import chain_cycles
 from hwmodel.devices import Device
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
 from hwmodel.fabric import pricing
@@ -214,10 +215,11 @@ def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     width, leaving = bits(network.layers[0].formats[1]), result_bits(layer)
     found = first.schedule
     sign = "signed " if layer.spec.out is None else ""
+    quiet = chain_cycles([plan.stage for plan in plans], [plan.units for plan in plans])[1] if len(plans) > 1 else 4
     limit = 10 * sum(plan.cycles for plan in plans) + 10 * found.input_beats + 1000
     return f"""// In: {network.inputs} hexadecimal codes per vector on standard input. Out: results and cycles.
 // Cycles are counted from the input beat that completes the first window to the last result;
-// input is offered and results are taken in every cycle.
+// input is offered and results are taken in every cycle. The next map comes when nothing of this one is left.
 `timescale 1ns/1ps
 module testbench;
   reg clk = 0, rst = 1, in_valid = 0, out_ready = 1;
@@ -244,7 +246,7 @@ module testbench;
         sent = 0;
         left = {beats_out(last)};
         cycles = 0;
-        while (left > 0 && cycles < {limit}) begin
+        while ((left > 0 || sent < {found.input_beats}) && cycles < {limit}) begin
           in_valid = sent < {found.input_beats};
           for (k = 0; k < {first.lanes}; k = k + 1)
             if (in_valid) in_codes[k*{width} +: {width}] = vector[sent*{first.lanes} + k];
@@ -261,6 +263,7 @@ module testbench;
           @(negedge clk);
         end
         in_valid = 0;
+        repeat ({quiet}) @(negedge clk);
         $write("%0d\\n", cycles);
         $fflush;
       end

@@ -11,6 +11,8 @@ the one before it has delivered its last code.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from hwmodel.affine import solved
@@ -18,7 +20,7 @@ from hwmodel.conv import chain_cycles
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
-from hwmodel.folding import Fold, predict, search_folding, whole
+from hwmodel.folding import Fold, default_cycles, fronts_of, predict, search_folding, whole
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
 from hwmodel.spec import LayerSpec
@@ -40,27 +42,26 @@ def plan_network(
     """
     if any(layer.thresholds is not None and layer.spec.rescale is None for layer in network.layers):
         network = solved(network)
-    return plan_specs(network.specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
+    ports = ports_of(network.specs, device, dsp)
+    with pricing(device.family):
+        found = search_folding(
+            network.specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports
+        )
+        check_fit(total(found), device)
+    return found
 
 
-def plan_specs(
-    specs: Sequence[LayerSpec],
-    device: Device,
-    *,
-    latency_us: float | None = None,
-    luts: int | None = None,
-    clock_mhz: float = 100.0,
-    dsp: str = "none",
-) -> tuple[Fold, ...]:
-    """`plan_network` of layers that need not follow each other in one design, but share the device and the target."""
+def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int | None]:
+    """The `port` of `layer_fold` for each layer; `HwError` for a name that no layer has."""
     names = {spec.name for spec in specs} if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
     if unknown := sorted(names - {spec.name for spec in specs}):
         known = ", ".join(spec.name for spec in specs)
         raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {known}")
-    ports = [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
-    with pricing(device.family):
-        found = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
-        cost = total(found)
+    return [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
+
+
+def check_fit(cost: Cost, device: Device) -> None:
+    """`HwError` names what is exceeded where a design does not fit the device."""
     share = {name: getattr(cost, name) / max(1, getattr(device, name)) for name in ("luts", "ffs", "dsps", "bram18")}
     tightest = max(share, key=lambda name: share[name])
     if share[tightest] > 1:
@@ -68,7 +69,66 @@ def plan_specs(
             f"the design needs {getattr(cost, tightest)} {tightest}, but {device.name} has "
             f"{getattr(device, tightest)}; allow more latency or choose a larger part"
         )
+
+
+def plan_streams(
+    chains: Sequence[Sequence[LayerSpec]],
+    device: Device,
+    *,
+    latency_us: float | None = None,
+    luts: int | None = None,
+    clock_mhz: float = 100.0,
+    dsp: str = "none",
+) -> tuple[tuple[Fold, ...], ...]:
+    """Folds of chains of layers with windows, which run one chain after the other and share the device.
+
+    In a chain that overlaps, the slowest layer decides. So all layers have one limit of cycles, and each is as cheap as
+    it allows: the highest limit within the latency (with no target `default_cycles`, or the nearest there is), or the
+    lowest within the LUTs. `HwError` names the nearest design where the target cannot be met.
+    """
+    if latency_us is not None and luts is not None:
+        raise HwError("give a latency or a LUT budget, not both")
+    specs = [spec for chain in chains for spec in chain]
+    ports = ports_of(specs, device, dsp)
+    with pricing(device.family):
+        fronts = fronts_of(specs, ports)
+        limits = sorted({fold.cycles for options in fronts for fold in options})
+
+        def at(limit: int) -> tuple[tuple[Fold, ...], ...]:
+            chosen = iter(
+                min((fold for fold in options if fold.cycles <= limit), key=_luts, default=options[0])
+                for options in fronts
+            )
+            return tuple(tuple(next(chosen) for _ in chain) for chain in chains)
+
+        def cycles(index: int) -> int:
+            return sum(map(total_cycles, at(limits[index])))
+
+        def size(index: int) -> int:
+            return sum(total(plans).luts for plans in at(limits[index]))
+
+        last = len(limits) - 1
+        if luts is None:
+            wanted = default_cycles(specs) if latency_us is None else math.floor(latency_us * clock_mhz + 1e-9)
+            best = bisect_right(range(last + 1), wanted, key=cycles) - 1
+            if best < 0 and latency_us is not None:
+                raise HwError(
+                    f"{latency_us:g} us at {clock_mhz:g} MHz cannot be met: the nearest is "
+                    f"{cycles(0) / clock_mhz:g} us ({cycles(0)} cycles, {size(0)} LUTs)"
+                )
+        else:
+            best = bisect_left(range(last + 1), -luts, key=lambda index: -size(index))
+            if best > last:
+                raise HwError(
+                    f"{luts} LUTs cannot be met: the nearest is {size(last)} LUTs ({cycles(last) / clock_mhz:g} us)"
+                )
+        found = at(limits[max(0, best)])
+        check_fit(sum(map(total, found), Cost()), device)
     return found
+
+
+def _luts(fold: Fold) -> float:
+    return fold.cost.luts
 
 
 def layer_costs(plans: Sequence[Fold]) -> tuple[Cost, ...]:

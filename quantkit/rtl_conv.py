@@ -1,4 +1,4 @@
-"""From a quantized network with convolutions to the integers of `hwmodel.emit_conv`: layer by layer.
+"""From a quantized network with convolutions to the integers of `hwmodel.emit_conv`.
 
 A layer whose output meets nothing but ascending activations, zero padding and flattening on its way to one other layer
 gives that layer's input codes, by thresholds as in `rtl_export`. Any other gives its exact sums, and what follows
@@ -68,6 +68,53 @@ class Part:
         found = self.network.specs[0].window
         assert found is not None
         return found
+
+
+@dataclass(frozen=True)
+class Design:
+    """Layers that feed each other as one piece of hardware: codes of the first one's input to sums of the last one.
+
+    before: what the host computes between other hardware and the first layer, in words.
+    """
+
+    name: str
+    network: Network
+    parts: tuple[Part, ...]
+    before: tuple[str, ...]
+
+
+def designs_of(model: Model) -> tuple[tuple[Design, ...], tuple[str, ...]]:
+    """The quantized network as few designs as its branches allow, in the order in which they run; and what the host
+    computes behind all of them, in words."""
+    graph = _graph(model)
+    parts = {part.name: part for part in parts_of(model)}
+    fed = {part.to for part in parts.values()}
+    designs = []
+    for name, part in parts.items():
+        if name in fed:
+            continue
+        row = [part]
+        while row[-1].to is not None:
+            row.append(parts[row[-1].to])
+        facts = _facts(graph.layers[name], graph.layers[row[-1].name], part.before)
+        network = Network(tuple(p.network.layers[0] for p in row), facts)
+        designs.append(Design(name, network, tuple(row), part.before))
+    return tuple(designs), tuple(graph.before("output"))
+
+
+def _facts(first: QLayer, last: QLayer, before: Sequence[str]) -> dict[str, Any]:
+    """What the host computes before and behind a design, in JSON."""
+    assert first.act is not None
+    gain = np.broadcast_to(np.asarray(last.kernel().gain, np.float32), last.bias.shape)
+    return {
+        "before": list(before),
+        "in_factor": None if first.in_scale is None else first.in_scale.tolist(),
+        "in_scale": first.act.scale,
+        "in_format": str(first.act.fmt),
+        "step": _step(last),
+        "gain": gain.tolist(),
+        "bias": last.bias.tolist(),
+    }
 
 
 def has_convolutions(model: Model) -> bool:
@@ -141,7 +188,7 @@ def parts_of(model: Model) -> tuple[Part, ...]:
             if to is not None:
                 between = [step.module for step in paths[name][:-1]]
                 made = _requantized(made, layer, [m for m in between if m is not None], graph.layers[to])
-            network = Network((made,), _facts(layer, to))
+            network = Network((made,))
         except HwError as error:
             raise InputError(str(error)) from None
         outside = () if before is not None else tuple(graph.before(name))
@@ -220,21 +267,6 @@ def _map_after(graph: _Graph, name: str, channels: int) -> tuple[int, int, int]:
     return channels, window.out_height, window.out_width
 
 
-def _facts(layer: QLayer, to: str | None) -> dict[str, Any]:
-    """What the host makes of a layer's input and sums, in JSON."""
-    assert layer.act is not None
-    gain = np.broadcast_to(np.asarray(layer.kernel().gain, np.float32), layer.bias.shape)
-    return {
-        "in_factor": None if layer.in_scale is None else layer.in_scale.tolist(),
-        "in_scale": layer.act.scale,
-        "in_format": str(layer.act.fmt),
-        "step": _step(layer),
-        "gain": gain.tolist(),
-        "bias": layer.bias.tolist(),
-        "to": to,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------
 # The network as steps
 
@@ -246,6 +278,7 @@ def _steps(model: Model) -> list[Step]:
         for leaf, child in module.net.named_children():
             found.append(Step(f"net.{leaf}", (last,), child, type(child).__name__))
             last = f"net.{leaf}"
+        found.append(Step("output", (last,), None, "output"))
         return [replace(s, module=None) if not _known(s.module) else s for s in found]
     if not isinstance(module, fx.GraphModule):
         reason = model.meta.get("untraced") or "its graph is not known"
@@ -257,9 +290,9 @@ def _steps(model: Model) -> list[Step]:
             continue
         names[n] = "" if n.op == "placeholder" else str(n.target) if n.op == "call_module" else n.name
         inputs = tuple(names[a] for a in n.all_input_nodes if a in names)
-        child = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
-        text = type(child).__name__ if child is not None else str(n.target).removeprefix("aten.").split(".")[0]
-        found.append(Step(names[n], inputs, child if _known(child) else None, text))
+        held = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
+        text = type(held).__name__ if held is not None else str(n.target).removeprefix("aten.").split(".")[0]
+        found.append(Step(names[n], inputs, held if _known(held) else None, text))
     return found
 
 
@@ -280,7 +313,7 @@ def _function(n: fx.Node) -> nn.Module | None:
     if n.target is aten.sigmoid.default:
         return nn.Sigmoid()
     if n.target in (aten.hardtanh.default, aten.hardtanh_.default):
-        low, high = (*n.args[1:], *(-1.0, 1.0)[len(n.args) - 1 :])
+        low, high = (*n.args[1:], *(-1.0, 1.0)[len(n.args) - 1 :])  # type: ignore[misc]
         return nn.Hardtanh(float(low), float(high))  # type: ignore[arg-type]
     if n.target is aten.leaky_relu.default:
         return nn.LeakyReLU(float(n.args[1]) if len(n.args) > 1 else 0.01)  # type: ignore[arg-type]

@@ -4,7 +4,8 @@
 // further each), REPEATS times, the TAPS words of every kernel element, rows first; zeros outside the map.
 // A position starts when its last line is there far enough and `reserved` results behind it have room, and right behind
 // the one before it or PAUSE cycles later: until then its sums wait for their turns at the converters.
-// A line is overwritten once a position started that does not read it; the next map waits for the end of this one.
+// A line is overwritten once a position started that does not read it. The next map waits for the end of this one and
+// of its beats, read or not.
 module window #(
     parameter BITS = 8, parameter WORDS = 2, parameter TAPS = 2, parameter GROUPS = 1, parameter REPEATS = 2,
     parameter WIDTH = 5, parameter HEIGHT = 6, parameter KW = 3, parameter KH = 3,
@@ -54,7 +55,8 @@ module window #(
   wire line_end = beat == LAST_BEAT[CB-1:0];
   wire accept = in_valid & in_ready;
   wire finish, ending, leave, paused;
-  assign in_ready = ~full & ((LINES >= HEIGHT) | (lines < limit));
+  reg running, closing;                              // closing: the map's last position has started
+  assign in_ready = ~full & ((LINES >= HEIGHT) | (lines < limit) | (closing & ~running));
   always @(posedge clk) begin
     if (rst | leave) begin
       put <= {AB{1'b0}};
@@ -77,7 +79,6 @@ module window #(
   reg [AB-1:0] at_next, top_next;
   wire [AB-1:0] line_down, top_down;
   reg [HB-1:0] reserved;
-  reg running, closing;                              // closing: the map's last position has started
   wire [NB-1:0] here = {{(NB-CB){1'b0}}, beat};
   wire there = full | (lines > last) | ((lines == last) & (here >= need));
   wire room = reserved <= ROOM[HB-1:0];
@@ -85,7 +86,7 @@ module window #(
   wire map_end = row_end & (row == END_Q[QB-1:0]);
   assign start = (~running | finish) & ~closing & there & room & ~paused & ~rst;
   assign ending = start & map_end;
-  assign leave = closing & finish;
+  assign leave = closing & full & (finish | ~running);
   wire restart = rst | ending;
   always @(posedge clk) begin
     if (rst) reserved <= {HB{1'b0}};
