@@ -73,6 +73,7 @@ def stage_text(index: int, layer: Layer, plan: Fold) -> str:
         "BEATS": found.beats,
         "DEPTH": plan.depth,
         "PAUSE": plan.share - 1,
+        "PADDED": int(any(window.padding)),
         "BLOCK": int(ring.kind == "bram"),
     }
     text = ", ".join(f".{name}({value})" for name, value in parameters.items())

@@ -11,7 +11,7 @@ module window #(
     parameter WIDTH = 5, parameter HEIGHT = 6, parameter KW = 3, parameter KH = 3,
     parameter SW = 1, parameter SH = 1, parameter LEFT = 1, parameter TOP = 1,
     parameter OUT_W = 5, parameter OUT_H = 6, parameter LINES = 4,
-    parameter BEATS = 1, parameter DEPTH = 4, parameter PAUSE = 2, parameter BLOCK = 0
+    parameter BEATS = 1, parameter DEPTH = 4, parameter PAUSE = 2, parameter PADDED = 1, parameter BLOCK = 0
 ) (
     input clk,
     input rst,
@@ -30,21 +30,18 @@ module window #(
   localparam NB = $clog2(NEED + 2 * LINE + 1);
   localparam ROWS = OUT_H * SH + KH + LINES + HEIGHT + 1;
   localparam RB = $clog2(ROWS);
-  localparam XB = $clog2(OUT_W * SW + WIDTH + KW + LEFT + 1);
-  localparam YB = $clog2(OUT_H * SH + HEIGHT + KH + TOP + 1);
   localparam PB = (OUT_W > 1) ? $clog2(OUT_W) : 1;
   localparam QB = (OUT_H > 1) ? $clog2(OUT_H) : 1;
   localparam HB = $clog2(DEPTH + BEATS + 1);
   localparam [31:0] LAST_CELL = CELLS - 1, LAST_BEAT = LINE - 1, ALL = HEIGHT;
   localparam [31:0] NEED0 = (KW - LEFT) * WORDS, NEED1 = SW * WORDS;
   localparam [31:0] ROW0 = KH - TOP - 1, ROW1 = SH, SPARE = LINES - KH + 1;
-  localparam [31:0] X0 = (1 << XB) - LEFT, X1 = SW, Y0 = (1 << YB) - TOP, Y1 = SH;
   localparam [31:0] AT0 = (1 << AB) - ((LEFT * WORDS) % (1 << AB)), AT1 = (SW * WORDS) % (1 << AB);
   localparam [31:0] LINE0 = ((LINES - TOP % LINES) % LINES) * LINE;
   localparam [31:0] MOVE = (SH % LINES) * LINE, WRAP = (LINES - SH % LINES) * LINE;   // a row of positions further
   localparam [31:0] DOWN = (1 % LINES) * LINE, UP = (LINES - 1) * LINE;               // a line further
   localparam [31:0] RIGHT = (WORDS - TAPS + 1) % (1 << AB), GROUP = TAPS % (1 << AB);
-  localparam [31:0] END_P = OUT_W - 1, END_Q = OUT_H - 1, WIDE = WIDTH, HIGH = HEIGHT;
+  localparam [31:0] END_P = OUT_W - 1, END_Q = OUT_H - 1;
   localparam [31:0] BOOKED = BEATS, ROOM = DEPTH - BEATS, ONE = 1;
 
   // lines in
@@ -74,8 +71,6 @@ module window #(
   reg [QB-1:0] row;
   reg [NB-1:0] need;                                 // beats of its last line
   reg [RB-1:0] last;                                 // its last line
-  reg [XB-1:0] x_next;
-  reg [YB-1:0] y_next;
   reg [AB-1:0] at_next, top_next;
   wire [AB-1:0] line_down, top_down;
   reg [HB-1:0] reserved;
@@ -98,23 +93,19 @@ module window #(
     if (restart | (start & row_end)) begin
       column <= {PB{1'b0}};
       need <= NEED0[NB-1:0];
-      x_next <= X0[XB-1:0];
       at_next <= AT0[AB-1:0];
     end else if (start) begin
       column <= column + 1'b1;
       need <= need + NEED1[NB-1:0];
-      x_next <= x_next + X1[XB-1:0];
       at_next <= at_next + AT1[AB-1:0];
     end
     if (restart) begin
       row <= {QB{1'b0}};
       last <= ROW0[RB-1:0];
-      y_next <= Y0[YB-1:0];
       top_next <= LINE0[AB-1:0];
     end else if (start & row_end) begin
       row <= row + 1'b1;
       last <= last + ROW1[RB-1:0];
-      y_next <= y_next + Y1[YB-1:0];
       top_next <= top_down;
     end
   end
@@ -145,8 +136,6 @@ module window #(
   steps #(.N(GROUPS)) groups (clk, start, moves & word_end & tap_end & kernel_end & repeat_end, group_end);
   wire across = word_end & tap_end, done = across & kernel_end;
   assign finish = running & done & repeat_end & group_end;
-  reg [XB-1:0] x, x_first;
-  reg [YB-1:0] y, y_first;
   reg [AB-1:0] at, at_first, line, line_first;
   wire [AB-1:0] at_group = (done & repeat_end) ? at_first + GROUP[AB-1:0] : at_first;
   generate
@@ -163,25 +152,49 @@ module window #(
   endgenerate
   always @(posedge clk) begin
     if (start) begin
-      x <= x_next;
-      x_first <= x_next;
-      y <= y_next;
-      y_first <= y_next;
       at <= at_next;
       at_first <= at_next;
       line <= top_next;
       line_first <= top_next;
     end else begin
-      if (word_end) x <= tap_end ? x_first : x + 1'b1;
-      if (across) y <= kernel_end ? y_first : y + 1'b1;
       if (across) line <= kernel_end ? line_first : line_down;
       at <= across ? at_group : at + (word_end ? RIGHT[AB-1:0] : ONE[AB-1:0]);
       if (done) at_first <= at_group;
     end
   end
 
+  // where that is: left of the map and above it numbers wrap to large ones
+  wire mapped;
+  generate
+    if (PADDED == 0) begin : always_on
+      assign mapped = 1'b1;
+    end else begin : placed
+      localparam XB = $clog2(OUT_W * SW + WIDTH + KW + LEFT + 1);
+      localparam YB = $clog2(OUT_H * SH + HEIGHT + KH + TOP + 1);
+      localparam [31:0] X0 = (1 << XB) - LEFT, X1 = SW, Y0 = (1 << YB) - TOP, Y1 = SH;
+      localparam [31:0] WIDE = WIDTH, HIGH = HEIGHT;
+      reg [XB-1:0] x, x_first, x_next;
+      reg [YB-1:0] y, y_first, y_next;
+      assign mapped = (x < WIDE[XB-1:0]) & (y < HIGH[YB-1:0]);
+      always @(posedge clk) begin
+        if (restart | (start & row_end)) x_next <= X0[XB-1:0];
+        else if (start) x_next <= x_next + X1[XB-1:0];
+        if (restart) y_next <= Y0[YB-1:0];
+        else if (start & row_end) y_next <= y_next + Y1[YB-1:0];
+        if (start) begin
+          x <= x_next;
+          x_first <= x_next;
+          y <= y_next;
+          y_first <= y_next;
+        end else begin
+          if (word_end) x <= tap_end ? x_first : x + 1'b1;
+          if (across) y <= kernel_end ? y_first : y + 1'b1;
+        end
+      end
+    end
+  endgenerate
+
   // the ring
-  wire mapped = (x < WIDE[XB-1:0]) & (y < HIGH[YB-1:0]);
   wire [AB-1:0] get = line + at;
   generate
     if (BLOCK) begin : block
