@@ -9,6 +9,9 @@ Both act at 100 Hz in the simulator of the data folder (`quad_sim.py`, numpy). A
 tilted, with velocity and rotation; it survives if it never is further than 2 m (l2f) or 5 m (raptor) from its goal.
 
 Run: python benchmarks/quadrotors.py --data ../shared/data/quad    # flights of the float controllers
+     python benchmarks/quadrotors.py --write raptor                # what `quantkit quantize` takes of RAPTOR:
+     quantkit quantize raptor/raptor.safetensors --factory benchmarks.quadrotors:Raptor \\
+         --inputs raptor/flights.npy --env benchmarks.quadrotor_env:Crazyflie-v0 -o raptor.q --weights int8 --acts int8
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit.errors import InputError
@@ -35,6 +38,7 @@ AIRFRAMES = ("crazyflie", "x500", "race")
 STEPS, HISTORY, HIDDEN = 500, 32, 16
 TOO_FAR = {"l2f": 2.0, "raptor": 5.0}
 LAST_SECOND = 100
+CALIBRATION = 12
 
 
 def fast_tanh(x: Tensor) -> Tensor:
@@ -103,15 +107,22 @@ class Flights:
     inputs: np.ndarray
 
 
-def fly(module: nn.Module, name: str, data: str | Path, *, flights: int, seed: int, steps: int = STEPS) -> Flights:
+def fly(
+    module: nn.Module | Act, name: str, data: str | Path, *, flights: int, seed: int, steps: int = STEPS
+) -> Flights:
     """`flights` flights of a controller, float or quantized, shared evenly by its airframes; deterministic.
 
+    module: or RAPTOR as a function from observations (flights, 22) to actions (flights, 4) that keeps its states.
     An airframe's starts depend on `seed` and on its number of flights only, so controllers meet the same ones.
     """
     sims = _simulators(name, Path(data), flights, seed)
     ends = np.cumsum([0, *(sim.n for sim in sims)])
     hover = np.concatenate([np.full((sim.n, 4), sim.hover_action) for sim in sims])
-    controller = _l2f(module, hover) if name == "l2f" else _raptor(module, hover)
+    controller: Controller
+    if isinstance(module, nn.Module):
+        controller = _l2f(module, hover) if name == "l2f" else _raptor(module, hover)
+    else:
+        controller = _stepping(module, hover)
     dead, near, seen = np.zeros(len(hover), bool), [], []
     with np.errstate(all="ignore"), torch.inference_mode():
         for step in range(steps):
@@ -131,6 +142,21 @@ def fly(module: nn.Module, name: str, data: str | Path, *, flights: int, seed: i
 
 Controller = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """States (n, 18) -> what the network saw (n, inputs) float32, and actions (n, 4)."""
+
+
+Act = Callable[[np.ndarray], np.ndarray]
+
+
+def _stepping(act: Act, hover: np.ndarray) -> Controller:
+    last = hover
+
+    def fly_on(observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal last
+        x = np.concatenate([observed, last], axis=1).astype(np.float32)
+        last = act(x).clip(-1, 1)
+        return x, last
+
+    return fly_on
 
 
 def _l2f(module: nn.Module, hover: np.ndarray) -> Controller:
@@ -185,11 +211,30 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def calibration(data: Path) -> Tensor:
+    """What the float RAPTOR sees on flights that it survives: (flights, 200, 22)."""
+    flown = fly(load("raptor", data), "raptor", data, flights=CALIBRATION, seed=900, steps=200)
+    return torch.from_numpy(flown.inputs[:, flown.survived]).transpose(0, 1).contiguous()
+
+
+def write(data: Path, folder: Path) -> None:
+    """RAPTOR's tensors under the module's names, and calibration flights, as files that `quantkit quantize` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(load("raptor", data).state_dict(), folder / "raptor.safetensors")
+    np.save(folder / "flights.npy", calibration(data).numpy())
+    print(f"wrote {folder}/raptor.safetensors and {folder}/flights.npy")
+
+
 def main() -> None:
-    """Print how the float controllers fly."""
+    """Print how the float controllers fly, or write RAPTOR's files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data/quad"))
-    data = parser.parse_args().data
+    parser.add_argument("--write", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    data = args.data
+    if args.write is not None:
+        write(data, args.write)
+        return
     for name in NAMES:
         result = fly(load(name, data), name, data, flights=198, seed=0)
         error = float(result.error_m[result.survived].mean())

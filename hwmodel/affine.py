@@ -78,7 +78,16 @@ def solve(layer: Layer) -> Affine | None:
 
 def solved(network: Network) -> Network:
     """The network, its specs saying for each layer which exact arithmetic there is (`LayerSpec.rescale`)."""
-    return Network(tuple(map(solved_layer, network.layers)), network.host)
+    layers = (solved_layer(layer) if isinstance(layer, Layer) else layer for layer in network.layers)
+    return Network(tuple(layers), network.host)
+
+
+def unsolved(network: Network) -> bool:
+    """Whether `solved` has anything to find."""
+    return any(
+        isinstance(layer, Layer) and layer.thresholds is not None and layer.spec.rescale is None
+        for layer in network.layers
+    )
 
 
 def solved_layer(layer: Layer) -> Layer:

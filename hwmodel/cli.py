@@ -231,7 +231,10 @@ def simulate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory written by quantkit rtl.")],
     vectors: Annotated[
         Path | None,
-        typer.Option(help="Input codes: .npy of integers, or hexadecimal text, one vector a line; default: random."),
+        typer.Option(
+            help="Input codes: .npy of integers, or hexadecimal text, one vector a line; default: random. Vectors of a "
+            "recurrent network may have 1 or 0 before their codes: whether an episode begins."
+        ),
     ] = None,
     tool: Annotated[str | None, typer.Option(help="verilator or iverilog; default: the first installed.")] = None,
     json_: Json = False,
@@ -243,12 +246,19 @@ def simulate(
     with plain_errors():
         from dataclasses import asdict
 
+        import numpy as np
+
+        from hwmodel.emit import EPISODE
         from hwmodel.network import read_network, sample_codes
-        from hwmodel.simulate import check, read_vectors
+        from hwmodel.simulate import check, episodes_of, read_vectors
 
         network = read_network(directory)
-        codes = sample_codes(network, 64, seed=1) if vectors is None else read_vectors(vectors)
-        found = check(directory, codes, tool)
+        if vectors is None:
+            codes = sample_codes(network, 64, seed=1)
+            first = np.arange(len(codes)) % EPISODE == 0
+        else:
+            codes, first = episodes_of(network, read_vectors(vectors))
+        found = check(directory, codes, tool, first)
     if json_:
         print(json.dumps(asdict(found)))
     elif found.mismatch is None:

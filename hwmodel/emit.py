@@ -1,8 +1,9 @@
 """Verilog of a whole quantized network: layers folded PE x SIMD, one after the other, one inference at a time.
 
-A layer (`emit_layer`) is operands (`rtl/operands.v`), a sequencer, a weight memory, PE multiply-accumulates in LUTs
-or packed into DSPs, and converters: thresholds or arithmetic, as the estimate chose. The top gives the layers a
-valid/ready stream, `policy_axis` two AXI4-Streams. `plan` prices what is written and predicts its cycles.
+A layer (`emit_layer`, `emit_gru`) is operands (`rtl/operands.v`), a sequencer, a weight memory, PE
+multiply-accumulates in LUTs or packed into DSPs, and converters: thresholds or arithmetic, as the estimate chose, or
+the gates of a GRU. The top gives the layers a valid/ready stream, `policy_axis` two AXI4-Streams. `plan` prices what
+is written and predicts its cycles.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hwmodel.devices import Device, part_option
+from hwmodel.emit_gru import gru_text
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
 from hwmodel.fabric import FAMILIES, pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
+from hwmodel.gru import INDEX, Gru
 from hwmodel.layer import address_bits
 from hwmodel.network import Network, reference, sample_codes
 from hwmodel.plan import layer_costs, total, total_cycles
 from hwmodel.yosys import flow
 
 VECTORS = 64
+EPISODE = 16
+"""Vectors that a recurrent network takes before its states are cleared."""
 
 
 def top_text(network: Network, plans: Sequence[Fold]) -> str:
@@ -36,17 +43,21 @@ def top_text(network: Network, plans: Sequence[Fold]) -> str:
     out_bits = acc * last.spec.out_features
     beats = first.column_folds
     count = address_bits(beats)
+    recurrent = network.recurrent
     lines = [
         f"// {len(plans)} layers, {total_cycles(plans)} cycles from the last input beat accepted to out_valid.",
         f"// in: {beats} beat(s) of {first.simd} codes, first code in the low bits.",
         f"// out: {last.spec.out_features} sums of {acc} bits, two's complement, first one in the low bits.",
         "// in_ready falls after the last beat and rises when the sums are taken.",
+        *["// A reset clears the states; so does in_first, before the step of the vector it comes with."] * recurrent,
         "module policy (",
         "    input clk,",
         "    input rst,                                       // synchronous, at least one cycle",
         "    input in_valid,",
         "    output in_ready,",
         f"    input [{in_bits - 1}:0] in_codes,",
+        *["    input in_first,                                  // with any beat of the first vector of an episode"]
+        * recurrent,
         "    output reg out_valid,",
         "    input out_ready,",
         f"    output reg [{out_bits - 1}:0] out_sums",
@@ -64,13 +75,22 @@ def top_text(network: Network, plans: Sequence[Fold]) -> str:
             f"  always @(posedge clk) if (rst | start0) beat <= {count}'d0;",
             "    else if (accept) beat <= beat + 1'b1;",
         ]
+    if recurrent and beats == 1:
+        lines += ["  wire clear = start0 & in_first;"]
+    elif recurrent:
+        lines += [
+            "  reg opening;",
+            "  wire clear = start0 & (opening | in_first);",
+            "  always @(posedge clk) opening <= ~(rst | start0) & (opening | (accept & in_first));",
+        ]
     for i, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
         act = bits(layer.formats[1])
         per_write = plan.simd if i == 0 else plans[i - 1].units
-        width = acc if layer.thresholds is None else bits(layer.spec.out)  # type: ignore[arg-type]
+        width = acc if layer.spec.out is None else bits(layer.spec.out)
         col = address_bits(plan.column_folds)
         write, codes = ("accept", "in_codes") if i == 0 else (f"write{i - 1}", f"results{i - 1}")
         start = "start0" if i == 0 else f"finished{i - 1}"
+        clear = "clear, " if isinstance(layer, Gru) else ""
         lines += [
             f"  wire busy{i}, write{i}, finished{i};",
             f"  wire [{col - 1}:0] col{i};",
@@ -79,7 +99,8 @@ def top_text(network: Network, plans: Sequence[Fold]) -> str:
             f"  operands #(.BITS({act}), .SIMD({plan.simd}), .FOLDS({plan.column_folds}), .WRITE({per_write}), "
             f".COL_BITS({col}))",
             f"    inputs{i} (clk, rst, {write}, {codes}, busy{i}, col{i}, acts{i});",
-            f"  layer{i} part{i} (clk, rst, {start}, busy{i}, col{i}, acts{i}, write{i}, results{i}, finished{i});",
+            f"  layer{i} part{i} (clk, rst, {clear}{start}, busy{i}, col{i}, acts{i}, "
+            f"write{i}, results{i}, finished{i});",
         ]
     n, per = len(plans) - 1, last.units * acc
     shifted = f"results{n}" if per == out_bits else f"{{results{n}, out_sums[{out_bits - 1}:{per}]}}"
@@ -107,7 +128,12 @@ def stream_text(network: Network, plans: Sequence[Fold]) -> str:
     at, beat = address_bits(outputs), address_bits(beats)
     codes = ", ".join(f"s_axis_tdata[{i * code} +: {width}]" for i in reversed(range(first.simd)))
     unused = "  wire unused = &{1'b0, s_axis_tdata};\n" if code > width else ""
-    return f"""// In: packets of {beats} beat(s) of {first.simd} codes, in the low {width} of {code} bits, first lowest.
+    told, opening, port = "", "", ""
+    if network.recurrent:
+        told = "// tuser, with any beat: the first packet of an episode; states are cleared before it.\n"
+        opening, port = "\n    input s_axis_tuser,", " s_axis_tuser,"
+    return f"""\
+{told}// In: packets of {beats} beat(s) of {first.simd} codes, in the low {width} of {code} bits, first lowest.
 // `misaligned` stays set from the first packet whose tlast is elsewhere until the reset.
 // Out: packets of {outputs} beat(s), one sum each, {acc} bits sign-extended to {word}; tlast with the last.
 module policy_axis (
@@ -116,7 +142,7 @@ module policy_axis (
     input s_axis_tvalid,
     output s_axis_tready,
     input [{first.simd * code - 1}:0] s_axis_tdata,
-    input s_axis_tlast,
+    input s_axis_tlast,{opening}
     output m_axis_tvalid,
     input m_axis_tready,
     output [{word - 1}:0] m_axis_tdata,
@@ -133,7 +159,7 @@ module policy_axis (
   wire closing = beat == {beat}'d{beats - 1};
   assign m_axis_tlast = at == {at}'d{outputs - 1};
   assign m_axis_tdata = extended[{word - 1}:0];
-  policy core (aclk, ~aresetn, s_axis_tvalid, s_axis_tready, codes,
+  policy core (aclk, ~aresetn, s_axis_tvalid, s_axis_tready, codes,{port}
                m_axis_tvalid, m_axis_tready & m_axis_tlast, sums);
   always @(posedge aclk) begin
     if (~aresetn) at <= {at}'d0;
@@ -157,26 +183,37 @@ def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     first = plans[0]
     width, acc = bits(network.layers[0].formats[1]), network.layers[-1].acc_bits
     outputs = plans[-1].spec.out_features
+    told = register = port = read = ""
+    if network.recurrent:
+        told, register, port = (
+            "// Each behind 1 or 0: whether it is the first of an episode.\n",
+            ", in_first = 0",
+            " in_first,",
+        )
+        read = """
+      got = $fscanf(32'h8000_0000, "%h", flag);
+      in_first = flag[0];"""
+    flag = "\n  reg [3:0] flag;" * network.recurrent
     return f"""// In: {first.spec.in_features} hexadecimal codes per vector on standard input. Out: sums and cycles.
-// Cycles are counted from the last input beat accepted to out_valid.
+{told}// Cycles are counted from the last input beat accepted to out_valid.
 `timescale 1ns/1ps
 module testbench;
-  reg clk = 0, rst = 1, in_valid = 0, out_ready = 0;
+  reg clk = 0, rst = 1, in_valid = 0, out_ready = 0{register};
   wire in_ready, out_valid;
   reg [{first.simd * width - 1}:0] in_codes = 0;
   wire [{outputs * acc - 1}:0] out_sums;
-  policy dut (clk, rst, in_valid, in_ready, in_codes, out_valid, out_ready, out_sums);
+  policy dut (clk, rst, in_valid, in_ready, in_codes,{port} out_valid, out_ready, out_sums);
   always #5 clk = ~clk;
 
   reg [{first.spec.in_features * width - 1}:0] vector = 0;
-  reg [{width - 1}:0] code;
+  reg [{width - 1}:0] code;{flag}
   reg signed [{acc - 1}:0] sum;
   integer i, got, cycles;
   initial begin
     repeat (4) @(negedge clk);
     rst = 0;
     got = 1;
-    while (got == 1) begin
+    while (got == 1) begin{read}
       for (i = 0; i < {first.spec.in_features} && got == 1; i = i + 1) begin
         got = $fscanf(32'h8000_0000, "%h", code);
         vector[i*{width} +: {width}] = code;
@@ -230,17 +267,21 @@ LIBRARY = (
 
 
 @cache
-def library() -> dict[str, str]:
+def library(recurrent: bool = False) -> dict[str, str]:
     """The templates that designs instantiate, by file name."""
-    source = resources.files("hwmodel").joinpath("rtl")
-    return {f"{name}.v": source.joinpath(f"{name}.v").read_text() for name in LIBRARY}
+    source, names = resources.files("hwmodel").joinpath("rtl"), [*LIBRARY, *["gru_gates"] * recurrent]
+    return {f"{name}.v": source.joinpath(f"{name}.v").read_text() for name in names}
 
 
 def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     """All of `policy` by file name: `network.v`, memories, and the templates."""
-    texts, files = [top_text(network, plans)], dict(library())
+    texts, files = [top_text(network, plans)], dict(library(network.recurrent))
+    beside_dsps = total(plans).dsps > 0
     for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
-        text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
+        if isinstance(layer, Gru):
+            text, roms = gru_text(index, layer, plan, beside_dsps=beside_dsps)
+        else:
+            text, roms = layer_text(index, layer, plan, beside_dsps=beside_dsps)
         texts += [text, *(rom_text(memory) for memory in roms)]
         files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
     return files | {"network.v": "\n".join(texts)}
@@ -255,17 +296,20 @@ def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device,
 def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
     (folder / "rtl").mkdir()
     for name, text in design_files(network, plans).items():
-        (folder / ("rtl" if name in library() else ".") / name).write_text(text)
+        (folder / ("rtl" if name in library(network.recurrent) else ".") / name).write_text(text)
     (folder / "policy_axis.v").write_text(stream_text(network, plans))
     (folder / "testbench.v").write_text(testbench_text(network, plans))
     (folder / "lint.vlt").write_text(LINT)
     (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
     (folder / "plan.json").write_text(json.dumps(summary(network, plans, device, clock_mhz), indent=1) + "\n")
     codes = sample_codes(network, VECTORS)
-    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in codes))
-    sums = reference(network, codes)
+    first = np.arange(VECTORS) % EPISODE == 0
+    rows = np.column_stack([first, codes]) if network.recurrent else codes
+    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in rows))
+    sums = reference(network, codes, first)
     (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in sums))
-    (folder / "synth.ys").write_text(yosys_script(plans, device))
+    templates = [name[:-2] for name in library(network.recurrent)]
+    (folder / "synth.ys").write_text(yosys_script(plans, device, templates))
     if device.family == "ecp5":
         (folder / "place.sh").write_text(place_script(device, clock_mhz))
     else:
@@ -340,6 +384,26 @@ def vivado_script(device: Device, clock_mhz: float, plans: Sequence[Fold]) -> st
     )
 
 
+def _size(plan: Fold) -> str:
+    """Rows x columns; of a GRU units and inputs."""
+    rows, columns = plan.spec.out_features, plan.spec.in_features
+    return f"{rows} x {columns}" if plan.parts is None else f"GRU of {rows}, {columns} inputs"
+
+
+def _simd(plan: Fold) -> str:
+    """Columns at once; of a GRU those of the input and of the state."""
+    return str(plan.simd) if plan.parts is None else f"{plan.simd}, state {plan.parts[1].simd}"
+
+
+EPISODES = f"""\
+- The network keeps a state from vector to vector. `rst` clears it, and so does `in_first` (AXI: `tuser`), high with \
+any beat of a vector: that vector is the first of an episode.
+- Inside a GRU something is: it counts in fixed point, its sigmoid and tanh are tables of {1 << INDEX} entries and its \
+state has steps of a power of two. There the Verilog equals `hwmodel.gru.step` bit for bit, and the float simulation \
+nearly; the truth of the whole is `hwmodel.network.reference`.
+"""
+
+
 def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> str:
     """What is in the folder, the contract with the host, and how to simulate and synthesize."""
     facts = summary(network, plans, device, clock_mhz)
@@ -348,10 +412,13 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
     if device.family == "ecp5":
         tools = "\n    sh place.sh                                 # place and route: cells and clock"
     rows = "\n".join(
-        f"| {e['name']} | {p.spec.out_features} x {p.spec.in_features} | {p.spec.weight} x {p.spec.act} | {e['pe']} | "
-        f"{e['simd']} | {e['converters']} | {e['cycles']} | {e['luts']} | {e['bram18']} |"
+        f"| {e['name']} | {_size(p)} | {p.spec.weight} x {p.spec.act} | {e['pe']} | {_simd(p)} | {e['converters']} | "
+        f"{e['cycles']} | {e['luts']} | {e['bram18']} |"
         for e, p in zip(facts["layers"], plans, strict=True)
     )
+    episodes = ""
+    if network.recurrent:
+        episodes = EPISODES
     return f"""# A quantized policy in Verilog
 
 `policy` in `network.v`: {facts["cycles"]} cycles from the last input beat to the sums, {facts["latency_us"]:g} us at \
@@ -370,7 +437,7 @@ divides by the input's scale and rounds half to even; `network.json` holds these
 - Between layers nothing is approximated: sums become codes by thresholds, the smallest sums at which the float \
 simulation yields the next code, or by integer arithmetic that gives every sum the same code, so codes equal the \
 Python simulator's bit for bit.
-- `policy_axis.v` wraps it in two AXI4-Streams (tvalid, tready, tdata, tlast), codes and sums in whole bytes.
+{episodes}- `policy_axis.v` wraps it in two AXI4-Streams (tvalid, tready, tdata, tlast), codes and sums in whole bytes.
 - One inference at a time: `in_ready` falls with the last beat and rises when the sums are taken.
 
 ## Check and build

@@ -106,10 +106,10 @@ endmodule
 def top_text(network: Network, plans: Sequence[Fold]) -> str:
     """The module `policy`: the stages in a row."""
     first, last = plans[0], plans[-1]
-    in_bits = first.lanes * bits(network.layers[0].formats[1])
-    out_bits = last.units * result_bits(network.layers[-1])
+    in_bits = first.lanes * bits(network.products[0].formats[1])
+    out_bits = last.units * result_bits(network.products[-1])
     return f"""// in: {first.schedule.input_beats} beats of {first.lanes} codes, first code in the low bits.
-// out: {beats_out(last)} beats of {last.units} results of {result_bits(network.layers[-1])} bits, first one lowest.
+// out: {beats_out(last)} beats of {last.units} results of {result_bits(network.products[-1])} bits, first one lowest.
 module policy (
     input clk,
     input rst,                                       // synchronous, at least one cycle
@@ -132,7 +132,7 @@ def _chain(network: Network, plans: Sequence[Fold]) -> list[str]:
         source = "in_valid, in_ready, in_codes" if i == 0 else f"valid{i}, ready{i}, codes{i}"
         sink = "out_valid, out_ready, out_results" if i + 1 == len(plans) else f"gives{i}, takes{i}, results{i}"
         if i:
-            before, width = plans[i - 1], bits(network.layers[i].formats[1])
+            before, width = plans[i - 1], bits(network.products[i].formats[1])
             lines += [
                 f"  wire valid{i}, ready{i};",
                 f"  wire [{plan.lanes * width - 1}:0] codes{i};",
@@ -141,7 +141,7 @@ def _chain(network: Network, plans: Sequence[Fold]) -> list[str]:
                 f"    beats{i} (clk, rst, gives{i - 1}, takes{i - 1}, results{i - 1}, valid{i}, ready{i}, codes{i});",
             ]
         if i + 1 < len(plans):
-            leaving = plan.units * result_bits(network.layers[i])
+            leaving = plan.units * result_bits(network.products[i])
             lines += [f"  wire gives{i}, takes{i};", f"  wire [{leaving - 1}:0] results{i};"]
         lines.append(f"  stage{i} part{i} (clk, rst, {source}, {sink});")
     return lines
@@ -154,8 +154,8 @@ def beats_out(last: Fold) -> int:
 
 def stream_text(network: Network, plans: Sequence[Fold]) -> str:
     """The module `policy_axis`: `policy` between two AXI4-Streams, codes and results in fields of whole bytes."""
-    first, last, layer = plans[0], plans[-1], network.layers[-1]
-    width, leaving = bits(network.layers[0].formats[1]), result_bits(layer)
+    first, last, layer = plans[0], plans[-1], network.products[-1]
+    width, leaving = bits(network.products[0].formats[1]), result_bits(layer)
     code, word = emit.whole_bytes(width), emit.whole_bytes(leaving)
     beats, outputs = first.schedule.input_beats, beats_out(last)
     at, beat = address_bits(outputs), address_bits(beats)
@@ -212,8 +212,8 @@ module policy_axis (
 
 def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     """Reads one map of hexadecimal codes per line, writes the results and the cycles they took."""
-    first, last, layer = plans[0], plans[-1], network.layers[-1]
-    width, leaving = bits(network.layers[0].formats[1]), result_bits(layer)
+    first, last, layer = plans[0], plans[-1], network.products[-1]
+    width, leaving = bits(network.products[0].formats[1]), result_bits(layer)
     found = first.schedule
     sign = "signed " if layer.spec.out is None else ""
     quiet = chain_cycles([plan.stage for plan in plans], [plan.units for plan in plans])[1] if len(plans) > 1 else 4
@@ -278,7 +278,7 @@ endmodule
 def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     """All of `policy` by file name: `network.v`, memories, and the templates."""
     texts, files = [top_text(network, plans)], dict(library())
-    for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
+    for index, (layer, plan) in enumerate(zip(network.products, plans, strict=True)):
         text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
         texts += [stage_text(index, layer, plan), text, *(rom_text(memory) for memory in roms)]
         files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
@@ -352,7 +352,7 @@ def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: 
 def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> str:
     """What is in the folder, the contract with the host, and how to simulate and synthesize."""
     facts = summary(network, plans, device, clock_mhz)
-    first, last = network.layers[0], network.layers[-1]
+    first, last = network.products[0], network.products[-1]
     tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
     if device.family == "ecp5":
         tools = "\n    sh place.sh                                 # place and route: cells and clock"

@@ -34,7 +34,7 @@ class Rom:
     words: tuple[int, ...]
 
 
-def weight_rom(index: int, layer: Layer, plan: Fold) -> Rom:
+def weight_rom(index: int | str, layer: Layer, plan: Fold) -> Rom:
     """Word `row_fold * column_folds + column_fold`: PE x SIMD codes, SIMD fastest, first code lowest.
 
     In DSPs: for each group of packed rows and each column the fields of its packed weights (`hwmodel.packing`).
@@ -179,7 +179,7 @@ def mem_text(memory: Rom) -> str:
 # Modules
 
 
-def layer_text(index: int, layer: Layer, plan: Fold, *, beside_dsps: bool = False) -> tuple[str, list[Rom]]:
+def layer_text(index: int | str, layer: Layer, plan: Fold, *, beside_dsps: bool = False) -> tuple[str, list[Rom]]:
     """The module `layerN` and the memories it instantiates.
 
     beside_dsps: other layers use DSPs, so products of this one must be written such that no flow puts them there.
@@ -264,12 +264,12 @@ def layer_text(index: int, layer: Layer, plan: Fold, *, beside_dsps: bool = Fals
     return "\n".join([*lines, "endmodule", ""]), roms
 
 
-def _converters(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
+def _converters(index: int | str, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
     """What turns `values` into `results`: stages, Verilog, memories. row: bits of a row's number."""
     return (_thresholds if plan.converter == "thresholds" else _arithmetic)(index, layer, plan, row)
 
 
-def _unrolled(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
+def _unrolled(index: int | str, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
     """`layer_text` of a layer with its weights in the logic: `start` one cycle before `acts`."""
     rows, acc = plan.spec.out_features, layer.acc_bits
     stages, sums = sum_lines(layer)
@@ -346,7 +346,7 @@ def packed_unit(pack: Packing, act: Format, port: int, lanes: int, acc_bits: int
     )  # fmt: skip
 
 
-def _thresholds(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
+def _thresholds(index: int | str, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
     """Converters that search levels of each row's own: stages, Verilog, memories. row: bits of a row's number."""
     search = search_of(layer)
     rows, steps = plan.spec.out_features // plan.units, bits(layer.spec.out)  # type: ignore[arg-type]
@@ -369,7 +369,7 @@ def _thresholds(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, li
 SCALES = {"constant": 0, "runtime": 1, "shift": 2}
 
 
-def _arithmetic(index: int, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
+def _arithmetic(index: int | str, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
     """Converters that multiply and add, then round or search levels shared by all rows: as `_thresholds`."""
     found, out = solve(layer), layer.spec.out
     assert found is not None and out is not None

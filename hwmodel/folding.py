@@ -25,7 +25,8 @@ from hwmodel.cost import ZERO, Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import kept
 from hwmodel.formats import Block, Format, bits
-from hwmodel.layer import elements, frame, operands, stream_ends
+from hwmodel.gru import GATES, gates_cost
+from hwmodel.layer import choice, elements, frame, operands, stream_ends
 from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
 from hwmodel.packing import Packing, divisors, packed_cost, packing
@@ -40,7 +41,8 @@ class Fold:
     """One layer at one parallelism: cost of everything it needs, its cycles, and what was chosen.
 
     units: converters, each serving pe / units elements in turn. pack: how products share DSPs whose wide port has
-    `port` bits; None where they are made of LUTs. unrolled: weights are in the logic (`hwmodel.unroll`).
+    `port` bits; None where they are made of LUTs. unrolled: weights are in the logic (`hwmodel.unroll`). parts: of a
+    GRU the products with its input, whose SIMD this one has, and with its state, for one unit of the state at a time.
     """
 
     spec: LayerSpec
@@ -55,6 +57,7 @@ class Fold:
     pack: Packing | None = None
     port: int = 25
     unrolled: bool = False
+    parts: tuple[Fold, Fold] | None = None
 
     @property
     def row_folds(self) -> int:
@@ -137,6 +140,8 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 
     With DSPs only those whose rows at once fill them: as many products share each DSP as the formats allow.
     """
+    if spec.op == "gru":
+        return tuple(gru_fold(spec, x, h) for h in divisors(spec.out_features) for x in divisors(spec.in_features))
     columns = spec.in_features
     if isinstance(spec.granularity, PerGroup):
         if columns % spec.granularity.size:
@@ -154,10 +159,36 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 
 
 @kept
-def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> Fold:
+def gru_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
+    """A GRU with `simd` columns of its input and `state_simd` of its state at once, all in LUTs.
+
+    The state's product follows the input's, and the gates follow the last unit of it.
+    """
+    kept, rows = spec.recurrence, 3 * spec.out_features
+    _formats(spec)
+    assert kept is not None
+    sides = (
+        (spec.in_features, simd, spec.act, spec.acc_bits),
+        (spec.out_features, state_simd, kept.state, kept.acc_bits),
+    )
+    products = []
+    for name, (columns, at_once, act, width) in zip(("input", "state"), sides, strict=True):
+        product = LayerSpec(f"{spec.name}.{name}", "linear", rows, columns, weight=spec.weight, act=act, acc_bits=width)
+        products.append(layer_fold(product, 3, at_once, units=3))
+    x, h = products
+    cost = x.cost + h.cost + gates_cost(spec)
+    cost += operands(kept.state.bits, state_simd, h.column_folds, 1) * -1  # the state is its own buffer
+    cost += Cost(luts=choice(h.column_folds) * state_simd * kept.state.bits, ffs=state_simd * kept.state.bits)
+    cycles = x.cycles + h.cycles - 2 + GATES + kept.coded + (spec.out is None)
+    return Fold(spec, 1, simd, cost, cycles, x.weights, "gates", kept.state.bits, 1, parts=(x, h))
+
+
+@kept
+def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None, units: int | None = None) -> Fold:
     """The layer with `pe` rows and `simd` columns at once.
 
     port: bits of the wide port of the DSPs that multiply where their packing serves the formats; None: all in LUTs.
+    units: converters; None: the cheapest number of them.
     """
     weight, act = _formats(spec)
     if spec.out_features % pe or spec.in_features % simd:
@@ -195,15 +226,15 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None) -> 
     fill = 1 + stages + (2 if grouping.luts else 0)
     fewest = next(n for n in divisors(pe) if n * column_folds >= pe)
     choices = []
-    for units in sorted({fewest, pe}):
-        around = extra + frame(spec, pe, simd, units, sum_bits, stored)
-        for found in converters(spec, sum_bits, units):
+    for n in sorted({fewest, pe} if units is None else {units}):
+        around = extra + frame(spec, pe, simd, n, sum_bits, stored)
+        for found in converters(spec, sum_bits, n):
             cost = around + found.cost
             if spec.window is not None:
-                leaving = units * (sum_bits if spec.out is None else bits(spec.out))
-                rest = fill + found.stages + pe // units - 1
-                cost += conv.results_cost(leaving, conv.depth(conv.stream(spec, pe, simd, units), rest))
-            choices.append((cost.luts + BRAM_IN_LUTS * cost.bram18, units, found, cost))
+                leaving = n * (sum_bits if spec.out is None else bits(spec.out))
+                rest = fill + found.stages + pe // n - 1
+                cost += conv.results_cost(leaving, conv.depth(conv.stream(spec, pe, simd, n), rest))
+            choices.append((cost.luts + BRAM_IN_LUTS * cost.bram18, n, found, cost))
     _, units, found, cost = min(choices, key=lambda choice: choice[0])
     cycles = words * spec.positions + fill + found.stages + pe // units - 1
     if spec.window is not None:

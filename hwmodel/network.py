@@ -1,7 +1,8 @@
 """A whole quantized network in integers: what `emit` turns into hardware, and its exact reference.
 
-Plain numpy and JSON, so that a network can be emitted and simulated without torch. Between two
-layers stand thresholds: `thresholds[r][k]` is the smallest sum of row r whose next code is
+Plain numpy and JSON, so that a network can be emitted and simulated without torch. A layer is a product (`Layer`) or
+a GRU with a state (`hwmodel.gru`); of a network with states, inference follows inference in time. Behind a product
+stand thresholds: `thresholds[r][k]` is the smallest sum of row r whose next code is
 above the k-th level of the output format. They hold scale, bias, activation and rounding of
 whatever float pipeline they were searched in, so the integers say exactly what it says.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from hwmodel.accumulator import signed_bits, unit_range
 from hwmodel.cost import HwError
 from hwmodel.formats import Block, Format, bits, decode, encode, levels
+from hwmodel.gru import Gru, codes_of, step
 from hwmodel.reference import to_units
 from hwmodel.spec import LayerSpec, PerGroup
 
@@ -112,7 +114,7 @@ class Layer:
 class Network:
     """Layers in order; `host` tells in JSON what is done in float before the first and after the last."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer | Gru, ...]
     host: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,10 +148,32 @@ class Network:
         """Sums that leave (codes, where the last layer has an output format), a map in the order of `inputs`."""
         return outputs_of(self.specs[-1])
 
+    @property
+    def products(self) -> tuple[Layer, ...]:
+        """The layers, `HwError` if one of them is a GRU."""
+        found = tuple(layer for layer in self.layers if isinstance(layer, Layer))
+        if len(found) < len(self.layers):
+            name = next(layer.name for layer in self.layers if isinstance(layer, Gru))
+            raise HwError(
+                f"layer {name!r} is a GRU, whose weights stay in memories: it is neither unrolled nor streamed"
+            )
+        return found
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer keeps a state."""
+        return any(isinstance(layer, Gru) for layer in self.layers)
+
+    def states(self, n: int) -> list[np.ndarray]:
+        """The states (n, hidden) before a first step, all zero, of every GRU."""
+        return [np.zeros((n, layer.hidden), np.int64) for layer in self.layers if isinstance(layer, Gru)]
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON values; `from_json` is its inverse."""
         layers = [
-            {
+            {"gru": layer.to_json()}
+            if isinstance(layer, Gru)
+            else {
                 "spec": layer.spec.to_json(),
                 "codes": layer.codes.tolist(),
                 "thresholds": None if layer.thresholds is None else layer.thresholds.tolist(),
@@ -163,7 +187,9 @@ class Network:
     def from_json(cls, record: dict[str, Any]) -> Network:
         """Inverse of `to_json`."""
         layers = tuple(
-            Layer(
+            Gru.from_json(entry["gru"])
+            if "gru" in entry
+            else Layer(
                 LayerSpec.from_json(entry["spec"]),
                 np.array(entry["codes"], dtype=np.int64),
                 None if entry["thresholds"] is None else np.array(entry["thresholds"], dtype=object),
@@ -233,18 +259,37 @@ def read_network(folder: Path) -> Network:
         raise HwError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
-def reference(network: Network, codes: np.ndarray) -> np.ndarray:
-    """Sums of the last layer, codes where it has an output format, for input codes (n, inputs): int64 (n, outputs)."""
-    return trace(network, codes)[-1]
+def reference(network: Network, codes: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
+    """What leaves the last layer for input codes (n, inputs): int64 (n, outputs), exact.
+
+    Sums, or codes where it has an output format. Of a recurrent network the rows are steps in time from state zero, and
+    where `first` (n,) is true states are cleared before the step.
+    """
+    if not network.recurrent:
+        return trace(network, codes)[-1]
+    codes, states, found = check_codes(network, codes), network.states(1), []
+    for i, row in enumerate(codes):
+        states = network.states(1) if first is not None and first[i] else states
+        found.append(trace(network, row[None], states)[-1][0])
+    return np.array(found, np.int64).reshape(len(codes), network.outputs)
 
 
-def trace(network: Network, codes: np.ndarray) -> list[np.ndarray]:
-    """The input codes of every layer after the first, and last what leaves."""
+def trace(network: Network, codes: np.ndarray, states: list[np.ndarray] | None = None) -> list[np.ndarray]:
+    """The input codes of every layer after the first, and last what leaves: one step from `states`.
+
+    states: one (n, hidden) a GRU, replaced by those after the step; None: all zero.
+    """
     current = check_codes(network, codes)
+    kept, at = network.states(len(current)) if states is None else states, 0
     found: list[np.ndarray] = []
     for layer in network.layers:
-        _, act = layer.formats
-        sums = layer_sums(layer, to_units(current, act))
+        if isinstance(layer, Gru):
+            kept[at] = step(layer, to_units(current, layer.act), kept[at])
+            current = codes_of(layer, kept[at])
+            at += 1
+            found.append(current)
+            continue
+        sums = layer_sums(layer, to_units(current, layer.formats[1]))
         if layer.thresholds is None:
             found.append(sums)
         else:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from hwmodel.affine import solved
+from hwmodel.affine import solved, unsolved
 from hwmodel.conv import chain_cycles
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
@@ -42,7 +42,7 @@ def plan_network(
     dsp: "none", "all", or names of layers, separated by commas, whose products go into DSPs where their formats can.
     `HwError` names what is exceeded where the design does not fit the device.
     """
-    if any(layer.thresholds is not None and layer.spec.rescale is None for layer in network.layers):
+    if unsolved(network):
         network = solved(network)
     ports = ports_of(network.specs, device, dsp)
     with pricing(device.family):
@@ -55,9 +55,10 @@ def plan_network(
 
 def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int | None]:
     """The `port` of `layer_fold` for each layer; `HwError` for a name that no layer has."""
-    names = {spec.name for spec in specs} if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
-    if unknown := sorted(names - {spec.name for spec in specs}):
-        known = ", ".join(spec.name for spec in specs)
+    able = {spec.name for spec in specs if spec.op != "gru"}
+    names = able if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
+    if unknown := sorted(names - able):
+        known = ", ".join(spec.name for spec in specs if spec.name in able)
         raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {known}")
     return [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
 
@@ -85,9 +86,9 @@ def plan_streams(
     """Folds of chains of layers with windows, which run one chain after the other and share the device.
 
     In a chain that overlaps, the slowest layer decides: its layers are as cheap as one limit of cycles allows. The
-    limits of the chains go by one price of a cycle in LUTs: the lowest that meets the latency (with no target
-    `default_cycles`, or the fastest that the device holds) or the highest that meets the LUTs. That is near the best and
-    not proved to be it. `HwError` names the nearest design where the target cannot be met.
+    limits of the chains go by one price of a cycle in LUTs: the lowest that meets the latency (with no target,
+    `default_cycles` or the fastest that the device holds) or the highest that meets the LUTs. That is near the best
+    and not proved to be it. `HwError` names the nearest design where the target cannot be met.
     """
     if latency_us is not None and luts is not None:
         raise HwError("give a latency or a LUT budget, not both")

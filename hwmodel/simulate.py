@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from hwmodel.cost import HwError
-from hwmodel.network import check_codes, read_network, reference
+from hwmodel.network import Network, check_codes, read_network, reference
 
 Tool = Literal["verilator", "iverilog"]
 TOOLS: dict[Tool, str] = {"verilator": "verilator", "iverilog": "iverilog"}
@@ -111,9 +111,14 @@ class Simulation:
             process.wait()
         process.stdout.close()
 
-    def run(self, codes: np.ndarray) -> Answer:
-        """Sums for input codes (n, inputs), one inference after the other."""
+    def run(self, codes: np.ndarray, first: np.ndarray | None = None) -> Answer:
+        """Sums for input codes (n, inputs), one inference after the other.
+
+        first: bool (n,), whether an episode of a recurrent network begins; its states last from call to call.
+        """
         codes = check_codes(self.network, codes)
+        if self.network.recurrent:
+            codes = np.column_stack([np.zeros(len(codes), int) if first is None else np.asarray(first, int), codes])
         outputs = self.network.outputs
         lines: list[list[int]] = []
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -150,11 +155,11 @@ class Check:
     mismatch: str | None
 
 
-def check(folder: Path, codes: np.ndarray, tool: str | None = None) -> Check:
+def check(folder: Path, codes: np.ndarray, tool: str | None = None, first: np.ndarray | None = None) -> Check:
     """Run the codes through the hardware and through `hwmodel.network.reference`."""
     with Simulation(folder, tool) as rtl:
-        answer = rtl.run(codes)
-        want = reference(rtl.network, codes)
+        answer = rtl.run(codes, first)
+        want = reference(rtl.network, codes, first)
         name = rtl.tool
     mismatch = None
     if (answer.sums != want).any():
@@ -180,3 +185,15 @@ def read_vectors(path: Path) -> np.ndarray:
     if len({len(row) for row in rows}) != 1:
         raise HwError(f"{path}: vectors of unequal length, or none")
     return np.array(rows, dtype=np.int64)
+
+
+def episodes_of(network: Network, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Input codes (n, inputs) and, of a recurrent network, `first` (n,) from vectors of a file.
+
+    There each vector has one number more, before its codes: 1 where an episode begins, 0 where not.
+    """
+    if not network.recurrent or vectors.ndim != 2 or vectors.shape[1] != network.layers[0].spec.in_features + 1:
+        return vectors, None
+    if not np.isin(vectors[:, 0], (0, 1)).all():
+        raise HwError("the first number of a recurrent network's vector is 1 where an episode begins, or 0")
+    return vectors[:, 1:], vectors[:, 0] == 1

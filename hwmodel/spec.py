@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hwmodel.formats import Format, FormatError, ScaleFormat, parse, parse_scale
+from hwmodel.formats import Format, FormatError, Int, ScaleFormat, parse, parse_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +124,30 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Recurrence:
+    """What hardware needs to know of a GRU beside the product with its input (`hwmodel.gru`).
+
+    state: format of the state, whose products with the weights take sums of `acc_bits` bits and whose steps are
+    2^-state_fraction. factor_bits: of what a unit of a sum counts. bits: of a gate's input, which counts 2^-fraction.
+    coded: a table makes the output's codes.
+    """
+
+    state: Int
+    acc_bits: int
+    factor_bits: int
+    bits: int
+    fraction: int
+    state_fraction: int
+    coded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One matrix product of a network and what follows it, in the terms of hardware.
 
     name: dotted name of the layer.
-    op: "linear" or "conv2d".
+    op: "linear", "conv2d" or "gru", which has both its products in one spec: `out_features` are the numbers of its
+        state, each with a row for every gate, and `acc_bits` those of the product with the input.
     out_features, in_features: rows and columns of the matrix one output position needs; for a
         convolution the columns are `in_channels / groups * kernel_height * kernel_width`.
     positions: output positions per inference (1 for a linear layer, height * width for a convolution).
@@ -146,10 +165,11 @@ class LayerSpec:
     rescale: the arithmetic that reproduces what follows the sums exactly; None: not known, `hwmodel.convert`
         assumes what is usual.
     window: the map that the layer reads position by position; None: the whole input at once, or not known.
+    recurrence: of a GRU, and only of it.
     """
 
     name: str
-    op: Literal["linear", "conv2d"]
+    op: Literal["linear", "conv2d", "gru"]
     out_features: int
     in_features: int
     positions: int = 1
@@ -165,10 +185,13 @@ class LayerSpec:
     out_factors: bool = False
     rescale: Rescale | None = None
     window: Window | None = None
+    recurrence: Recurrence | None = None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per inference."""
+        if self.op == "gru":
+            return 3 * self.out_features * (self.in_features + self.out_features)
         return self.out_features * self.in_features * self.positions
 
     def to_json(self) -> dict[str, Any]:
@@ -179,6 +202,10 @@ class LayerSpec:
         record["granularity"] = str(self.granularity)
         for key in ("rescale", "window"):
             record[key] = None if record[key] is None else asdict(record[key])
+        if self.recurrence is None:
+            del record["recurrence"]
+        else:
+            record["recurrence"] = asdict(self.recurrence) | {"state": str(self.recurrence.state)}
         return record
 
     @classmethod
@@ -195,4 +222,11 @@ class LayerSpec:
                 key: tuple(value) if isinstance(value, list) else value for key, value in values["window"].items()
             }
             values["window"] = Window(**entries)
+        if (values.get("recurrence") is not None) != (values["op"] == "gru"):
+            raise ValueError(f"layer {values['name']!r}: a recurrence goes with op gru")
+        if values.get("recurrence") is not None:
+            state = parse(values["recurrence"]["state"])
+            if not isinstance(state, Int):
+                raise ValueError(f"layer {values['name']!r}: a GRU's state is an integer, not {state}")
+            values["recurrence"] = Recurrence(**values["recurrence"] | {"state": state})
         return cls(**values)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hwmodel import fabric
 from hwmodel.accumulator import signed_bits, unit_range
-from hwmodel.affine import solve, solved
+from hwmodel.affine import solve, solved, unsolved
 from hwmodel.convert import Converter, affine, converters, csd_adds
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
@@ -271,10 +271,10 @@ def plan_unrolled(network: Network, device: Device, *, fit: bool = True) -> tupl
 
     fit: `HwError` where the design does not fit the device.
     """
-    if any(layer.thresholds is not None and layer.spec.rescale is None for layer in network.layers):
+    if unsolved(network):
         network = solved(network)
     with pricing(device.family):
-        every = network.layers
+        every = network.products
         plans = tuple(unrolled_fold(layer, after) for layer, after in zip(every, [*every[1:], None], strict=True))
     luts = sum(plan.cost.luts for plan in plans)
     if fit and luts > device.luts:

@@ -145,14 +145,14 @@ def _unrolled(family: str, layers: tuple[Layer, ...]) -> Design:
     network = Network(layers)
     plans = plan_unrolled(network, find_device(PARTS[fabric.family()][-1]), fit=False)
     names = [f"{p.spec.out_features}x{p.spec.in_features} {p.spec.weight} x {p.spec.act} {p.converter}" for p in plans]
-    return Design("unrolled", family, "; ".join(names), network.layers, plans)
+    return Design("unrolled", family, "; ".join(names), network.products, plans)
 
 
 def _trained(name: str, network: Network) -> Design:
     plans = plan_network(network, find_device(PARTS[fabric.family()][0]), dsp="all" if "in DSPs" in name else "none")
     weight = str(plans[0].spec.weight)
     family = weight if weight in FAMILIES else "int" if weight[0] in "iu" else "minifloat"
-    layers = tuple(replace(layer, spec=p.spec) for layer, p in zip(network.layers, plans, strict=True))
+    layers = tuple(replace(layer, spec=p.spec) for layer, p in zip(network.products, plans, strict=True))
     return Design("trained", family, name, layers, plans)
 
 

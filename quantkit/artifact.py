@@ -41,6 +41,7 @@ from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, Plain, QLayer, shape_of
 from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack
 from quantkit.recipe import format_name, parse_format
+from quantkit.recurrent import has_loop
 from quantkit.specs import bits_per_weight, layer_specs, repeated, sqnr_db, weight_name
 
 FORMAT_VERSION = 1
@@ -102,9 +103,18 @@ def save_artifact(model: Model, path: Path, *, force: bool = False, files: Itera
         packed |= arrays
     with new_directory(path, force=force, marker=MARKER) as folder:
         save_file(packed, folder / TENSORS, metadata=TENSORS_META)
-        write_documents(folder, model, layers, shared, summary(model), layer_specs(model))
+        write_documents(folder, model, layers, shared, summary(model), _specs(model))
         for file in files:
             shutil.copyfile(file, folder / file.name)
+
+
+def _specs(model: Model) -> tuple[LayerSpec, ...]:
+    """What the cost model reads; only a recurrent network loads the code that knows its hardware."""
+    if not has_loop(model.module):
+        return layer_specs(model)
+    from quantkit.rtl_export import hardware_specs
+
+    return hardware_specs(model)
 
 
 def pack_layer(name: str, layer: QLayer, *, weight: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -58,7 +58,7 @@ def captured(model: Model, *, inplace: bool = False) -> Model:
     if problem is None:
         try:
             with torch.random.fork_rng(devices=[]):  # building a layer draws its first weights
-                module = _modularized(_export(module, model.example), module)
+                module = modularized(exported(module, (model.example,)), module)
         except Exception as error:  # whatever the module's own Python does under export
             problem = " ".join(str(error).split())[:200] or type(error).__name__
     if problem is not None:
@@ -73,17 +73,19 @@ def captured(model: Model, *, inplace: bool = False) -> Model:
     return Model(module, model.example.clone(), model.env, meta)
 
 
-def _export(module: nn.Module, example: Tensor) -> fx.GraphModule:
+def exported(module: nn.Module, examples: tuple[Tensor, ...]) -> fx.GraphModule:
+    """What `torch.export` makes of the module: the first dimension of inputs is free, of tokens the second, too."""
     for part in module.modules():  # what is written in place must be decomposed, batch norms with it
         if getattr(part, "inplace", False):
             part.inplace = False  # type: ignore[assignment]
-    if len(example) == 1 and example.dim():
-        example = torch.cat([example, example])  # export takes a size of 1 for a constant
-    free = {0: torch.export.Dim.DYNAMIC}
-    if example.dim() == 2 and not example.is_floating_point():
-        free[1] = torch.export.Dim.AUTO  # tokens; a network that holds for one length only stays so
+    # export takes a size of 1 for a constant
+    examples = tuple(torch.cat([x, x]) if len(x) == 1 and x.dim() else x for x in examples)
+    free = [{0: torch.export.Dim.DYNAMIC} for _ in examples]
+    if examples[0].dim() == 2 and not examples[0].is_floating_point():
+        free[0][1] = torch.export.Dim.AUTO  # tokens; a network that holds for one length only stays so
+    shapes = (free[0], tuple(free[1:])) if len(free) > 1 else (free[0],)  # a network with states has them as *states
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=(free,))
+        program = torch.export.export(module, examples, dynamic_shapes=shapes)
         if any(_mutates(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
         graph = program.module(check_guards=False)
@@ -129,9 +131,10 @@ class _Parts:
         return name
 
 
-def _modularized(gm: fx.GraphModule, original: nn.Module) -> fx.GraphModule:
-    """The graph with modules in the place of products and normalizations."""
+def modularized(gm: fx.GraphModule, original: nn.Module, made: dict[str, nn.Module] | None = None) -> fx.GraphModule:
+    """The graph with modules in the place of products and normalizations; made: those that it calls already."""
     parts = _Parts(original)
+    parts.modules |= made or {}
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _BUILDERS:
             _BUILDERS[node.target](gm, node, parts)

@@ -4,6 +4,9 @@ Between two layers the float pipeline of `quantkit.simulate` (scale, bias, activ
 rounding) is a step function of the integer sum. `thresholds` finds every step by binary search with
 that very float32 arithmetic, so the hardware's codes equal the simulator's, whatever the activation, if
 only it ascends; where the sums are few enough to try all of them, that is proved by trying them.
+
+A recurrent network is taken one step at a time (`quantkit.stepwise`). Its GRU cells become fixed point and tables
+(`hwmodel.gru`), which do differ from the float simulation: there the truth is `hwmodel.network.reference`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from torch import nn
 from hwmodel.affine import solved
 from hwmodel.cost import HwError
 from hwmodel.formats import Format, bits, levels, unit
-from hwmodel.gru import INDEX, Gru
+from hwmodel.gru import INDEX, G, Gru
 from hwmodel.network import Layer, Network
+from hwmodel.spec import LayerSpec
 from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.model import Model
@@ -32,6 +36,7 @@ from quantkit.recurrent import GRUCell
 from quantkit.rounding import rounder
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
+from quantkit.stepwise import chain_of, is_recurrent
 
 Step = Callable[[np.ndarray], np.ndarray]
 
@@ -45,11 +50,14 @@ NEAR = 32
 
 @dataclass(frozen=True)
 class Host:
-    """The float part of a policy on hardware: observations to input codes, sums to network outputs and actions."""
+    """The float part of a policy on hardware: observations to input codes, sums to network outputs and actions.
+
+    head: None of a network that is no policy, whose actions are its outputs.
+    """
 
     before: Step
     after: Step
-    head: Head
+    head: Head | None
 
     def codes(self, obs: np.ndarray) -> np.ndarray:
         """Input codes (n, inputs) int64 of raw observations (n, *obs_shape)."""
@@ -61,84 +69,139 @@ class Host:
 
     def actions(self, sums: np.ndarray) -> np.ndarray:
         """Environment actions of the hardware's sums."""
-        return self.head.actions(self.after(sums))
+        return self.after(sums) if self.head is None else self.head.actions(self.after(sums))
 
 
 def network_of(model: Model) -> tuple[Network, Host]:
-    """The integers of a quantized MLP or linear policy; InputError names the layer that has none."""
-    policy = model.module
-    if not isinstance(policy, Policy):
-        raise InputError("this network is not a policy; hardware is written for chains of linear layers")
-    modules = list(policy.net.named_children())
-    places = [i for i, (_, m) in enumerate(modules) if isinstance(m, QLayer | nn.Linear | nn.Conv2d)]
+    """The integers of a quantized MLP, linear or recurrent policy; InputError names the layer that has none."""
+    stage, head, modules = _chain(model)
+    places = [i for i, (_, m) in enumerate(modules) if isinstance(m, QLayer | nn.Linear | nn.Conv2d | GRUCell)]
     if not places:
         raise InputError("this policy has no layers")
     for i in places:
-        _check_layer(*modules[i])
+        _check_part(*modules[i])
     specs = {spec.name: spec for spec in layer_specs(model)}
     parts = [[m for _, m in modules[a + 1 : b]] for a, b in pairwise([*places, len(modules)])]
-    qlayers = [modules[i][1] for i in places]
-    layers = []
+    layers: list[Layer | Gru] = []
     try:
-        for n, (i, layer) in enumerate(zip(places, qlayers, strict=True)):
+        for n, i in enumerate(places):
+            name, layer = modules[i]
+            following = None if n + 1 == len(places) else _entry(modules[places[n + 1]][1])
+            if isinstance(layer, GRUCell):
+                cell = gru_of(layer, name)[0]
+                layers.append(cell if following is None else _coded(cell, parts[n], following))
+                continue
             assert isinstance(layer, QLayer) and layer.q is not None
-            spec = specs[f"net.{modules[i][0]}"]
-            if any(type(m) not in (*ACTIVATION_NAMES, nn.Hardtanh, nn.Identity, nn.Flatten) for m in parts[n]):
-                spec = replace(spec, activation="other")
+            spec = replace(specs[name], activation=_activation(parts[n]), positions=1)
             codes = layer.q.codes.numpy().astype(np.int64)
             plain = Layer(_last(spec), codes, None)
-            if n + 1 == len(places):
+            if following is None:
                 layers.append(plain)
                 continue
-            following = qlayers[n + 1]
-            assert isinstance(following, QLayer)
             table = thresholds(_to_values(layer, parts[n], following), plain, _act(following))
-            layers.append(Layer(spec, codes, table.astype(object), _line(layer, following)))
-        network = solved(Network(tuple(layers), _facts(policy, qlayers[0], qlayers[-1], parts[-1])))
+            layers.append(
+                Layer(replace(spec, out=_act(following)), codes, table.astype(object), _line(layer, following))
+            )
+        first, last = _entry(modules[places[0]][1]), modules[places[-1]][1]
+        network = solved(Network(tuple(layers), _facts(stage, head, first, last, parts[-1])))
     except HwError as error:
         raise InputError(str(error)) from None
-    before = _host_input(policy, [m for _, m in modules[: places[0]]], qlayers[0])
-    return network, Host(before, _to_outputs(qlayers[-1], parts[-1]), policy.head)
+    before = _host_input(stage, [m for _, m in modules[: places[0]]], first)
+    return network, Host(before, _to_outputs(last, parts[-1]), head)
 
 
-def gru_of(cell: GRUCell) -> tuple[Gru, Step]:
+def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
+    """What the cost model is to price: of a recurrent network with hardware its layers, else `layer_specs`."""
+    if is_recurrent(model.module):
+        try:
+            return network_of(model)[0].specs
+        except InputError:  # float sides, LSTM cells: their products still have specs
+            pass
+    return layer_specs(model)
+
+
+def _chain(model: Model) -> tuple[InputStage, Head | None, list[tuple[str, nn.Module]]]:
+    """Input stage, head (None: no policy) and layers by name with what is between them."""
+    policy = model.module
+    if isinstance(policy, Policy):
+        return policy.stage, policy.head, [(f"net.{name}", m) for name, m in policy.net.named_children()]
+    if not is_recurrent(policy):
+        raise InputError("this network is not a policy; hardware is written for chains of linear layers and GRU cells")
+    return InputStage(), None, chain_of(model)
+
+
+def _activation(modules: list[nn.Module]) -> Any:
+    """The name of what stands between two layers: of the first module, "other" if any has no name."""
+    named = {**ACTIVATION_NAMES, nn.Hardtanh: "hardtanh", nn.Identity: "none", nn.Flatten: "none"}
+    if any(type(m) not in named for m in modules):
+        return "other"
+    return named[type(modules[0])] if modules else "none"
+
+
+def _entry(part: nn.Module) -> QLayer:
+    """The layer whose quantizer a part's input meets."""
+    layer = part.ih if isinstance(part, GRUCell) else part
+    assert isinstance(layer, QLayer)
+    return layer
+
+
+def _coded(cell: Gru, modules: list[nn.Module], following: QLayer) -> Gru:
+    """The cell with the table of codes that the next layer reads for every state."""
+    b = cell.state.bits
+    patterns = np.arange(1 << b)
+    states = np.where(patterns < 1 << (b - 1), patterns, patterns - (1 << b)) * 2.0**-cell.state_fraction
+    between, values = _between(modules), _to_input(following)
+    found = values(between(np.repeat(states[:, None].astype(np.float32), cell.hidden, axis=1)))
+    table = encode(torch.from_numpy(found), _act(following)).numpy().astype(np.int64).T
+    return replace(cell, out=_act(following), table=table[:1] if (table == table[0]).all() else table)
+
+
+def gru_of(cell: GRUCell, name: str = "gru") -> tuple[Gru, Step]:
     """The integers of a quantized GRU cell, and inputs (n, inputs) float32 to the integers that it reads.
 
     Differs from `GRUCell` in what follows the products: fixed point and tables (`hwmodel.gru`), and a state in steps of
-    2^-(B-1), where the simulator has a scale of its own. InputError for a side in float.
+    a power of two, the next above the simulator's scale. InputError for a side in float.
     """
+    _check_part(name, cell)
     ih, hh = cell.ih, cell.hh
-    for name, layer in (("ih", ih), ("hh", hh)):
-        _check_layer(f"gru.{name}", layer)
     assert isinstance(ih, QLayer) and isinstance(hh, QLayer) and ih.q is not None and hh.q is not None
-    state = _act(hh)
-    hidden = cell.hidden
+    state, kept, hidden = _act(hh), _state_fraction(cell), cell.hidden
     biases = [layer.bias.detach().numpy().astype(np.float64) for layer in (ih, hh)]
     gains = [np.broadcast_to(np.asarray(layer.kernel().gain, np.float64), biases[0].shape) for layer in (ih, hh)]
-    steps = [_step(ih), _step(hh) / hh.act.scale / unit(state) * 2.0 ** (1 - bits(state))]  # type: ignore[union-attr]
+    steps = [_step(ih), _step(hh) / hh.act.scale / unit(state) * 2.0**-kept]  # type: ignore[union-attr]
     offsets = np.concatenate([(biases[0] + biases[1])[: 2 * hidden], biases[0][2 * hidden :], biases[1][2 * hidden :]])
     assert ih.uniform is not None and hh.uniform is not None
     if ih.uniform.fmt != hh.uniform.fmt or hh.in_scale is not None:
-        raise InputError("a GRU in hardware has one format of weights and no factors on its state")
+        raise InputError(f"layer {name}: a GRU in hardware has one format of weights and no factors on its state")
+    act = cell.state.act
+    if act is None or act.fmt != state:
+        stored = "float" if act is None else act.fmt
+        raise InputError(f"layer {name}: its state is stored as {stored}, but the product with it reads {state}")
     x_codes, h_codes = (layer.q.codes.numpy().astype(np.int64) for layer in (ih, hh))  # type: ignore[union-attr]
     slopes = [gain * step for gain, step in zip(gains, steps, strict=True)]
     fraction = max(INDEX, FACTOR_BITS - int(np.floor(np.log2(min(float(np.median(s)) for s in slopes)))))
     x_factors, h_factors, fixed = (np.rint(v * 2.0**fraction).astype(np.int64) for v in (*slopes, offsets))
     try:
-        found = Gru(ih.uniform.fmt, _act(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction)  # type: ignore[arg-type]
+        found = Gru(
+            name, ih.uniform.fmt, _act(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction, kept
+        )  # type: ignore[arg-type]
     except HwError as error:
         raise InputError(str(error)) from None
     values, smallest = _to_input(ih), unit(_act(ih))
     return found, lambda x: np.rint(values(np.asarray(x, np.float32)) / smallest).astype(np.int64)
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
-    if not isinstance(layer, QLayer) or layer.q is None or layer.act is None:
-        raise InputError(f"layer net.{name} is in float; hardware needs quantized weights and inputs in every layer")
-    if isinstance(layer.q, Bands):
-        raise InputError(f"layer net.{name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
-    if layer.op != "linear":
-        raise InputError(f"layer net.{name} is a convolution; hardware is written for linear layers only, so far")
+def _check_part(name: str, part: nn.Module) -> None:
+    if isinstance(part, GRUCell):
+        _check_part(f"{name}.ih", part.ih)
+        _check_part(f"{name}.hh", part.hh)
+        return
+    if not isinstance(part, QLayer) or part.q is None or part.act is None:
+        raise InputError(f"layer {name} is in float; hardware needs quantized weights and inputs in every layer")
+    if isinstance(part.q, Bands):
+        raise InputError(f"layer {name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
+    if part.op != "linear":
+        raise InputError(f"layer {name} is a convolution; hardware is written for linear layers only, so far")
 
 
 def _act(layer: QLayer) -> Format:
@@ -202,16 +265,27 @@ def _to_values(layer: QLayer, modules: list[nn.Module], following: QLayer) -> St
     return lambda sums: rounded(between(scaled(sums)))
 
 
-def _to_outputs(layer: nn.Module, modules: list[nn.Module]) -> Step:
-    assert isinstance(layer, QLayer)
-    scaled, between = _scaled(layer), _between(modules)
+def _to_outputs(part: nn.Module, modules: list[nn.Module]) -> Step:
+    between = _between(modules)
+    if isinstance(part, GRUCell):
+        step = 2.0 ** -_state_fraction(part)
+        return lambda states: between((states * step).astype(np.float32))
+    assert isinstance(part, QLayer)
+    scaled = _scaled(part)
     return lambda sums: between(scaled(sums))
 
 
-def _host_input(policy: Policy, modules: list[nn.Module], layer: nn.Module) -> Step:
-    assert isinstance(layer, QLayer)
+def _state_fraction(cell: GRUCell) -> int:
+    """The exponent S of a state's step 2^-S, which is 1 to 2 times the calibrated one, or 2^-(B-1) if that is less."""
+    assert isinstance(cell.hh, QLayer) and cell.hh.act is not None
+    fmt = _act(cell.hh)
+    least = bits(fmt) - 1
+    return max(least, min(G, int(np.floor(-np.log2(cell.hh.act.scale * unit(fmt))))))
+
+
+def _host_input(first: InputStage, modules: list[nn.Module], layer: QLayer) -> Step:
     fmt = _act(layer)
-    stage = compile_policy(Policy(policy.stage, nn.Sequential(*modules), policy.head, policy.obs_shape))
+    stage = compile_policy(Policy(first, nn.Sequential(*modules), Head("box"), ()))
     values = _to_input(layer)
     return lambda obs: encode(torch.from_numpy(np.ascontiguousarray(values(stage(obs)))), fmt).numpy().astype(np.int64)
 
@@ -272,21 +346,28 @@ def _disproof(ranks: Step, table: np.ndarray, low: np.ndarray, high: np.ndarray)
     return None
 
 
-def _facts(policy: Policy, first: nn.Module, last: nn.Module, tail: list[nn.Module]) -> dict[str, Any]:
+def _facts(
+    first: InputStage, head: Head | None, entry: QLayer, last: nn.Module, tail: list[nn.Module]
+) -> dict[str, Any]:
     """What the host computes, in JSON."""
-    assert isinstance(first, QLayer) and isinstance(last, QLayer) and first.act is not None
-    stage = {key: getattr(policy.stage, key).tolist() for key in ("mean", "std", "low", "high")}
-    gain = np.broadcast_to(np.asarray(last.kernel().gain, np.float32), last.bias.shape)
+    assert entry.act is not None
+    stage = {key: getattr(first, key).tolist() for key in ("mean", "std", "low", "high")}
+    if isinstance(last, GRUCell):
+        step, gain, bias = 2.0 ** -_state_fraction(last), np.ones(last.hidden), np.zeros(last.hidden)
+    else:
+        assert isinstance(last, QLayer)
+        step, bias = _step(last), last.bias.detach().numpy()
+        gain = np.broadcast_to(np.asarray(last.kernel().gain, np.float32), bias.shape)
     return {
         "stage": {key: _finite(value) for key, value in stage.items()},
-        "in_factor": None if first.in_scale is None else first.in_scale.tolist(),
-        "in_scale": first.act.scale,
-        "in_format": str(first.act.fmt),
-        "step": _step(last),
+        "in_factor": None if entry.in_scale is None else entry.in_scale.tolist(),
+        "in_scale": entry.act.scale,
+        "in_format": str(_act(entry)),
+        "step": step,
         "gain": gain.tolist(),
-        "bias": last.bias.detach().numpy().tolist(),
+        "bias": bias.tolist(),
         "after": [str(module) for module in tail],
-        "head": asdict(policy.head),
+        "head": None if head is None else asdict(head),
     }
 
 

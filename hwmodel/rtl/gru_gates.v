@@ -1,13 +1,13 @@
 // What follows the products of a GRU, one hidden unit per `fire`: h' = n + z (h - n) in fixed point.
 // Gates r, z, n lie in this order, lowest first. A sum times its factor plus its offset counts 2^-F; the tables of
-// sigmoid and tanh are read one cycle after their index and count 2^-G; states count 2^-(B-1).
+// sigmoid and tanh are read one cycle after their index and count 2^-G; states count 2^-S.
 /* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules
 /* verilator lint_off UNUSED */  // ports and wires serve the general case
 module gru_gates #(
     parameter ACC_X = 16, parameter ACC_H = 16,      // bits of the sums of input and state
     parameter K = 12, parameter T = 30, parameter F = 14,
     parameter INDEX = 10, parameter S_RANGE = 3, parameter N_RANGE = 2,  // tables of +-2^RANGE
-    parameter G = 10, parameter B = 8
+    parameter G = 10, parameter B = 8, parameter S = 7
 ) (
     input clk,
     input rst,
@@ -74,13 +74,13 @@ module gru_gates #(
   wire [2*G+1:0] product;
   multiply #(.X_BITS(G+2), .X_SIGNED(1), .Y_BITS(G), .Y_SIGNED(0), .STYLE(1)) update (difference, z, product);
   always @(posedge clk) begin
-    difference <= (old <<< (G - B + 1)) - n_value;
+    difference <= (old <<< (G - S)) - n_value;
     n1 <= n_value;
     n2 <= n1;
     part <= product;
     blend <= (n2 <<< G) + part;
   end
-  round_clip #(.T(2*G+3), .SHIFT(2*G-B+1), .OUT(B), .LOW(-(1 << (B - 1))), .HIGH((1 << (B - 1)) - 1))
+  round_clip #(.T(2*G+3), .SHIFT(2*G-S), .OUT(B), .LOW(-(1 << (B - 1))), .HIGH((1 << (B - 1)) - 1))
     h_round (clk, blend, state);
   delay #(.N(12), .BITS(1)) to_old (clk, rst, fire, take);
   delay #(.N(17), .BITS(1)) to_end (clk, rst, fire, write);

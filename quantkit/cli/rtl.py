@@ -41,6 +41,9 @@ def rtl(
     """Write the quantized policy as Verilog whose codes and sums equal the simulator's bit for bit.
 
     A network with convolutions becomes one design for each run of layers without a branch.
+
+    A network with GRUs becomes a design with a state: a step in time a vector. Its gates are fixed point and tables,
+    and what it equals bit for bit is the integer reference.
     """
     from hwmodel import emit
     from hwmodel.devices import find_device
@@ -131,16 +134,25 @@ def rtl_episodes(
     factory: Factory = None,
     json: Json = False,
 ) -> None:
-    """Play whole episodes with the simulated Verilog; exit 1 at the first sum, output or action that differs."""
+    """Play whole episodes with the simulated Verilog; exit 1 at the first sum, output or action that differs.
+
+    The actions of a network that is no policy are its outputs.
+    """
     from dataclasses import asdict
 
     from quantkit.artifact import load_artifact
     from quantkit.model import EnvSpec
+    from quantkit.recurrent import has_loop
     from quantkit.rtl_episodes import fly
     from quantkit.study import policy_of
 
     model = load_artifact(directory, factory=factory)
-    spec = policy_of(model)[1] if env is None else EnvSpec(env)
+    if env is not None:
+        spec = EnvSpec(env)
+    elif model.env is not None and has_loop(model.module):
+        spec = model.env
+    else:
+        spec = policy_of(model)[1]
     with progress_bar("fly", "episodes") as update:
         flight = fly(model, design, spec, episodes=episodes, seed=seed, tool=tool, progress=update)
     if json:
