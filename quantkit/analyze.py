@@ -285,8 +285,8 @@ class _Seen:
 
     FACTS = ("act_sqnr_db", "act_spread", "saturation", "silent", "outliers", "histogram")
 
-    def __init__(self, part: QLayer | Point, batches: int) -> None:
-        self.sample = Sample(65536, batches)
+    def __init__(self, part: QLayer | Point) -> None:
+        self.sample = Sample(65536)
         self.signal = self.noise = 0.0
         self.clipped = self.count = 0
         self.low, self.high = clip_range(part.act.fmt) if isinstance(part.act, ActQuant) else (-math.inf, math.inf)
@@ -357,7 +357,7 @@ def _observe(
 ) -> tuple[dict[str, _Seen], tuple[dict[str, float], dict[str, float]]]:
     """Inputs of every place while the network runs quantized, and noise and signal of their outputs against float."""
     parts, batches = work.quantizers(), _batches(work, states)
-    seen = {n: _Seen(parts[n], len(batches)) for n in names if getattr(parts[n], "op", "") != "embedding"}
+    seen = {n: _Seen(parts[n]) for n in names if getattr(parts[n], "op", "") != "embedding"}
     noise: dict[str, float] = {}
     signal: dict[str, float] = {}
     kept: dict[str, list[Tensor]] = {}

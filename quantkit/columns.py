@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
-from quantkit.observers import Gram, Site, one_thread, share, spread
+from quantkit.observers import Gram, Site, one_thread, rows
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import base_of, expand_scale, fit_groups, fit_scale, from_values, quantize, scale_format
 from quantkit.rounding import round_to, rounder
@@ -162,11 +162,11 @@ def advantage(D: Tensor, E: Tensor, H: Tensor) -> Tensor:
 def moments(site: Site, samples: int) -> Tensor:
     """H = E[x x^T] of a layer's inputs, (groups, columns, columns), or an empty tensor of a layer that never runs.
 
-    samples: how many inputs are looked at, as in `observers.share`.
+    samples: how many inputs are looked at, as in `observers.rows`.
     """
-    gram = Gram(limit=share(site, samples))
-    for x in site.inputs:
-        gram(site.layer, x)
+    gram = Gram()
+    for x, _ in rows(site, samples):
+        gram.add(x)
     return torch.zeros(0) if gram.total is None else gram.total.div_(gram.count)
 
 
@@ -179,14 +179,11 @@ def aimed(site: Site, H: Tensor, samples: int, ridge: float) -> tuple[Tensor, Te
     """
     layer, (groups, columns, _) = site.layer, H.shape
     W = layer.weight.detach().float().flatten(1)
-    w, bias, limit = W.reshape(groups, -1, columns), layer.bias.reshape(groups, 1, -1), share(site, samples)
+    w, bias = W.reshape(groups, -1, columns), layer.bias.reshape(groups, 1, -1)
     C, count = torch.zeros_like(w), 0
-    for x, y in zip(site.inputs, site.targets, strict=True):
-        at = spread(layer, x, limit)
-        rows = layer.columns(x, at)
-        missing = layer.output_rows(y, at) - bias - torch.bmm(rows, w.mT)
-        C.baddbmm_(missing.mT, rows)
-        count += rows.shape[1]
+    for x, y in rows(site, samples, targets=True):
+        C.baddbmm_((y - bias - torch.bmm(x, w.mT)).mT, x)
+        count += x.shape[1]
     C.div_(count)
     mean = H.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
     damped = H + torch.eye(columns) * (ridge * mean)[:, None, None]

@@ -78,14 +78,14 @@ def channel_range(layer: QLayer | Point, x: Tensor) -> tuple[Tensor, Tensor]:
 class Sample:
     """A sample of at most `limit` input values and the range of all, for fitting an activation scale.
 
-    Values are kept by a fixed stride per batch, so that the result does not depend on chance. top: largest magnitude
-    per channel, (channels,), None before the first batch. broken: (index in the batch, value) of the first input that
-    is not finite, or None.
+    Which values are kept is decided by their number in the order in which they come (`thinned`): neither by chance nor
+    by how they are cut into batches. top: largest magnitude per channel, (channels,), None before the first batch.
+    broken: (index in the batch, value) of the first input that is not finite, or None.
     """
 
-    def __init__(self, limit: int, batches: int) -> None:
-        self.per_batch = max(1, limit // max(1, batches))
-        self.parts: list[Tensor] = []
+    def __init__(self, limit: int) -> None:
+        self.limit, self.level, self.count = limit, 0, 0
+        self.at, self.kept = torch.empty(0, dtype=torch.int64), torch.empty(0)
         self.low, self.high = float("inf"), float("-inf")
         self.top: Tensor | None = None
         self.broken: tuple[tuple[int, ...], float] | None = None
@@ -103,40 +103,103 @@ class Sample:
         top = torch.maximum(high, -low)
         self.top = top if self.top is None or self.top.shape != top.shape else torch.maximum(self.top, top)
         self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
-        flat = x.flatten()
-        self.parts.append(flat[:: -(-flat.numel() // self.per_batch)].clone())
+        end = self.count + x.numel()
+        while end >> self.level >= self.limit:
+            at = self.at >> self.level
+            stays = at & 1 == _side(at >> 1)
+            self.at, self.kept, self.level = self.at[stays], self.kept[stays], self.level + 1
+        at = thinned(self.count, end, self.level)
+        self.at, self.kept = torch.cat([self.at, at]), torch.cat([self.kept, x.flatten()[at - self.count]])
+        self.count = end
 
     def values(self) -> Tensor:
         """The sample, with the extremes included."""
-        return torch.cat([*self.parts, torch.tensor([self.low, self.high])])
+        return torch.cat([self.kept, torch.tensor([self.low, self.high])])
 
 
-def spread(layer: QLayer, x: Tensor, limit: int) -> Tensor | None:
-    """At most about `limit` of the samples of a batch, evenly over images and positions; None for all of them.
+def thinned(first: int, end: int, level: int) -> Tensor:
+    """The numbers from `first` to before `end` that stay when one of every 2^level neighbours does, (n,) int64.
+
+    What stays at one level stays at those below, too. Which of two neighbours goes has no period, so that no width of
+    an image and no number of features lets the same places be kept again and again.
+
+    >>> [thinned(0, 16, level).tolist() for level in (1, 2)]
+    [[0, 3, 4, 6, 9, 11, 12, 14], [0, 6, 9, 12]]
+    """
+    at = torch.arange(first >> level, ((end - 1) >> level) + 1)
+    for _ in range(level):
+        at = 2 * at + _side(at)
+    return at[(at >= first) & (at < end)]
+
+
+def _side(pair: Tensor) -> Tensor:
+    """Which of two neighbours stays: 0 or 1."""
+    return pair * 0x9E3779B1 >> 16 & 1
+
+
+def spread(count: int, limit: int) -> Tensor | None:
+    """At most `limit` numbers below `count`, evenly and ascending; None for all of them.
 
     Golden-section steps: no two are near each other, and no step fits the width of an image.
     """
-    if layer.op == "linear":
-        count = x.numel() // x.shape[-1]
-    else:
-        with torch.device("meta"):
-            y = layer.product(torch.empty(1, *x.shape[1:]), torch.empty(layer.weight.shape))
-        count = len(x) * y.shape[2:].numel()
     if count <= limit:
         return None
-    return (torch.arange(limit, dtype=torch.float64).mul_(0.6180339887498949).frac_() * count).long()
+    steps = torch.arange(limit, dtype=torch.float64).mul_(0.6180339887498949).frac_()
+    return (steps * count).long().sort().values
 
 
-def share(site: Site, samples: int) -> int:
-    """How many samples of each batch to look at, for `samples` in all.
+def positions(layer: QLayer, shape: torch.Size) -> int:
+    """How many samples an input of this shape holds: how often it meets the weight matrix."""
+    if layer.op == "linear":
+        return math.prod(shape[:-1])
+    with torch.device("meta"):
+        y = layer.product(torch.empty(1, *shape[1:]), torch.empty(layer.weight.shape))
+    return shape[0] * y.shape[2:].numel()
 
-    0: every one of a linear layer; 16 per column of a convolution, at least 8,192, as neighbouring positions of an
-    image see nearly the same.
+
+BLOCK = 2**20
+"""Values of the rows that are looked at together, about."""
+
+
+def rows(site: Site, samples: int = 0, *, targets: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """What meets the layer's weight matrix: inputs (groups, n, columns) with targets (groups, n, rows), or without.
+
+    samples: how many of them in all, spread evenly over the calibration set; 0: every one of a linear layer, and of a
+    convolution 16 per column, at least 8,192, as neighbouring positions of an image see nearly the same. Which ones,
+    and how many come at a time, does not depend on the batches in which the site has them.
     """
-    if samples == 0 and not site.layer.spatial:
-        return 2**62
-    samples = samples or max(8192, 16 * site.layer.weight[0].numel())
-    return -(-samples // max(1, len(site.inputs)))
+    layer = site.layer
+    columns = layer.weight[0].numel()
+    block = max(256, BLOCK // columns)
+    counts, chosen = [], None
+    if samples or layer.spatial:
+        counts = [positions(layer, shape) for shape in _shapes(site.inputs)]
+        chosen = spread(sum(counts), samples or max(8192, 16 * columns))
+    first = held = 0
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    for number, x in enumerate(site.inputs):
+        at = None
+        if chosen is not None:
+            lower, upper = torch.searchsorted(chosen, torch.tensor([first, first + counts[number]])).tolist()
+            at = chosen[lower:upper] - first
+            first += counts[number]
+            if not len(at):
+                continue
+        xs.append(layer.columns(x, at))
+        ys.append(layer.output_rows(site.targets[number], at) if targets else xs[-1][:, :, :0])
+        held += xs[-1].shape[1]
+        if held >= block:
+            x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
+            whole = held - held % block
+            yield from zip(x[:, :whole].split(block, dim=1), y[:, :whole].split(block, dim=1), strict=True)
+            xs, ys, held = [x[:, whole:].clone()], [y[:, whole:].clone()], held - whole
+    if held:
+        yield torch.cat(xs, dim=1), torch.cat(ys, dim=1)
+
+
+def _shapes(parts: Sequence[Tensor]) -> list[torch.Size]:
+    return parts.shapes() if isinstance(parts, _Kept) else [x.shape for x in parts]
 
 
 def unquantized(model: Model) -> set[str]:
@@ -145,18 +208,19 @@ def unquantized(model: Model) -> set[str]:
 
 
 class Gram:
-    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count.
+    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count."""
 
-    limit: how many samples of a batch are looked at.
-    """
-
-    def __init__(self, dtype: torch.dtype = torch.float32, limit: int = 2**62) -> None:
-        self.dtype, self.limit = dtype, limit
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.total: Tensor | None = None
         self.count = 0
 
     def __call__(self, layer: QLayer, x: Tensor) -> None:
-        rows = layer.columns(x, spread(layer, x, self.limit)).to(self.dtype)
+        self.add(layer.columns(x))
+
+    def add(self, rows: Tensor) -> None:
+        """Rows as `rows` gives them, (groups, n, columns)."""
+        rows = rows.to(self.dtype)
         if self.total is None:
             self.total = rows.mT @ rows
         else:
@@ -325,7 +389,10 @@ LARGE = 2**22
 """Values from which on what a node makes of all batches waits in half precision."""
 
 PORTION = 153_600
-"""Input values of a batch, at most, where a graph is walked: 50 images of CIFAR. A batch has 32 samples at least."""
+"""Input values of a batch, at most, where a graph is walked: 50 images of CIFAR. A batch has 32 samples at least.
+
+So it is whatever the batches of the calibration set are, as the last bits of a convolution change with its batch; with
+token ids only, whose layers are wide, smaller batches are heeded."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +429,10 @@ class _Kept(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return _restored(self.kept[index])
+
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of all, without restoring any."""
+        return [value.values.shape if isinstance(value, _Half) else value.shape for value in self.kept]
 
 
 class _Later(Sequence[Tensor]):
@@ -465,7 +536,7 @@ def _walk_graph(
 ) -> Iterator[Site]:
     remaining = set(wanted)
     portion = max(32, PORTION // max(1, calib.inputs[:1].numel()))
-    batches = calib.inputs.split(min(calib.batch, portion))
+    batches = calib.inputs.split(portion if calib.inputs.is_floating_point() else min(calib.batch, portion))
     current = _Batches(source, batches)
     reference = _Batches(twin, batches) if isinstance(twin, fx.GraphModule) else None
     outputs: Sequence[Tensor] | None = None  # of the last layer as its site left it

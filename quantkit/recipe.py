@@ -8,6 +8,7 @@ recipe names none of their kind: `act_scales` before the first step that sets we
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import inspect
@@ -209,7 +210,7 @@ def quantize(
     reports: list[StepReport] = []
     trains = {name for name, _ in steps if "refined" in shelves.methods()[name].CHANGES}
     shown = calib.rest() if trains and calib.visit is None else calib  # what training is judged by, no step has fitted
-    with torch.no_grad(), one_thread():
+    with torch.no_grad(), one_thread(), _channels_last(result):
         for index, together in _groups(result, steps):
             if progress:
                 progress(steps[index][0], index, len(steps))
@@ -231,6 +232,17 @@ def quantize(
     result.meta["recipe"] = recipe.to_json()
     result.meta["steps"] = [vars(report) for report in reports]
     return result
+
+
+@contextlib.contextmanager
+def _channels_last(model: Model) -> Iterator[None]:
+    """Images with their channels last, in a graph: unlike a network's own code it asks no tensor for its layout."""
+    layers = model.qlayers().values() if isinstance(model.module, fx.GraphModule) else ()
+    for layer in layers:
+        layer.channels_last = True
+    yield
+    for layer in layers:
+        layer.channels_last = False
 
 
 def give_plans(model: Model, recipe: Recipe) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from laws_methods import wide_images
-from tiny_models import attention, stream
+from tiny_models import SINGLES, attention, stream
 
 from quantkit import observers
 from quantkit.capture import captured
 from quantkit.model import Calib, Model
-from quantkit.observers import collect, float_twin, walk
-from quantkit.qlayers import QLayer
-from quantkit.recipe import make_plan, quantize, uniform
+from quantkit.observers import Sample, Site, collect, float_twin, rows, thinned, walk
+from quantkit.qlayers import Point, QLayer
+from quantkit.recipe import make_plan, parse_step, quantize, uniform
 
 BUILDS = {"attention": attention, "stream": stream, "images": wide_images}
 
@@ -90,3 +90,69 @@ def test_presets_end_as_well(monkeypatch):
         with torch.no_grad():
             errors.append(float((done.module(calib.inputs) - model.module(calib.inputs)).square().mean()))
     assert errors[1] <= 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("step", ["gptq:act_order=true,drift=true", "adaround:steps=40", "rtn:scale=importance"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_batches_of_calibration_do_not_matter(name, step):
+    """Codes and scales are the same however the calibration set is cut into batches."""
+    model, calib = BUILDS[name]()
+    recipe = uniform("int3", "int4", steps=(("act_scales", {"scale": "output", "samples": 500}), parse_step(step)))
+    done = [quantize(model, recipe, Calib(calib.inputs, batch=batch)) for batch in (512, 37, 5)]
+    for other in done[1:]:
+        for key, layer in done[0].quantizers().items():
+            assert other.quantizers()[key].act == layer.act
+            if isinstance(layer, QLayer):
+                assert torch.equal(other.qlayers()[key].q.codes, layer.q.codes), key
+                assert torch.equal(other.qlayers()[key].q.scale, layer.q.scale), key
+
+
+@pytest.mark.parametrize("samples", [0, 100, 10**9])
+@pytest.mark.parametrize("name", ["linear", "conv", "depthwise"])
+def test_rows_do_not_depend_on_batches(name, samples, monkeypatch):
+    """The rows looked at, how many come at a time and the targets beside them are those of one large batch."""
+    model, calib = SINGLES[name]()
+    model.replace("0", QLayer(model.layers()["0"], make_plan("int4", "int4")))
+    layer = model.qlayers()["0"]
+    monkeypatch.setattr(observers, "BLOCK", 256 * layer.weight[0].numel())
+    sites = []
+    for batch in (len(calib.inputs), 64, 7):
+        inputs = calib.inputs.split(batch)
+        sites.append(Site("0", layer, inputs, [layer(x) for x in inputs]))
+    wanted, *others = ([(x.clone(), y.clone()) for x, y in rows(site, samples, targets=True)] for site in sites)
+    every = set(map(tuple, layer.columns(calib.inputs)[0].tolist()))
+    assert sum(x.shape[1] for x, _ in wanted) == min(samples or 10**9, layer.columns(calib.inputs).shape[1])
+    for x, y in wanted:
+        assert set(map(tuple, x[0].tolist())) <= every
+        w = layer.weight.reshape(layer.groups, -1, x.shape[2])
+        assert torch.allclose(torch.bmm(x, w.mT) + layer.bias.reshape(layer.groups, 1, -1), y, atol=1e-5)
+    for found in others:
+        for (x, y), (u, v) in zip(wanted, found, strict=True):
+            assert torch.equal(x, u) and torch.allclose(y, v, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [10, 100, 5000])
+def test_samples_do_not_depend_on_batches(limit):
+    """What a sample keeps is the same for every cut, between half and all of what it may, and of every place."""
+    x = torch.arange(3000 * 12.0).reshape(3000, 12)
+    point = Point()
+    kept = []
+    for batch in (3000, 64, 1):
+        sample = Sample(limit)
+        for part in x.split(batch):
+            sample(point, part)
+        kept.append(sample.values()[:-2])
+        assert limit // 2 <= len(kept[-1]) <= limit and (sample.low, sample.high) == (0, x.max())
+    assert all(torch.equal(k, kept[0]) for k in kept)
+    if limit == 5000:
+        assert set((kept[0] % 12).tolist()) == set(range(12))
+
+
+def test_thinned_is_nested():
+    """What stays at a level stays at those below: one of every 2^level, of any range the part that lies in it."""
+    for level in range(6):
+        at = thinned(0, 4096, level)
+        assert (at // 2**level).tolist() == list(range(4096 >> level))
+        assert set(thinned(0, 4096, level + 1).tolist()) < set(at.tolist())
+        assert thinned(1000, 1777, level).tolist() == [i for i in at.tolist() if 1000 <= i < 1777]
+    assert len(thinned(5, 5, 3)) == 0

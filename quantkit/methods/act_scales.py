@@ -31,7 +31,7 @@ from torch import Tensor
 from hwmodel.formats import Block, Float, Int, max_value
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import Sample, Site, Visit, collect, layerwise, share, spread
+from quantkit.observers import Sample, Site, Visit, collect, layerwise, rows
 from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
 from quantkit.qtensor import BlockRule, ScaleRule, base_for, fit_groups
 from quantkit.rounding import round_to
@@ -106,7 +106,7 @@ def each(
 
     def fit_layer(site: Site) -> None:
         floats = site.floats or site.inputs
-        sample = Sample(samples, len(floats))
+        sample = Sample(samples)
         for x in floats:
             sample(site.layer, x)
         fit(site.name, site.layer, sample)
@@ -114,7 +114,7 @@ def each(
             site.layer.set_act(by_output(site, site.layer.act, samples, pow2))
 
     points = {name: point for name, point in model.points().items() if point.plan.act is not None}
-    seen = {name: Sample(samples, len(calib.batches())) for name in points}
+    seen = {name: Sample(samples) for name in points}
     if points:
         collect(model, calib, seen)
     for name, point in points.items():
@@ -130,7 +130,7 @@ def apply(model: Model, calib: Calib, **options: Any) -> dict[str, float]:
     if options.get("scale") == "output":
         return layerwise(each)(model, calib, **options)
     step = each(model, calib, **options)
-    seen = {name: Sample(step.samples, len(calib.batches())) for name in step.names}
+    seen = {name: Sample(step.samples) for name in step.names}
     if seen:
         collect(model, calib, seen)
     layers = model.qlayers()
@@ -148,13 +148,9 @@ def by_output(site: Site, act: ActQuant, samples: int, pow2: bool) -> ActQuant:
     layer.set_act(None)
     groups, columns = layer.groups, layer.weight[0].numel()
     w = layer.weight.detach().float().reshape(groups, -1, columns)
-    bias, limit = layer.bias.reshape(groups, 1, -1), share(site, max(256, samples // (columns * groups)))
-    rows, wanted = [], []
-    for x, y in zip(site.inputs, site.targets, strict=True):
-        at = spread(layer, x, limit)
-        rows.append(layer.columns(x, at))
-        wanted.append(layer.output_rows(y, at) - bias)
-    x, y = torch.cat(rows, dim=1), torch.cat(wanted, dim=1)
+    bias, limit = layer.bias.reshape(groups, 1, -1), max(256, samples // (columns * groups))
+    pairs = list(rows(site, limit, targets=True))
+    x, y = torch.cat([x for x, _ in pairs], dim=1), torch.cat([y for _, y in pairs], dim=1) - bias
     scales = [act.scale * 2.0 ** (k if pow2 else k / 8) for k in (range(-1, 2) if pow2 else range(-12, 13))]
 
     def error(s: float) -> float:

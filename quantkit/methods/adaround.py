@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hwmodel.formats import Float, Format, Levels, max_value, min_exponent, min_value
 from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, layerwise, share, spread, unquantized
+from quantkit.observers import Site, Visit, layerwise, rows, unquantized
 from quantkit.qtensor import ScaleRule, base_of, expand_scale, fit_scale, from_values, quantize
 from quantkit.rounding import round_to
 
@@ -235,11 +235,8 @@ def _pairs(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
     layer = site.layer
     w = layer.weight.detach().float().reshape(layer.groups, layer.weight.shape[0] // layer.groups, -1)
     bias = layer.bias.reshape(layer.groups, 1, -1)
-    limit = share(site, 0)
-    for x, y in zip(site.inputs, site.targets, strict=True):
-        at = spread(layer, x, limit)
-        rows = layer.columns(x, at)
-        yield rows, torch.bmm(rows, w.mT).add_(bias).sub_(layer.output_rows(y, at))
+    for x, y in rows(site, targets=True):
+        yield x, torch.bmm(x, w.mT).add_(bias).sub_(y)
 
 
 def _moments(site: Site) -> Moments | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quantkit.model import Calib, Model
-from quantkit.observers import Gram, Site, Visit, layerwise, share, unquantized
+from quantkit.observers import Gram, Site, Visit, layerwise, rows, unquantized
 from quantkit.qtensor import ScaleRule, fit_scale, quantize
 
 CHANGES = frozenset({"weights"})
@@ -27,9 +27,9 @@ def each(
         layer, fmt, importance = site.layer, site.layer.plan.weight, None
         assert fmt is not None
         if scale == "importance":
-            gram = Gram(limit=share(site, 0))
-            for x in site.inputs:
-                gram(layer, x)
+            gram = Gram()
+            for x, _ in rows(site):
+                gram.add(x)
             if gram.total is not None:
                 importance = torch.diagonal(gram.total, dim1=-2, dim2=-1) / gram.count  # (groups, columns)
                 importance = importance.repeat_interleave(layer.weight.shape[0] // layer.groups, dim=0)
