@@ -475,7 +475,8 @@ class Attention(nn.Module):
         if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
         if self._plain() and (mask is None or not self.causal):
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, scale=self.scale)
+            causal = self.causal or (mask is not None and _hides_later(mask, q.shape[-2], k.shape[-2]))
+            return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, scale=self.scale)
         return self._explicit(q, k, v, mask)
 
     def _plain(self) -> bool:
@@ -494,3 +495,10 @@ class Attention(nn.Module):
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return self.values(scores.softmax(dim=-1), v)
+
+
+def _hides_later(mask: Tensor, n: int, m: int) -> bool:
+    """Whether a boolean mask shows every query the keys up to its own and no others; kernels need no mask for that."""
+    if mask.dtype != torch.bool or n != m or mask.shape[-2:] != (n, m) or torch.compiler.is_compiling():
+        return False
+    return torch.equal(mask, torch.ones(n, n, dtype=torch.bool, device=mask.device).tril().expand_as(mask))

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hwmodel.formats import levels
+from quantkit.qlayers import ActQuant, BlockAct
+from quantkit.rounding import round_to
+
 Schedule = Callable[[float], float]
 """Fraction of the run that is done, 0 to 1 -> factor of the learning rates."""
 Progress = Callable[[int, int, float], None]
@@ -29,6 +33,19 @@ class Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return grad if ctx.open is None else grad * ctx.open, None, None
+
+
+def rounded(act: ActQuant | BlockAct | None, axis: int, x: Tensor) -> Tensor:
+    """What a QLayer or Point multiplies with, grid values of x, with the gradient of x / scale inside the range."""
+    match act:
+        case None:
+            return x
+        case BlockAct():
+            values: Tensor = Straight.apply(x, act.values(x, axis))
+        case ActQuant():
+            u, grid = x / act.scale, levels(act.fmt)
+            values = Straight.apply(u, round_to(u, act.fmt), (u >= grid[0]) & (u <= grid[-1]))
+    return values
 
 
 def cosine(warmup: float = 0.05) -> Schedule:

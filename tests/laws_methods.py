@@ -26,6 +26,7 @@ METHODS = shelves.methods()
 FAST = {
     "adaround": {"steps": 60},
     "distill": {"steps": 20, "rounds": 2},
+    "tune": {"steps": 8},
     "tequila": {"steps": 20, "batch": 32},
     "ptq161": {"steps": 4},
 }

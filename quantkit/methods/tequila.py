@@ -35,12 +35,11 @@ from hwmodel.spec import Granularity
 from quantkit.errors import InputError
 from quantkit.losses import loss_for
 from quantkit.model import Calib, Model
-from quantkit.observers import unquantized
+from quantkit.observers import float_twin, unquantized
 from quantkit.policy import Policy
-from quantkit.qlayers import ActQuant, BlockAct, QLayer
+from quantkit.qlayers import QLayer
 from quantkit.qtensor import expand_scale, from_values, grouped, scale_format
-from quantkit.rounding import round_to
-from quantkit.training import Straight, cosine, train
+from quantkit.training import Straight, cosine, rounded, train
 
 CHANGES = frozenset({"weights", "bias", "trained"})
 Quantizer = Literal["absmean", "absmedian", "twn", "lsq"]
@@ -89,19 +88,6 @@ class _Learned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         inside, slope = ctx.saved_tensors
         return grad * inside, grad * slope, None
-
-
-def rounded(act: ActQuant | BlockAct | None, axis: int, x: Tensor) -> Tensor:
-    """What a QLayer or Point multiplies with, grid values of x, with the gradient of x / scale inside the range."""
-    match act:
-        case None:
-            return x
-        case BlockAct():
-            values: Tensor = Straight.apply(x, act.values(x, axis))
-        case ActQuant():
-            u, grid = x / act.scale, levels(act.fmt)
-            values = Straight.apply(u, round_to(u, act.fmt), (u >= grid[0]) & (u <= grid[-1]))
-    return values
 
 
 class Trainee(nn.Module):
@@ -262,7 +248,7 @@ def apply(
     if not wanted:
         return {"loss_before": 0.0, "loss_after": 0.0}
     with torch.no_grad():
-        teacher = _teacher(model)
+        teacher = float_twin(model)
         first = calib.inputs[: 4 * batch]
         example = torch.cat([teacher.module(x) for x in first.split(batch)])
         loss = _loss(model, example, calib.inputs, distill, (prompt_end, answer_end))
@@ -305,17 +291,6 @@ def apply(
         "changed": sum(int((start[n] != ends[n]).sum()) for n in start) / weights,
         "bias_share": share,
     }
-
-
-def _teacher(model: Model) -> Model:
-    """The network in float."""
-    twin = model.copy()
-    for layer in twin.qlayers().values():
-        layer.set_act(None)
-        layer.set_weight(None)
-    for point in twin.points().values():
-        point.set_act(None)
-    return twin
 
 
 def _student(model: Model, quantizer: Quantizer, reactivate: float) -> tuple[Model, dict[str, Trainee]]:
