@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,13 +184,14 @@ def continued(
     temperature: float = 0.0,
     seed: int = 0,
     cache: Callable[[Any], Any] | None = None,
+    ends: Collection[int] = (),
 ) -> dict[str, Any]:
     """A prompt and what the model makes of it: text, prompt_tokens, tokens (made) and seconds.
 
-    It ends at an end token of the configuration, at `tokens` tokens or at the context. temperature: 0 is greedy.
+    It ends at a token of `ends` (`hf.end_tokens`), at `tokens` tokens or at the context. temperature: 0 is greedy.
     Raises InputError for a prompt of no token, or one that leaves no room in the context.
     """
-    config, context = model.meta["config"], int(model.meta["context"])
+    context = int(model.meta["context"])
     ids = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.int64)
     length = ids.shape[1]
     if length == 0:
@@ -202,7 +203,6 @@ def continued(
             f"the tokenizer gives the id {int(ids.max())}, the model has {model.meta['vocabulary']} tokens"
         )
     module: Any = causal_lm(model)
-    ends = config.get("eos_token_id")
     began = time.perf_counter()
     made = generate(
         module,
@@ -211,7 +211,7 @@ def continued(
         cache=None if cache is None else lambda: cache(module.config),
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
-        stop=ends if isinstance(ends, list) else () if ends is None else (ends,),
+        stop=ends,
     )
     seconds = time.perf_counter() - began
     text = tokenizer.decode(made[0].tolist())

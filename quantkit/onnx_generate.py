@@ -112,10 +112,10 @@ def _chosen(logits: np.ndarray, temperature: float, generator: np.random.Generat
 def continued(path: Path, prompt: str, tokens: int, *, temperature: float = 0.0, seed: int = 0) -> dict[str, Any]:
     """A prompt and what the decoder makes of it: text, prompt_tokens, tokens (made) and seconds.
 
-    The tokenizer and the end tokens are those of tokenizer.json and config.json beside the file. It ends at an end
+    The tokenizer and the end tokens (`hf.end_tokens`) are those of the files beside it. It ends at an end
     token, at `tokens` tokens or at the context. Raises InputError for a prompt of no token, or one that leaves no room.
     """
-    from quantkit.loaders.hf import read_tokenizer
+    from quantkit.loaders.hf import end_tokens, read_tokenizer
 
     tokenizer = read_tokenizer(path.parent)
     config = _config(path.parent / "config.json")
@@ -128,8 +128,7 @@ def continued(path: Path, prompt: str, tokens: int, *, temperature: float = 0.0,
         raise InputError(f"the prompt has {ids.shape[1]} tokens, which leaves no room in the decoder's context")
     if int(ids.max()) >= int(config["vocab_size"]):
         raise InputError(f"the tokenizer gives the id {ids.max()}, the decoder has {config['vocab_size']} tokens")
-    ends = config.get("eos_token_id")
-    stop = ends if isinstance(ends, list) else () if ends is None else (ends,)
+    stop = end_tokens(path.parent, config)
     began = time.perf_counter()
     made = decoder.generate(ids, min(tokens, room), temperature=temperature, seed=seed, stop=stop)
     seconds = time.perf_counter() - began

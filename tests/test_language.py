@@ -235,11 +235,31 @@ def test_generation_is_greedy_or_drawn_and_ends(tmp_path: Path) -> None:
     drawn = [continued(model, tokenizer, "w3 w4", 8, temperature=2.0, seed=s)["text"] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert continued(model, tokenizer, "w3", 1000)["tokens"] == 63
-    model.meta["config"]["eos_token_id"] = [99, int(wanted[0, 4])]
-    first = wanted[0, 2:].tolist().index(int(wanted[0, 4])) + 1
-    assert continued(model, tokenizer, "w3 w4", 8)["tokens"] == first
+    end = int(wanted[0, 4])
+    first = wanted[0, 2:].tolist().index(end) + 1
+    assert continued(model, tokenizer, "w3 w4", 8, ends=[99, end])["tokens"] == first
     cached = document("generate", path, "--prompt", "w3 w4", "--max-tokens", "8", "--kv-cache", "saq:levels=16,group=8")
     assert cached["text"] == text
+
+
+def test_a_text_ends_where_transformers_ends_it(tmp_path: Path) -> None:
+    """generation_config.json has the word on end tokens where it names some, as in transformers' own `generate`."""
+    path = checkpoint(tmp_path)
+    prompt = torch.tensor([hf.read_tokenizer(path).encode("w3 w4").ids])
+    free = transformers.AutoModelForCausalLM.from_pretrained(path).generate(
+        prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=99
+    )
+    end = int(free[0, 5])
+    for named, of in (([end, 99], path / "generation_config.json"), (end, path / "config.json")):
+        edit(path / "generation_config.json", eos_token_id=None)
+        edit(of, eos_token_id=named)
+        if of.name == "config.json":
+            (path / "generation_config.json").unlink()
+        own = transformers.AutoModelForCausalLM.from_pretrained(path)
+        wanted = own.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert wanted.shape[1] < free.shape[1]
+        found = document("generate", path, "--prompt", "w3 w4", "--max-tokens", "8")
+        assert found["tokens"] == wanted.shape[1] - 2
 
 
 GPTQ = ("--weights", "int4", "--acts", "float", "--step", "gptq")

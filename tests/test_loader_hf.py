@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_lm import transformers
+from tokenizers import pre_tokenizers
 from torch import nn
 
 from quantkit.capture import captured
@@ -270,6 +271,20 @@ def test_a_tokenizer_is_read(tmp_path):
     words(path, 53)
     hf.load(path)
     assert hf.read_tokenizer(path).token_to_id("w7") == 7
+
+
+def test_a_tokenizer_does_not_cut_texts(tmp_path):
+    """A length that training left in tokenizer.json counts for nothing, as in transformers."""
+    path = folder(tmp_path)
+    words(path, 53)
+    saved = hf.read_tokenizer(path)
+    saved.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    saved.enable_truncation(3)
+    saved.enable_padding(length=9)
+    saved.save(str(path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    for text in ("w1 w2", "w1 w2 w3 w4 w5"):
+        assert hf.read_tokenizer(path).encode(text).ids == theirs(text).input_ids == [int(w[1:]) for w in text.split()]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="stories260k is not staged beside the project")

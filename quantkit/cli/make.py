@@ -227,13 +227,15 @@ def _continued(
     """The prompt continued in torch."""
     from quantkit.caches import make_cache
     from quantkit.language import continued, is_language
-    from quantkit.loaders.hf import read_tokenizer
+    from quantkit.loaders.hf import end_tokens, read_tokenizer
 
     model = load(directory, None, None, "stage")
     if not is_language(model):
         raise InputError(f"{directory} is no language model; accepted: a directory of one, quantized or not")
     cache = None if kv_cache is None else lambda config: make_cache(kv_cache, config)
-    return continued(model, read_tokenizer(directory), prompt, tokens, temperature=heat, seed=seed, cache=cache)
+    ends = end_tokens(directory, model.meta["config"])
+    options: dict[str, Any] = {"temperature": heat, "seed": seed, "cache": cache, "ends": ends}
+    return continued(model, read_tokenizer(directory), prompt, tokens, **options)
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")

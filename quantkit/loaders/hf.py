@@ -31,7 +31,8 @@ from quantkit.model import Model
 
 TYPES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 INDEX = "model.safetensors.index.json"
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+GENERATION = "generation_config.json"
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
 """Files beside the weights that a quantized directory takes along."""
 
 
@@ -174,14 +175,27 @@ def companions(path: Path) -> list[Path]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a directory, from tokenizer.json; InputError if there is none that can be read."""
+    """The tokenizer of a directory, from tokenizer.json; InputError if there is none that can be read.
+
+    Texts stay whole: a length that the file cuts or pads to, as training has left it there, is dropped.
+    """
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path}: has no tokenizer.json, the one form of tokenizer that is read")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def end_tokens(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text: those of generation_config.json if it has any, as in transformers, or of `config`."""
+    record = _read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+    found = next((r["eos_token_id"] for r in (record, config) if r.get("eos_token_id") is not None), ())
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
