@@ -48,6 +48,8 @@ def add_tokenizer(writer: Any, decoder: Decoder) -> str:
     else:
         writer.add_tokenizer_pre(_split(record))
         writer.add_token_merges([" ".join(merge) for merge in merges])
+    if (template := _chat_template(decoder)) is not None:
+        writer.add_chat_template(template)
     config = decoder.config
     for kind, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
         found = getattr(config, f"{kind}_token_id", None)
@@ -55,6 +57,15 @@ def add_tokenizer(writer: Any, decoder: Decoder) -> str:
             add(int(found[0] if isinstance(found, list) else found))
     writer.add_add_bos_token(_starts_with_special(record))
     return name
+
+
+def _chat_template(decoder: Decoder) -> str | None:
+    """The template of a conversation, in a file of its own or in tokenizer_config.json."""
+    files = {f.name: f.read_text(encoding="utf-8") for f in decoder.files}
+    if (alone := files.get("chat_template.jinja")) is not None:
+        return alone
+    found = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
+    return found if isinstance(found, str) else None
 
 
 def _split(record: dict[str, Any]) -> str:

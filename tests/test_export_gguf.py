@@ -158,6 +158,16 @@ def test_byte_level_tokens(tmp_path: Path) -> None:
         fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
         assert fields["tokenizer.ggml.merges"].contents() == ["a b"]
         assert fields["tokenizer.ggml.pre"].contents() == name
+        assert "tokenizer.chat_template" not in fields
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for file, text in (
+        ("tokenizer_config.json", json.dumps({"chat_template": template})),
+        ("chat_template.jinja", template),
+    ):
+        (tmp_path / file).write_text(text)
+        decoder = decoder_of(model, model.config, [tmp_path / "tokenizer.json", tmp_path / file])
+        export_gguf.export(decoder, tmp_path / "x.gguf", force=True)
+        assert gguf.GGUFReader(tmp_path / "x.gguf").fields["tokenizer.chat_template"].contents() == template
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
