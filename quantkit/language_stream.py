@@ -10,7 +10,8 @@ Every finished block (a decoder layer; what comes before the first, and behind t
     block-000/                activations behind it, of the quantized and, where a step asks for it, the float network
     block-000.json            written last: records, specifications, what the steps have counted so far
 
-so that an interrupted run goes on behind the last of them. At the end the files are joined to the artifact.
+so that an interrupted run goes on behind the last of them, if recipe, weights, text and our own source are the same. At
+the end the files are joined to the artifact.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, one_thread
 from quantkit.qlayers import Plain, QLayer, shape_of
 from quantkit.recipe import Recipe, StepReport, full_steps, give_plans, one_walk
+from quantkit.sources import source_digest
 from quantkit.specs import same_weight, specs_of
 
 GIB = 2**30
@@ -121,6 +123,7 @@ def _job(model: Model, recipe: Recipe, calib: Calib) -> dict[str, Any]:
         "checkpoint": model.meta["sha256"],
         "calibration": [digest, list(calib.inputs.shape), calib.batch],
         "versions": {"quantkit": __version__, "torch": torch.__version__},
+        "source": source_digest(__name__),
     }
 
 
@@ -164,8 +167,9 @@ class _Run:
                 raise InputError(f"{self.folder} is in the way and is no unfinished run; remove or rename it") from None
             changed = [key for key in job if before.get(key) != job[key]]
             if changed:
+                names = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
                 raise InputError(
-                    f"{self.folder} is an unfinished run with another {' and '.join(changed)}; finish it with the same"
+                    f"{self.folder} is an unfinished run with another {names}; finish it with the same"
                     " command as before, or remove it to start anew"
                 )
             shutil.rmtree(self.folder / "spilled", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A digest of our own source that decides what a row says: rows made by other code must not be mixed unnoticed."""
+"""A digest of our own source that decides what a result is: what other code has made must not be mixed in unnoticed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = "quantkit.study"
+"""What makes a row of a study."""
 SHELVES = ("methods", "tasks", "loaders")
 """Found by listing their folders at run time, so no import names them."""
 ASIDE = ("quantkit.verify",)
@@ -20,19 +21,19 @@ _IMPORT = re.compile(
 
 
 @cache
-def source_digest() -> str:
+def source_digest(root: str = ROOT) -> str:
     """12 hex digits over `source_files`."""
     digest = hashlib.sha256()
-    for path in source_files():
+    for path in source_files(root):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def source_files() -> list[Path]:
-    """The modules that ROOT and the shelves import, directly or not, and hwmodel's tables, in a fixed order."""
+def source_files(root: str = ROOT) -> list[Path]:
+    """The modules that `root` and the shelves import, directly or not, and hwmodel's tables, in a fixed order."""
     here = Path(__file__).resolve().parent
     todo = [f"quantkit.{shelf}.{path.stem}" for shelf in SHELVES for path in (here / shelf).glob("*.py")]
-    todo.append(ROOT)
+    todo.append(root)
     seen: dict[str, Path] = {}
     while todo:
         name = todo.pop()

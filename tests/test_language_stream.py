@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from test_cli import call, document, error
 from test_language import checkpoint, ids
-from test_loader_hf import change, folder
+from test_loader_hf import change, edit, folder
 
 from quantkit.artifact import load_artifact, save_artifact
 from quantkit.capture import captured
@@ -132,8 +132,15 @@ def test_a_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
     line = error(*base, "gptq", "--weights", "int4", "--calibration", text)
     assert "another recipe and calibration" in line and "q.partial" in line
     change(path, lambda t: t["model.norm.weight"].mul_(2))
-    assert "another recipe and checkpoint" in error(*base, "gptq", "--weights", "int4", "--calibration", text)
+    assert "another recipe, checkpoint and calibration" in error(
+        *base, "gptq", "--weights", "int4", "--calibration", text
+    )
     assert partial_folder(tmp_path / "q").is_dir() and not (tmp_path / "q").exists()
+    job = partial_folder(tmp_path / "q") / "job.json"
+    edit(job, source="0" * 12)
+    assert "recipe, checkpoint, calibration and source" in error(
+        *base, "gptq", "--weights", "int4", "--calibration", text
+    )
     (tmp_path / "r.partial").mkdir()
     line = error("quantize", path, "-o", tmp_path / "r", "--weights", "int4", "--acts", "float")
     assert "is no unfinished run" in line

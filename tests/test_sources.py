@@ -43,6 +43,15 @@ def test_what_shows_or_exports_is_not_seen() -> None:
     assert not seen & {"quantkit/search.py", "quantkit/sweep.py", "quantkit/backends.py", "quantkit/report.py"}
 
 
+def test_a_language_job_has_files_of_its_own() -> None:
+    """What quantizes block by block counts for its blocks and not for a study's rows; every method counts for both."""
+    own = {path.relative_to(ROOT).as_posix() for path in source_files("quantkit.language_stream")}
+    stream = {"quantkit/language_stream.py", "quantkit/language_store.py"}
+    assert stream <= own and not stream & {path.relative_to(ROOT).as_posix() for path in source_files()}
+    assert {"quantkit/columns.py", "quantkit/methods/gptq.py", "quantkit/loaders/hf.py", "quantkit/artifact.py"} <= own
+    assert source_digest("quantkit.language_stream") != source_digest()
+
+
 def test_any_changed_file_changes_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more byte in one file is another digest; the same files give the same."""
     files = []
@@ -50,7 +59,7 @@ def test_any_changed_file_changes_the_digest(tmp_path: Path, monkeypatch: pytest
         copy = tmp_path / path.name
         copy.write_bytes(path.read_bytes())
         files.append(copy)
-    monkeypatch.setattr(quantkit.sources, "source_files", lambda: files)
+    monkeypatch.setattr(quantkit.sources, "source_files", lambda root: files)
     digests = {source_digest.__wrapped__()}
     for path in files:
         path.write_bytes(path.read_bytes() + b"\n")
