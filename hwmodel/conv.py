@@ -27,7 +27,7 @@ from hwmodel.cost import Cost
 from hwmodel.fabric import kept
 from hwmodel.formats import bits
 from hwmodel.layer import address_bits, choice
-from hwmodel.memory import ram
+from hwmodel.memory import Memory, ram
 from hwmodel.spec import LayerSpec, Window
 
 
@@ -294,25 +294,38 @@ def depth(found: Stream, rest: int) -> int:
     return found.beats * (2 + math.ceil((rest + 2) / found.period))
 
 
-def window_cost(spec: LayerSpec, found: Stream) -> Cost:
-    """The window with its ring, as `rtl/window.v` writes it: counters and comparisons counted from the structure."""
+WINDOW_LUTS = (5.34, 3.94, 2.7, -0.08, 3.03, 28.77)
+WINDOW_FFS = (5.23, 6.85, -1.14, 0.81, 3.5, 11.73)
+"""Cells for each of `window_bits`: benchmarks/conv_window.py fits them to Yosys' counts for 7 series."""
+
+
+def window_bits(spec: LayerSpec, found: Stream) -> tuple[int, ...]:
+    """What the size of `rtl/window.v` but its ring goes by: bits of an address of the ring, of a line's number, of
+    the results that wait, of the counters inside a position, of a place in a padded map; and 1."""
     window = spec.window
-    assert window is not None and spec.act is not None
-    (kh, kw), width = window.kernel, found.codes * bits(spec.act)
-    line = window.width * found.words
-    cells = line * found.lines
-    address = address_bits(cells)
-    ring = ram(width, cells)
-    x, y = address_bits(window.width + kw), address_bits(window.height + kh)
-    beats = (window.out_width * window.stride[1] + kw) * found.words
-    counted = (found.taps, kw, kh, found.repeats, found.groups, window.out_width, window.out_height, line, cells)
-    counters = sum(fabric.counter(n) for n in counted if n > 1)
-    luts = counters + 2 * x + 2 * y + 4 * address + 2 * address_bits(beats) + 3 * y
-    ffs = sum(address_bits(n) for n in counted if n > 1) + 3 * (x + y) + 6 * address + address_bits(beats)
-    return ring.cost + Cost(luts=luts, ffs=ffs + (width if ring.kind == "bram" else 0))
+    assert window is not None
+    (kh, kw), line = window.kernel, window.width * found.words
+    steps = (found.taps, kw, kh, found.repeats, found.groups)
+    place = address_bits(window.width + kw) + address_bits(window.height + kh) if any(window.padding) else 0
+    counted = sum((n - 1).bit_length() for n in steps)
+    rows = (window.height + kh).bit_length()
+    return address_bits(line * found.lines), rows, (3 * found.beats).bit_length(), counted, place, 1
+
+
+def ring(spec: LayerSpec, found: Stream) -> Memory:
+    """The memory of a window's lines."""
+    assert spec.window is not None and spec.act is not None
+    return ram(found.codes * bits(spec.act), found.lines * spec.window.width * found.words)
+
+
+def window_cost(spec: LayerSpec, found: Stream) -> Cost:
+    """The window with its ring, as `rtl/window.v` writes it."""
+    size = window_bits(spec, found)
+    luts, ffs = (sum(a * b for a, b in zip(size, each, strict=True)) for each in (WINDOW_LUTS, WINDOW_FFS))
+    return ring(spec, found).cost + Cost(luts=luts, ffs=ffs)
 
 
 def results_cost(width: int, words: int) -> Cost:
     """The results that wait for the receiver (`rtl/fifo.v`): `words` of `width` bits."""
     count = address_bits(words)
-    return Cost(luts=fabric.ram_luts(width, words) + 2 * fabric.counter(words) + 2 * count, ffs=3 * count + 1)
+    return Cost(luts=fabric.ram_luts(width, words) + 5 * count + 2, ffs=4 * count + 1)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel import emit
-from hwmodel.conv import chain_cycles, depthwise
+from hwmodel.conv import chain_cycles, depthwise, ring
 from hwmodel.devices import Device
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
 from hwmodel.fabric import pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.layer import address_bits
-from hwmodel.memory import ram
 from hwmodel.network import Layer, Network, reference, sample_codes
 from hwmodel.plan import layer_costs, total, total_cycles
 
@@ -52,7 +51,6 @@ def stage_text(index: int, layer: Layer, plan: Fold) -> str:
     assert window is not None
     word, leaving = found.codes * bits(layer.formats[1]), plan.units * result_bits(layer)
     col = address_bits(plan.column_folds)
-    ring = ram(word, found.lines * window.width * found.words)
     parameters = {
         "BITS": word,
         "WORDS": found.words,
@@ -74,7 +72,7 @@ def stage_text(index: int, layer: Layer, plan: Fold) -> str:
         "DEPTH": plan.depth,
         "PAUSE": plan.share - 1,
         "PADDED": int(any(window.padding)),
-        "BLOCK": int(ring.kind == "bram"),
+        "BLOCK": int(ring(layer.spec, found).kind == "bram"),
     }
     text = ", ".join(f".{name}({value})" for name, value in parameters.items())
     return f"""// {layer.spec.name}: {window.channels} x {window.height} x {window.width} to \
