@@ -37,7 +37,7 @@ def gru_text(index: int, cell: Gru, plan: Fold, *, beside_dsps: bool = False) ->
         texts.append(text)
         roms += found
     word = 6 * k + 4 * t
-    roms.append(Rom(f"{name}_constants", word, tuple(_word(cell, j) for j in range(hidden))))
+    roms.append(Rom(f"{name}_constants", word, cell.words()))
     half = 1 << (INDEX - 1)
     by_code = [(c + half if c < half else c - half) for c in range(2 * half)]  # two's complement index
     for what, width, values in (("sigmoid", G, sigmoid_table()), ("tanh", G + 1, tanh_table())):
@@ -127,14 +127,3 @@ module {name} (
 endmodule
 """
     return "\n".join([top, *texts]), roms
-
-
-def _word(cell: Gru, unit: int) -> int:
-    """The constants of one unit, as `rtl/gru_gates.v` reads them."""
-    t, k, rows = cell.t_bits, cell.factor_bits, [unit + g * cell.hidden for g in range(4)]
-    fields = [(int(f[r]), k) for f in (cell.x_factors, cell.h_factors) for r in rows[:3]]
-    fields += [(int(cell.offsets[r]) & ((1 << t) - 1), t) for r in rows]
-    word, at = 0, 0
-    for value, width in fields:
-        word, at = word | value << at, at + width
-    return word

@@ -22,7 +22,7 @@ from hwmodel.convert import affine, round_clip
 from hwmodel.cost import Cost, HwError
 from hwmodel.fabric import adder
 from hwmodel.formats import Format, Int, bits, parse
-from hwmodel.layer import address_bits
+from hwmodel.layer import address_bits, constants
 from hwmodel.mac import booth_rows
 from hwmodel.memory import rom
 from hwmodel.reference import to_units
@@ -126,13 +126,35 @@ class Gru:
         )
 
     @property
+    def columns(self) -> int:
+        """Bits of `words` that are neither the same in all units nor equal to another bit in all of them."""
+        width, words = 6 * self.factor_bits + 4 * self.t_bits, self.words()
+        found = {tuple(word >> i & 1 for word in words) for i in range(width)}
+        return sum(0 < sum(column) < len(column) for column in found)
+
+    def words(self) -> tuple[int, ...]:
+        """Factors and offsets of each unit as one number, as `rtl/gru_gates.v` reads them."""
+        t, k, n = self.t_bits, self.factor_bits, self.hidden
+        made = []
+        for unit in range(n):
+            fields = [(int(f[unit + g * n]), k) for f in (self.x_factors, self.h_factors) for g in range(3)]
+            fields += [(int(self.offsets[unit + g * n]) & ((1 << t) - 1), t) for g in range(4)]
+            word = at = 0
+            for value, width in fields:
+                word, at = word | value << at, at + width
+            made.append(word)
+        return tuple(made)
+
+    @property
     def spec(self) -> LayerSpec:
         """What the cost model reads."""
         x, h = (
             int(exact_bits(to_units(codes, self.weight), fmt).max())
             for codes, fmt in ((self.x_codes, self.act), (self.h_codes, self.state))
         )
-        kept = Recurrence(self.state, h, self.factor_bits, self.t_bits, self.fraction, self.state_fraction, self.coded)
+        kept = Recurrence(
+            self.state, h, self.factor_bits, self.t_bits, self.fraction, self.state_fraction, self.columns, self.coded
+        )
         inputs = int(self.x_codes.shape[1])
         return LayerSpec(
             self.name, "gru", self.hidden, inputs, weight=self.weight, act=self.act, out=self.out, acc_bits=x,
@@ -242,6 +264,7 @@ def gates_cost(spec: LayerSpec) -> Cost:
     cost = Cost()
     for width in (spec.acc_bits, found.acc_bits):
         cost += affine(Rescale("runtime", k, 0, t, 0, 0), width) * 3 + Cost(ffs=3 * width)
+    cost += Cost(luts=adder(t, t, False)) * -2  # r and z have their offset beside the input
     for width, shift, out in ((t, found.fraction + S_RANGE + 1 - INDEX, INDEX),) * 2 + (
         (t, found.fraction + N_RANGE + 1 - INDEX, INDEX),
         (2 * G + 3, 2 * G - found.state_fraction, b),
@@ -249,9 +272,9 @@ def gates_cost(spec: LayerSpec) -> Cost:
         cost += round_clip(Rescale("plain", 0, 0, width, shift, 0), out)
     luts = booth_rows(t, True, G, False) + booth_rows(G + 2, True, G, False) + 3 * adder(t, t, False)
     luts += adder(G + 2, G + 2, False) + adder(2 * G + 3, 2 * G + 2, False)
-    luts += 2 * t + G + 2 * b * hidden  # delays in shift registers; the states' choices between old and new
+    luts += 2 * t + G + b * hidden  # delays in shift registers; the old state, loaded or shifted
     cost += Cost(luts=luts, ffs=4 * t + 4 * t + 3 * b * hidden + 8 * G)
-    cost += rom(6 * k + 4 * t, hidden).cost + rom(G, 1 << INDEX).cost * 2 + rom(G + 1, 1 << INDEX).cost
+    cost += constants(6 * k + 4 * t, hidden, found.columns) + rom(G, 1 << INDEX).cost * 2 + rom(G + 1, 1 << INDEX).cost
     if found.coded:
         assert spec.out is not None
         cost += rom(bits(spec.out), 1 << b).cost

@@ -129,7 +129,7 @@ class Recurrence:
 
     state: format of the state, whose products with the weights take sums of `acc_bits` bits and whose steps are
     2^-state_fraction. factor_bits: of what a unit of a sum counts. bits: of a gate's input, which counts 2^-fraction.
-    coded: a table makes the output's codes.
+    columns: bits of the units' constants that differ from each other. coded: a table makes the output's codes.
     """
 
     state: Int
@@ -138,6 +138,7 @@ class Recurrence:
     bits: int
     fraction: int
     state_fraction: int
+    columns: int
     coded: bool
 
 
