@@ -6,6 +6,10 @@ policy has input `input` and output `output`; it is captured as a graph first (`
 and the graph is translated node by node (`quantkit.export_graph`). The first dimension of the input
 is the batch and has no fixed size; targets for FPGA tools fix it to 1.
 
+Of a recurrent network one step in time is exported (`quantkit.stepwise`): behind `input` come its states (batch,
+size), and behind `output` the states of the next step, `state` and `next_state`, or `state_0`, ... where there are
+several. The first step takes zeros. The metadata say under `states` whose each is.
+
 Five targets. `qonnx` and `finn` are for FPGA tools and described in `quantkit.export_qonnx`,
 `qcdq` in `quantkit.export_qcdq`. The other two are QDQ (see `quantkit.onnx_formats`) and differ
 in where scales are multiplied:
@@ -47,10 +51,10 @@ import onnx
 import onnxruntime
 import torch
 from onnx import ModelProto, TensorProto, helper
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 import quantkit
-from quantkit import export_graph, export_qcdq, export_qonnx
+from quantkit import export_graph, export_qcdq, export_qonnx, stepwise
 from quantkit.bands import Bands
 from quantkit.capture import captured
 from quantkit.errors import InputError
@@ -78,7 +82,6 @@ def export_onnx(
     cannot be written.
     """
     path, model = Path(path), _followed(model)
-    check(model, to, postprocess)
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; give another output or --force to replace it")
     if not path.parent.is_dir():
@@ -91,19 +94,21 @@ def export_onnx(
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        _try(Path(name), path, model.example[:1])
+        _try(Path(name), path, model)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _try(path: Path, wanted: Path, example: Tensor) -> None:
+def _try(path: Path, wanted: Path, model: Model) -> None:
     """Run the file once; InputError in the name of `wanted` if onnxruntime does not take it."""
     try:
         session = open_session(path)
-        entry = session.get_inputs()[0]
-        session.run(None, {entry.name: example.numpy().astype(input_dtype(entry.type))})
+        entry, *states = session.get_inputs()
+        first = stepwise.observation(model)[:1] if states else model.example[:1]
+        feed = {state.name: np.zeros((1, *state.shape[1:]), input_dtype(state.type)) for state in states}
+        session.run(None, {entry.name: first.numpy().astype(input_dtype(entry.type)), **feed})
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         text = " ".join(str(error).split())[:200]
         raise InputError(f"{wanted}: not written, onnxruntime does not run this network ({text})") from None
@@ -128,8 +133,8 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def check(model: Model, to: Target, postprocess: bool = False) -> None:
-    """Raise InputError for what the target cannot carry: cheap, before any work."""
+def check(model: Model, to: Target, postprocess: bool = False) -> Net:
+    """What is translated, `network_of`; InputError for what the target cannot carry."""
     if to not in get_args(Target):
         raise InputError(f"unknown export target {to!r}; accepted: {', '.join(get_args(Target))}")
     bands = [name for name, layer in model.qlayers().items() if isinstance(layer.q, Bands)]
@@ -149,33 +154,40 @@ def check(model: Model, to: Target, postprocess: bool = False) -> None:
     net = network_of(model, to)
     if isinstance(net, fx.GraphModule):
         export_graph.check(net)
+    elif isinstance(net, stepwise.Step):
+        export_graph.check(net.graph, several=True)
+        if to == "qonnx" or to == "finn":
+            raise InputError(f"target {to} has no recurrent networks; accepted: qdq, qdq-real, qcdq")
     if to == "qonnx" or to == "finn":
         export_qonnx.check(model, to, postprocess, net if isinstance(net, list) else [])
     elif to == "qcdq":
         export_qcdq.check(model)
+    return net
 
 
 def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -> ModelProto:
     """The ONNX model, checked by onnx's full check; `export_onnx` writes it."""
     model = _followed(model)
-    check(model, to, postprocess)
+    net = check(model, to, postprocess)
     policy = model.module if isinstance(model.module, Policy) else None
     fpga = to in ("qonnx", "finn")
     graph = Graph(dot="_" if fpga else ".")  # hls4ml changes the dots of some names and not of others
     source, target = ("obs", "actions") if policy else ("input", "output")
     shape = list(policy.obs_shape if policy else model.example.shape[1:])
     kind = TYPES[model.example.dtype]
-    net = network_of(model, to)
     with torch.inference_mode():
         result = model.module(model.example[:1])
     out_kind, out_shape = int(TYPES[result.dtype]), list(result.shape[1:])
     batch: int | str = 1 if fpga else "batch"
     out_batch: list[Any] = [batch]
     values: dict[str, str] = {}
+    if isinstance(net, stepwise.Step):
+        return _step(graph, net, model, to)
     if isinstance(net, fx.GraphModule):
         graph.four_bits = False
-        x, walk = export_graph.translate(net, graph, source, to, model.example)
-        out_batch, out_shape = [], list(result.shape) if fpga else walk.output_shape()
+        (last,), walk = export_graph.translate(net, graph, [source], to, [model.example])
+        x = walk.names[last]
+        out_batch, out_shape = [], list(result.shape) if fpga else walk.output_shape(last)
         values = walk.named()
     else:
         kind = TensorProto.UINT8 if kind == TensorProto.UINT8 else TensorProto.FLOAT
@@ -190,11 +202,48 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
         values = {node: target if tensor == x else tensor for node, tensor in values.items()}
     else:
         graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
+    entry = helper.make_tensor_value_info(source, kind, [batch, *shape])
+    leaving = helper.make_tensor_value_info(target, out_kind, [*out_batch, *out_shape])
+    return _proto(graph, [entry], [leaving], model, to, postprocess, values)
+
+
+def _step(graph: Graph, step: stepwise.Step, model: Model, to: Target) -> ModelProto:
+    """The file of one step of a recurrent network."""
+    names = [f"state_{i}" for i in range(len(step.states))] if len(step.states) > 1 else ["state"]
+    sources, targets = ["input", *names], ["output", *(f"next_{name}" for name in names)]
+    graph.four_bits = False
+    nodes, walk = export_graph.translate(step.graph, graph, sources, to, step.examples)
+    values = walk.named()
+    entries = [
+        helper.make_tensor_value_info(name, TYPES[example.dtype], ["batch", *example.shape[1:]])
+        for name, example in zip(sources, step.examples, strict=True)
+    ]
+    leaving = []
+    for node, target in zip(nodes, targets, strict=True):
+        graph.nodes.append(helper.make_node("Identity", [walk.names[node]], [target], name=target))
+        kind = TYPES[walk.facts[node].dtype or torch.float32]
+        leaving.append(helper.make_tensor_value_info(target, kind, walk.output_shape(node)))
+    facts = [{"input": name, "output": f"next_{name}", **asdict(s)} for name, s in zip(names, step.states, strict=True)]
+    return _proto(graph, entries, leaving, model, to, False, values, {"states": canonical(facts)})
+
+
+def _proto(
+    graph: Graph,
+    entries: list[Any],
+    leaving: list[Any],
+    model: Model,
+    to: Target,
+    postprocess: bool,
+    values: dict[str, str],
+    more: dict[str, str] | None = None,
+) -> ModelProto:
+    """The nodes as a model with its metadata, checked; values: tensors of the file by node; more: further metadata."""
+    fpga = to in ("qonnx", "finn")
     proto = helper.make_graph(
         graph.nodes,
         _name(model),
-        [helper.make_tensor_value_info(source, kind, [batch, *shape])],
-        [helper.make_tensor_value_info(target, out_kind, [*out_batch, *out_shape])],
+        entries,
+        leaving,
         graph.initializers,
         doc_string=_doc(model, to, postprocess),
     )
@@ -213,7 +262,7 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
         producer_version=quantkit.__version__,
         doc_string=_doc(model, to, postprocess),
     )
-    facts = metadata(model, to, postprocess) | {"opset": str(opset)}
+    facts = metadata(model, to, postprocess) | {"opset": str(opset)} | (more or {})
     helper.set_model_props(result, facts | ({"values": canonical(values)} if values else {}))
     onnx.checker.check_model(result, full_check=True)
     return onnx.shape_inference.infer_shapes(result) if fpga or to == "qcdq" else result
@@ -224,19 +273,26 @@ def _followed(model: Model) -> Model:
     return model if isinstance(model.module, Policy | fx.GraphModule) else captured(model)
 
 
-def network_of(model: Model, to: Target) -> list[tuple[str, nn.Module]] | fx.GraphModule:
+Net = list[tuple[str, nn.Module]] | fx.GraphModule | stepwise.Step
+
+
+def network_of(model: Model, to: Target) -> Net:
     """What is translated: the layers of a policy, and for finn of any chain, by name; otherwise the captured graph.
+
+    Of a recurrent network its step.
 
     InputError, with the reason, for a network that could not be followed or is no chain.
     """
     module = model.module
     if isinstance(module, Policy):
         return [(f"net.{name}", layer) for name, layer in module.net.named_children()]
+    if stepwise.is_recurrent(module):
+        return stepwise.step_graph(model)
     if not isinstance(module, fx.GraphModule):
         reason = model.meta.get("untraced", "it was quantized without being captured")
         raise InputError(
             f"this network cannot be exported, since its graph is not known: {reason}; accepted: what "
-            "torch.export follows, without a loop over time"
+            "torch.export follows, with no loop over time but that of nn.GRU and nn.LSTM"
         )
     return export_graph.as_chain(module) if to == "finn" else module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from quantkit.export_layers import Target, layer_nodes, matmul_nodes
 from quantkit.export_ops import TABLE
 from quantkit.export_walk import TYPES, Walk, facts_of, fixed_nodes
 from quantkit.onnx_formats import Graph
-from quantkit.qlayers import Attention, MatMul, QLayer
+from quantkit.qlayers import Attention, MatMul, Point, QLayer
 
 aten = torch.ops.aten
 
 _MODULES = (
     QLayer,
+    Point,
     MatMul,
     Attention,
     nn.Linear,
@@ -32,8 +34,11 @@ _MODULES = (
 )
 
 
-def check(gm: fx.GraphModule) -> None:
-    """Raise InputError, naming the node and what is accepted, for an operation without a translation."""
+def check(gm: fx.GraphModule, *, several: bool = False) -> None:
+    """Raise InputError, naming the node and what is accepted, for an operation without a translation.
+
+    several: results are accepted, as a step of a recurrent network has them.
+    """
     fixed = fixed_nodes(gm)
     for n in gm.graph.nodes:
         if n.op == "call_function" and n not in fixed and n.target not in TABLE:
@@ -45,18 +50,20 @@ def check(gm: fx.GraphModule) -> None:
             accepted = ", ".join(m.__name__ for m in _MODULES)
             raise InputError(f"layer {n.target!r}: {kind} has no translation to ONNX; accepted: {accepted}")
     (result,) = gm.graph.output_node().args
-    if not isinstance(result, fx.Node):
+    if not isinstance(result, fx.Node) and not several:
         raise InputError("the network returns several values; accepted for export: one tensor")
 
 
-def translate(gm: fx.GraphModule, graph: Graph, source: str, to: Target, example: Tensor) -> tuple[str, Walk]:
-    """Append the graph's nodes, fed by the tensor `source`; the name of its output, and the walk."""
-    facts, values = facts_of(gm, example)
-    walk = Walk(gm, graph, to, facts)
+def translate(
+    gm: fx.GraphModule, graph: Graph, sources: Sequence[str], to: Target, examples: Sequence[Tensor]
+) -> tuple[list[fx.Node], Walk]:
+    """Append the graph's nodes, fed by the tensors `sources`; those that leave it, and the walk with their names."""
+    facts, values = facts_of(gm, examples)
+    walk, left = Walk(gm, graph, to, facts), iter(sources)
     for n in gm.graph.nodes:
         match n.op:
             case "placeholder":
-                walk.names[n] = source
+                walk.names[n] = next(left)
             case "output":
                 break
             case _ if n in values:
@@ -69,9 +76,9 @@ def translate(gm: fx.GraphModule, graph: Graph, source: str, to: Target, example
             case "call_function" if facts[n].number is None or facts[n].parts:
                 walk.names[n] = TABLE[n.target](walk, n, _arguments(n))
     (result,) = gm.graph.output_node().args
-    output: str = walk.names[result]  # type: ignore[index]
-    _prune(graph, output)
-    return output, walk
+    outputs: list[Any] = list(result) if isinstance(result, list | tuple) else [result]
+    _prune(graph, {walk.names[n] for n in outputs})
+    return outputs, walk
 
 
 def _type(n: fx.Node, tensor: Tensor) -> int:
@@ -80,9 +87,9 @@ def _type(n: fx.Node, tensor: Tensor) -> int:
     return int(TYPES[tensor.dtype])
 
 
-def _prune(graph: Graph, output: str) -> None:
-    """Drop nodes and constants that do not reach the output, such as sizes that a reshape made superfluous."""
-    needed, kept = {output}, []
+def _prune(graph: Graph, outputs: set[str]) -> None:
+    """Drop nodes and constants that do not reach an output, such as sizes that a reshape made superfluous."""
+    needed, kept = set(outputs), []
     for node in reversed(graph.nodes):
         if needed & set(node.output):
             needed |= set(node.input)

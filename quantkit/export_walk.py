@@ -45,15 +45,15 @@ class Fact:
     parts: tuple[Fact, ...] = ()
 
 
-def facts_of(gm: fx.GraphModule, example: Tensor) -> tuple[dict[fx.Node, Fact], dict[fx.Node, Tensor]]:
-    """Facts by node, and the values of nodes that no input reaches; both from runs of the first example."""
+def facts_of(gm: fx.GraphModule, examples: Sequence[Tensor]) -> tuple[dict[fx.Node, Fact], dict[fx.Node, Tensor]]:
+    """Facts by node, and the values of nodes that no input reaches; both from runs of each input's first example."""
     fixed = fixed_nodes(gm)
     runs = []
     for batch in (2, 3):
         seen: dict[fx.Node, Any] = {}
         recorder = _Recorder(gm, seen, fixed)
         with torch.no_grad():
-            recorder.run(torch.cat([example[:1]] * batch))
+            recorder.run(*(torch.cat([example[:1]] * batch) for example in examples))
         runs.append(seen)
     values = {n: v for n, v in runs[0].items() if n in fixed and isinstance(v, Tensor)}
     return {n: _merged(_fact(v), _fact(runs[1][n])) for n, v in runs[0].items()}, values
@@ -165,10 +165,9 @@ class Walk:
         kept = {output for node in self.graph.nodes for output in node.output}
         return {key: name for key, name in (tensors | self.inner).items() if name in kept}
 
-    def output_shape(self) -> list[int | str | None]:
-        """The output's shape: "batch" for that dimension, None for another that depends on it."""
-        (node,) = self.gm.graph.output_node().args
-        fact = self.facts[node]  # type: ignore[index]
+    def output_shape(self, node: fx.Node) -> list[int | str | None]:
+        """The shape of a node: "batch" for that dimension, None for another that depends on it."""
+        fact = self.facts[node]
         return [known or ("batch" if two == 2 else None) for known, two in zip(fact.shape, fact.of_two, strict=True)]
 
     def reshaped(self, x: str, shape: Sequence[int | None], name: str, exact: Sequence[Any] | None = None) -> str:

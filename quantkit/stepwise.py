@@ -73,6 +73,16 @@ def cells_of(module: nn.Module) -> dict[str, Cell]:
     return {name: part for name, part in module.named_modules() if isinstance(part, GRUCell | LSTMCell)}
 
 
+def observation(model: Model) -> Tensor:
+    """The first step's observations (batch, ...) of the example, which is of sequences."""
+    return model.example[:, 0] if batch_first(model.module) else model.example[0]
+
+
+def batch_first(module: nn.Module) -> bool:
+    """Whether a recurrent network takes (batch, time, ...), and not (time, batch, ...)."""
+    return next(part.batch_first for part in module.modules() if isinstance(part, Unrolled))
+
+
 def step_graph(model: Model, *, whole: bool = False) -> Step:
     """The step of a network over sequences, its batch free; whole: cells stay one module each, not their products.
 
@@ -92,12 +102,16 @@ def step_graph(model: Model, *, whole: bool = False) -> Step:
     first = {loop.batch_first for _, loop in loops}
     if len(first) > 1:
         raise InputError("recurrent layers with batch_first and without cannot be taken one step at a time")
+    if model.example.dim() < 3:
+        raise InputError(
+            f"a step is of a network over sequences (batch, time, ...), not over {tuple(model.example.shape)}"
+        )
+    example = observation(model)
     states = tuple(
         State(name, part, cell.hidden)
         for name, cell in cells.items()
         for part in (("h", "c") if isinstance(cell, LSTMCell) else ("h",))
     )
-    example = model.example[:, 0] if first == {True} else model.example[0]
     examples = (torch.cat([example[:1]] * 2), *(torch.zeros(2, state.size) for state in states))
     copied, box = copy.deepcopy(module), _Box()
     one = _OneStep(_with_leaves(copied, box, whole), box, 1 if first == {True} else 0)
@@ -258,6 +272,8 @@ class _OneStep(nn.Module):
         (box,) = self._box
         box.made, box.given = [], list(_paired(states, self.pairs))
         y = self.module(x.unsqueeze(self.axis))
+        if not isinstance(y, Tensor):
+            raise InputError("the network returns several values; accepted for a step: one tensor")
         if box.given:
             raise InputError("a recurrent layer of this network does not run")
         return (y.squeeze(self.axis) if y.dim() > x.dim() else y), *box.made

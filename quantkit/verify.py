@@ -11,6 +11,10 @@ boundary has no innocent explanation: the file is wrong, and `ok` is False.
 A network that is no policy is deep and may flip somewhere in every input. Its file is compared node by node
 (`quantkit.verify_graph`) on the first inputs and on all that deviate: exact sums bit for bit, everything else within
 float rounding, each node on the file's own values. There an input is explained if no node is wrong.
+
+A recurrent network's file takes one step, and its states carry a difference on. It is run over whole sequences with its
+own states, and torch takes every step from the states that the file had: what is compared are single steps, their
+outputs and states, and again the nodes.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hwmodel import formats
+from quantkit import stepwise
 from quantkit.errors import InputError
 from quantkit.export import canonical, input_dtype, open_session
 from quantkit.model import Model
@@ -115,9 +120,12 @@ def verify(
 ) -> Agreement:
     """Compare the file with the model on `states` (n, *input shape) and, for a policy, on whole episodes.
 
+    Of a recurrent network `states` are sequences, (n, time, ...), and every step of them counts.
     evaluate: how episodes are run; by default in `model.env`. Raises InputError for a file that is
     missing, no ONNX, or of another artifact (checkpoint, recipe or shapes), and for unfit states.
     """
+    if stepwise.is_recurrent(model.module):
+        return _verify_steps(model, Path(onnx_path), states, progress)
     session, facts = _open(model, Path(onnx_path))
     head = model.module.head if isinstance(model.module, Policy) else None
     as_actions = facts["postprocess"] == "true"
@@ -197,6 +205,68 @@ def verify(
     )
 
 
+def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Progress | None) -> Agreement:
+    """`verify` of a recurrent network over sequences (n, time, ...), time first where the network has it so."""
+    session, facts = _open(model, path)
+    step = stepwise.step_graph(model)
+    x = np.asarray(sequences, np.float32)
+    if x.ndim != model.example.dim() or x.shape[2:] != tuple(model.example.shape[2:]) or 0 in x.shape:
+        wanted = ", ".join(map(str, model.example.shape[2:]))
+        raise InputError(f"states of shape {x.shape} given; accepted: sequences (n, time, {wanted}), n and time >= 1")
+    x = x if stepwise.batch_first(model.module) else x.swapaxes(0, 1)
+    names = [entry.name for entry in session.get_inputs()]
+    kept = [state.numpy() for state in step.start(len(x))]
+    rows, got, want = [], [], []
+    for t in range(x.shape[1]):
+        inputs = [np.ascontiguousarray(x[:, t]), *kept]
+        with torch.inference_mode():
+            want.append([y.numpy() for y in step.graph(*map(torch.from_numpy, inputs))])
+        try:
+            got.append(session.run(None, dict(zip(names, inputs, strict=True))))
+        except Exception as error:
+            raise InputError(f"{path}: onnxruntime cannot run it ({_line(error)})") from None
+        rows.append(inputs)
+        kept = got[-1][1:]
+        if progress:
+            progress("steps", t + 1, x.shape[1])
+    given = [np.concatenate(part) for part in zip(*rows, strict=True)]
+    ours, theirs = ([np.concatenate(part) for part in zip(*found, strict=True)] for found in (want, got))
+    if not all(np.isfinite(part).all() for part in ours):
+        raise InputError("the torch model's own output is not finite, there is nothing to compare with")
+    differences = [np.abs(a.astype(np.float64) - b).reshape(len(a), -1) for a, b in zip(ours, theirs, strict=True)]
+    deviates = np.zeros(len(given[0]), bool)
+    for found, reference in zip(differences, ours, strict=True):
+        found[~np.isfinite(found)] = np.inf
+        deviates |= found.max(axis=1) > OUTPUT_TOLERANCE * float(np.abs(reference).max(initial=1e-30))
+    differing = np.flatnonzero(deviates)
+    compare = stepper(step.graph, path, json.loads(facts["values"]), facts["target"])
+    wrong: dict[int, str] = {}
+    for row in sorted({*range(min(_FIRST * len(x), len(deviates))), *differing.tolist()}):
+        steps = compare(*(part[row : row + 1] for part in given))
+        if steps.wrong:
+            wrong[row] = steps.wrong[0]
+    first = min(wrong, default=0)
+    return Agreement(
+        n=len(deviates),
+        compared="outputs and states of single steps",
+        max_abs=float(differences[0].max()),
+        max_lsb=None,
+        action_agreement=float(1 - deviates.mean()),
+        first_mismatch=int(differing[0]) if differing.size else None,
+        flips=int(differing.size) - sum(deviates[row] for row in wrong),
+        unexplained=len(wrong),
+        episodes=0,
+        seed=0,
+        mean=None,
+        mean_torch=None,
+        equal_returns=None,
+        ok=not wrong,
+        reason=f"{len(wrong)} of the steps compared node by node have a wrong one: {wrong[first]}" if wrong else "",
+        nodes=steps.compared,
+        exact_nodes=steps.exact,
+    )
+
+
 def _nodes(
     model: Model, path: Path, facts: dict[str, str], inputs: np.ndarray, rows: np.ndarray
 ) -> tuple[dict[int, str] | None, int, int]:
@@ -255,7 +325,10 @@ def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[
     if facts.get("recipe") != (None if recipe is None else canonical(recipe)):
         raise InputError(f"{path}: was exported from the same checkpoint quantized by another recipe")
     shape = list(model.module.obs_shape if isinstance(model.module, Policy) else model.example.shape[1:])
-    if len(session.get_inputs()) != 1 or session.get_inputs()[0].shape[1:] != shape:
+    recurrent = stepwise.is_recurrent(model.module)
+    if recurrent:
+        shape = list(stepwise.observation(model).shape[1:])
+    if (len(session.get_inputs()) != 1) != recurrent or session.get_inputs()[0].shape[1:] != shape:
         raise InputError(f"{path}: takes inputs {session.get_inputs()[0].shape[1:]}, this model takes {shape}")
     return session, facts
 

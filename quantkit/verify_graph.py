@@ -63,8 +63,8 @@ class Steps:
     wrong: list[str] = field(default_factory=list)
 
 
-def stepper(gm: fx.GraphModule, path: Path, values: dict[str, str], target: str) -> Callable[[np.ndarray], Steps]:
-    """A function from inputs (n, ...) to the comparison of all nodes in `values`: node name -> tensor of the file."""
+def stepper(gm: fx.GraphModule, path: Path, values: dict[str, str], target: str) -> Callable[..., Steps]:
+    """A function from the graph's inputs (n, ...) to the comparison of all nodes in `values`: name -> file's tensor."""
     file = onnx.load(path)
     outputs = {tensor.name for tensor in file.graph.output}
     file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(values.values()) - outputs))
@@ -75,12 +75,13 @@ def stepper(gm: fx.GraphModule, path: Path, values: dict[str, str], target: str)
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = sorted(set(values.values()))
 
-    def compare(inputs: np.ndarray) -> Steps:
-        found = dict(zip(names, session.run(names, {session.get_inputs()[0].name: inputs}), strict=True))
+    def compare(*inputs: np.ndarray) -> Steps:
+        feed = {entry.name: array for entry, array in zip(session.get_inputs(), inputs, strict=True)}
+        found = dict(zip(names, session.run(names, feed), strict=True))
         given = {key: torch.from_numpy(np.asarray(found[name])) for key, name in values.items()}
         forced = _Forced(gm, given, target)
         with torch.no_grad():
-            forced.run(torch.from_numpy(inputs))
+            forced.run(*map(torch.from_numpy, inputs))
         return forced.steps
 
     return compare

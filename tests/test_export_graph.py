@@ -395,6 +395,6 @@ def test_refusals() -> None:
     assert "of integers" in refusal(lambda x: x.long() & x.relu().long(), *ROWS)
     assert "several values" in refusal(lambda x: (x, x + 1), *ROWS)
     assert "depends on the batch" in refusal(lambda x: x.repeat_interleave(2, 0), *ROWS)
-    assert "loops over time" in refusal(nn.GRU(4, 3), *ROWS)
+    assert "loops over time" in refusal(nn.RNN(4, 3), *ROWS)
     chain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     assert "node 'tanh': aten.tanh.default has no place in a chain" in refusal(chain, 4, to="finn")
