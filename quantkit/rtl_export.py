@@ -172,7 +172,10 @@ def gru_of(cell: GRUCell, name: str = "gru") -> tuple[Gru, Step]:
     offsets = np.concatenate([(biases[0] + biases[1])[: 2 * hidden], biases[0][2 * hidden :], biases[1][2 * hidden :]])
     assert ih.uniform is not None and hh.uniform is not None
     if ih.uniform.fmt != hh.uniform.fmt or hh.in_scale is not None:
-        raise InputError(f"layer {name}: a GRU in hardware has one format of weights and no factors on its state")
+        raise InputError(
+            f"layer {name}: a GRU in hardware has one format of weights, and no factors on its state as smoothquant "
+            "puts them"
+        )
     act = cell.state.act
     if act is None or act.fmt != state:
         stored = "float" if act is None else act.fmt
