@@ -31,7 +31,7 @@ from hwmodel.cli_proof import CACHE, Bar
 from hwmodel.fabric import pricing
 from hwmodel.fit import residual_of, write_coeffs
 from hwmodel.network import Network, read_network
-from hwmodel.validate import KINDS, Row, summary, validate
+from hwmodel.validate import KINDS, Row, clocks_of, summary, validate
 
 MODELS = {"hwmodel": "hwmodel", "finn": "FINN", "ebops": "EBOPs", "bops": "BOPs"}
 COLORS = {"int": "#1b6ca8", "minifloat": "#c8553d", "mixed": "#7a5195", "ternary": "#2a9d8f", "binary": "#e0a030"}
@@ -50,7 +50,7 @@ def trained(folder: Path) -> dict[str, Network]:
 def record(row: Row) -> dict[str, str | float]:
     """One line of the report."""
     ours, made = row.predicted, row.measured
-    return {
+    found: dict[str, str | float] = {
         "kind": row.kind,
         "family": row.family,
         "name": row.name,
@@ -66,7 +66,11 @@ def record(row: Row) -> dict[str, str | float]:
         "finn_luts": round(row.finn, 1),
         "ebops": row.ebops,
         "bops": row.bops,
-    } | ({} if row.fmax_mhz is None else {"fmax_mhz": row.fmax_mhz})
+    }
+    if row.fmax_mhz is not None:
+        found["fmax_mhz"] = row.fmax_mhz
+        found["predicted_mhz"] = "" if row.predicted_mhz is None else round(row.predicted_mhz, 1)
+    return found
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
@@ -112,6 +116,9 @@ def keep_bands(rows: Sequence[Row], family: str) -> None:
         mine = [row for row in rows if row.kind == kind]
         if mine:
             residual[kind] = residual_of([row.measured.luts for row in mine], [row.predicted.luts for row in mine])
+        guess, clocks = clocks_of(mine)
+        if clocks:
+            residual[f"fmax {kind}"] = residual_of(clocks, guess)
     write_coeffs(path, data)
 
 

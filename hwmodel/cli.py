@@ -32,8 +32,13 @@ MappingOption = Annotated[
 ]
 CoeffsOption = Annotated[
     Path | None,
-    typer.Option("--coeffs", help="Coefficients written by hwmodel fit; default: ours.", rich_help_panel="Hardware"),
+    typer.Option(
+        "--coeffs",
+        help="Coefficients by hwmodel fit, or the word compressor: sums by published counters; default: ours.",
+        rich_help_panel="Hardware",
+    ),
 ]
+UNMEASURED = "by published counter sizes, not measured here"
 CompareOption = Annotated[
     bool,
     typer.Option("--compare", help="FINN's formula, EBOPs, BOPs, compressor trees beside.", rich_help_panel="Output"),
@@ -122,7 +127,8 @@ def cost(
     if json_:
         print(json.dumps(record | ({"compare": others} if compare else {})))
         return
-    shown = record | {"luts": f"{found.luts:,.1f} ±{record['residual']:.0%}"}
+    band = UNMEASURED if record["residual"] is None else f"±{record['residual']:.0%}"
+    shown = record | {"luts": f"{found.luts:,.1f} {band}"}
     rows = [[k, str(v)] for k, v in shown.items() if k != "residual"]
     rows += [[f"LUTs by {name}", "-" if count is None else f"{count:,.1f}"] for name, count in others.items()]
     _table(f"{record['weights']} x {record['acts']}", ["", ""], rows)
@@ -145,7 +151,8 @@ def estimate(
         int | None, typer.Option(help="Lowest latency within this many LUTs.", rich_help_panel="Target")
     ] = None,
     clock_mhz: Annotated[
-        float, typer.Option(help="Clock frequency assumed; it is not predicted.", rich_help_panel="Hardware")
+        float,
+        typer.Option(help="Clock frequency assumed; of ECP5 fmax is estimated beside it.", rich_help_panel="Hardware"),
     ] = 100.0,
     mapping: MappingOption = "lut",
     unroll: Annotated[
@@ -220,7 +227,15 @@ def estimate(
         ]
     )
     _table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
-    print(f"LUT {found.luts:,} ±{found.residual:.0%}: nine of ten synthesized {found.residual_of} lie within")
+    if found.residual is None:
+        print(f"LUT {found.luts:,} {UNMEASURED}")
+    else:
+        print(f"LUT {found.luts:,} ±{found.residual:.0%}: nine of ten synthesized {found.residual_of} lie within")
+    if found.fmax_mhz is not None:
+        print(
+            f"fmax {found.fmax_mhz:g} MHz ±{found.fmax_residual:.0%} after place and route, "
+            f"likewise of {found.residual_of}; slowest: {found.slowest}"
+        )
     print(f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}")
     for name, count in others.items():
         print(f"LUT {count:,.0f} by {name}")

@@ -80,7 +80,11 @@ def fit(
         "coeffs.toml"
     ),
     parts: Annotated[
-        str, typer.Option(help="Which to renew, of products, converters, glue; the others stay.", rich_help_panel="Run")
+        str,
+        typer.Option(
+            help="Which to renew, of products, converters, glue and, of ECP5, timing and clock; the others stay.",
+            rich_help_panel="Run",
+        ),
     ] = "products,converters,glue",
     family: FamilyOption = "xc7",
     csv: Annotated[
@@ -214,4 +218,7 @@ def _show(record: dict[str, Any]) -> None:
     Console().print(table)
     for kind in ("layers", "policies", "unrolled"):
         if clocks := record[kind].get("fmax_mhz"):
-            print(f"{kind}: {clocks['median']:g} MHz ({clocks['min']:g}..{clocks['max']:g}) by {record['nextpnr']}")
+            print(
+                f"{kind}: {clocks['median']:g} MHz ({clocks['min']:g}..{clocks['max']:g}) by {record['nextpnr']}; "
+                f"predicted with a median error of {clocks['median_abs_error']:.1%}, p90 {clocks['p90_abs_error']:.1%}"
+            )

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from hwmodel import timing
 from hwmodel.cost import HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
-from hwmodel.mac import coefficients, pair_key
+from hwmodel.mac import coefficients, pair_key, published
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
 from hwmodel.spec import LayerSpec, PerGroup
@@ -46,7 +47,10 @@ class Estimate:
 
     luts: logical LUTs (LUT1..LUT6 cells, before packing). fits: within every resource of the device.
     binding: the resource of which the largest share is used. residual: 90th percentile of the relative LUT
-    error on synthesized designs of the kind `residual_of` that no coefficient was fitted to.
+    error on synthesized designs of the kind `residual_of` that no coefficient was fitted to; None where sums are
+    priced by published counters. fmax_mhz: the clock
+    that place and route reaches, with fmax_residual, its error likewise, and the slowest piece of the design; None
+    where no such tool has judged it (`timing.clock_mhz`): clock_mhz is an assumption.
     """
 
     device: str
@@ -60,8 +64,11 @@ class Estimate:
     mapping: str
     fits: bool
     binding: str | None
-    residual: float
+    residual: float | None
     residual_of: str
+    fmax_mhz: float | None
+    fmax_residual: float | None
+    slowest: str | None
     layers: tuple[LayerEstimate, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -148,6 +155,8 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
     tightest = max(share, key=lambda name: share[name])
     cycles = sum(layer.cycles for layer in layers)
     kind, band = residual_band(chosen)
+    clock = timing.clock_mhz(chosen, total["luts"])
+    known = coefficients()["residual"].get(f"fmax {kind}")
     return Estimate(
         device=device.name,
         **total,
@@ -159,15 +168,21 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
         binding=tightest if share[tightest] > 0 else None,
         residual=band,
         residual_of=kind,
+        fmax_mhz=round(clock[0], 1) if clock and known else None,
+        fmax_residual=float(known["p90"]) if clock and known else None,
+        slowest=clock[1] if clock and known else None,
         layers=layers,
     )
 
 
-def residual_band(chosen: Sequence[Fold]) -> tuple[str, float]:
+def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     """Kind and 90th percentile of the error to expect: of whole designs where they were judged, else of the MACs.
 
-    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables.
+    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables. Nothing was
+    judged by published counters: None.
     """
+    if published():
+        return "published counters", None
     known = coefficients()["residual"]
     kind = "layers" if len(chosen) == 1 else "policies"
     if chosen[0].unrolled and "unrolled" in known:
@@ -179,7 +194,7 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float]:
     if emitted and kind in known:
         return kind, float(known[kind]["p90"])
     macs = [residual(fold.spec.weight, fold.spec.act) for fold in chosen]  # type: ignore[arg-type]
-    return "units", max(macs)
+    return "units", max(band for band in macs if band is not None)
 
 
 def mac_kind(weight: Format, act: Format) -> str:
@@ -192,6 +207,8 @@ def mac_kind(weight: Format, act: Format) -> str:
     return ("mac int", "mac mixed", "mac minifloat")[floats]
 
 
-def residual(weight: Format, act: Format) -> float:
-    """90th percentile of the relative LUT error of MACs of this kind on held-out units."""
+def residual(weight: Format, act: Format) -> float | None:
+    """90th percentile of the relative LUT error of MACs of this kind on held-out units; None by published counters."""
+    if published():
+        return None
     return float(coefficients()["residual"][mac_kind(weight, act)]["p90"])

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
+from hwmodel.netlist import MAPPER
+
 Family = Literal["xc7", "ecp5"]
 
 FAMILIES: dict[str, Family] = {"xc7": "xc7", "xcup": "xc7", "versal": "xc7", "ecp5": "ecp5"}
@@ -20,8 +22,12 @@ FAMILIES: dict[str, Family] = {"xc7": "xc7", "xcup": "xc7", "versal": "xc7", "ec
 CHAIN = 4
 """LUTs by which nextpnr-ecp5 leads a carry chain into its slices and out of them, whatever its length."""
 
+RAM_CELLS = 6
+"""LUTs that nextpnr-ecp5 counts for a TRELLIS_DPR16X4: four that hold bits, two behind its write port."""
+CHAIN_END = (0.273, 0.257)
+"""Nanoseconds out of a carry chain at its second and at its first bit, as the mapper counts (ccu2c_sim.vh)."""
 CARRIED = 5
-"""Bits from which synth_ecp5 gives a counter a carry chain."""
+"""Bits from which synth_ecp5 gives a sum a carry chain; shorter ones are plain LUTs."""
 CONSTANTS = 2
 """LUTs in which nextpnr-ecp5 makes a design's zero and its one."""
 
@@ -70,7 +76,7 @@ def adder(width: int, operand: int, owed: bool) -> int:
     (8, 9)
     """
     if family() == "ecp5":
-        return 2 * math.ceil((width + owed) / 2) + CHAIN
+        return width if width + owed < CARRIED else 2 * math.ceil((width + owed) / 2) + CHAIN
     return operand + owed
 
 
@@ -100,11 +106,29 @@ def rom_depth(depth: int) -> int:
 
 
 def ram_luts(width: int, depth: int) -> int:
-    """LUTs of a memory written and read in the same cycle: RAM32M and RAM64M; TRELLIS_DPR16X4 and its multiplexers."""
+    """LUTs of a memory written and read in the same cycle: RAM32M and RAM64M; TRELLIS_DPR16X4.
+
+    Several of these in depth have multiplexers and a LUT each that enables writing.
+    """
     if family() == "ecp5":
         blocks = math.ceil(depth / 16)
-        return 4 * math.ceil(width / 4) * blocks + (0 if blocks == 1 else 2 ** (blocks - 1).bit_length() * width // 2)
+        chosen = 0 if blocks == 1 else 2 ** (blocks - 1).bit_length() * width // 2 + blocks
+        return RAM_CELLS * math.ceil(width / 4) * blocks + chosen
     return 4 * math.ceil(width / 6) if depth <= 32 else 4 * math.ceil(width / 3) * math.ceil(depth / 64)
+
+
+DEEPEST = 128
+"""Words of the deepest memory that goes to LUTs."""
+
+
+def slack_ns(width: int) -> float:
+    """Time that the mapper sees in a sum of `width` bits, which everything beside it may take as well: ECP5, in ns.
+
+    0 where mapping is for area.
+    """
+    if family() != "ecp5":
+        return 0.0
+    return MAPPER.wire + MAPPER.enter + MAPPER.pair * (math.ceil(width / 2) - 1) + CHAIN_END[width % 2]
 
 
 def constants() -> int:

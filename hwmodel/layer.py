@@ -13,7 +13,7 @@ from hwmodel import fabric
 from hwmodel.cost import ZERO, Cost
 from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, levels, unit
-from hwmodel.mac import coefficients, mac_cost, operand, pipeline_stages, shift_bits
+from hwmodel.mac import coefficients, mac_cost, operand, pipeline_stages, product_bits, product_cost, shift_bits
 from hwmodel.memory import rom, rom_columns
 from hwmodel.spec import LayerSpec
 
@@ -72,6 +72,19 @@ def search_step(width: int, first: bool) -> float:
     """LUTs of one comparison of a threshold search, its choice between two levels included (`rtl/search.v`)."""
     fit = coefficients()["glue"]["first step" if first else "step"]
     return float(fit["bits"] * width + fit["one"])
+
+
+def slack_beside(method: str, acc_bits: int) -> float:
+    """Time that a converter's slowest path leaves the rest of a layer, as the mapper of ECP5 counts; else 0.
+
+    Arithmetic takes longer than any product.
+    """
+    if fabric.family() != "ecp5" or method == "sum":
+        return 0.0
+    if method != "thresholds":
+        return math.inf
+    fit = coefficients()["timing"]["step"]["mapped"]
+    return float(fit["bits"] * acc_bits + fit["one"])
 
 
 def interval_code(out: Format) -> int:
@@ -134,19 +147,25 @@ def sum_codes(spec: LayerSpec, acc_bits: int) -> Cost:
 
 
 @kept
-def shared_decoding(weight: Format, act: Format, pe: int, simd: int) -> Cost:
-    """What elements save because they read the same inputs: registers of the input's shift and significand."""
+def shared_decoding(weight: Format, act: Format, pe: int, simd: int, slack_ns: float = 0.0) -> Cost:
+    """What elements save because they read the same inputs: registers of the input's shift and significand.
+
+    Binary weights on ECP5, whose LUTs are too small to shift and negate at once, share the shifted number, too.
+    """
     if pe == 1 or not shift_bits(weight, act) or operand(weight).reach:
         return ZERO
     a = operand(act)
     ffs = shift_bits(weight, act) + (a.sig if weight == BINARY else 0)
-    return Cost(luts=a.exp, ffs=ffs) * ((pe - 1) * simd)
+    luts: float = a.exp
+    if weight == BINARY and fabric.family() == "ecp5":
+        luts = max(luts, product_cost(weight, act, slack_ns).luts - product_bits(weight, act) - 1)
+    return Cost(luts=luts, ffs=ffs) * ((pe - 1) * simd)
 
 
 @kept
-def elements(weight: Format, act: Format, acc_bits: int, pe: int, simd: int) -> Cost:
-    """The multiply-accumulates of all rows at once, their products in LUTs."""
-    return mac_cost(weight, act, acc_bits, simd) * pe + shared_decoding(weight, act, pe, simd) * -1
+def elements(weight: Format, act: Format, acc_bits: int, pe: int, simd: int, slack_ns: float = 0.0) -> Cost:
+    """The multiply-accumulates of all rows at once, their products in LUTs, beside a path of `slack_ns`."""
+    return mac_cost(weight, act, acc_bits, simd, slack_ns) * pe + shared_decoding(weight, act, pe, simd, slack_ns) * -1
 
 
 @kept
@@ -184,4 +203,5 @@ def choice(n: int) -> float:
 def stream_ends(beats: int, out_bits: int) -> Cost:
     """Around the layers: counter of input beats, handshakes, output register."""
     count = (beats - 1).bit_length()
-    return Cost(luts=4 + count + fabric.constants(), ffs=2 + count + out_bits)
+    counted = fabric.counter(beats) if fabric.chains(beats) else count
+    return Cost(luts=4 + counted + fabric.constants(), ffs=2 + count + out_bits)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from hwmodel import fabric
+from hwmodel.compressor import GATE, Counter, heap_luts, partial_products
 from hwmodel.cost import Cost, HwError
 from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, TERNARY, Block, Float, Format, Int, Levels, bits, int_max
@@ -88,14 +89,22 @@ def owes(weight: Format, act: Format) -> bool:
     return operand(weight).owes or operand(act).owes
 
 
+COMPRESSOR = "compressor"
+"""In place of a file of coefficients: ours, with sums by published counters (`hwmodel.compressor`)."""
 _source: list[Path] = []
 
 
 @cache
 def document() -> dict[str, Any]:
     """The contents of `coeffs.toml`, or of the file that `use_coefficients` named: of xc7, and below "ecp5" of ECP5."""
-    source = _source[0] if _source else resources.files("hwmodel").joinpath("coeffs.toml")
+    own = not _source or published()
+    source = resources.files("hwmodel").joinpath("coeffs.toml") if own else _source[0]
     return tomllib.loads(source.read_text())
+
+
+def published() -> bool:
+    """Whether sums are priced by published counters, which nobody here has measured."""
+    return _source == [Path(COMPRESSOR)]
 
 
 @kept
@@ -110,15 +119,18 @@ def coefficients() -> dict[str, Any]:
 
 
 def use_coefficients(path: Path | None) -> None:
-    """Price everything from now on with the coefficients in `path`, or with our own for None."""
-    if path is not None:
+    """Price everything from now on with the coefficients in `path`, `COMPRESSOR`'s, or our own for None."""
+    if path is not None and path != Path(COMPRESSOR):
         try:
             found = tomllib.loads(path.read_text())
         except OSError:
-            raise HwError(f"{path} cannot be read; expected coefficients written by hwmodel fit") from None
+            raise HwError(
+                f"{path} cannot be read; expected coefficients written by hwmodel fit, or the word {COMPRESSOR}"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise HwError(f"{path} is not TOML: {error}") from None
-        missing = [key for key in document() if key not in found and key not in fabric.FAMILIES]
+        optional = {*fabric.FAMILIES, COMPRESSOR}
+        missing = [key for key in document() if key not in found and key not in optional]
         if missing:
             raise HwError(f"{path} lacks [{missing[0]}]; expected coefficients written by hwmodel fit")
     _source[:] = [] if path is None else [path]
@@ -139,19 +151,45 @@ def pair_key(weight: Format, act: Format) -> str:
     return " ".join(sorted((operand(weight).key, operand(act).key)))
 
 
+def compressed_luts(weight: Format, act: Format, acc_bits: int, lanes: int) -> float:
+    """LUTs of one element whose sums are a compressor tree and a ternary adder with the accumulator (`compressor`).
+
+    Integers and levels enter by their partial products, minifloats by products of our own table.
+    """
+    if fabric.family() != "xc7":
+        raise HwError(f"the {COMPRESSOR} coefficients are of 7-series and UltraScale counters, not of ECP5")
+    known = [Counter(tuple(takes), tuple(gives), luts) for takes, gives, luts in document()[COMPRESSOR]["counters"]]
+    w, a = operand(weight), operand(act)
+    if shift_bits(weight, act):
+        heap, before = [lanes] * product_bits(weight, act), lanes * product_cost(weight, act).luts
+    else:
+        heap, before = partial_products(w.sig, a.sig, lanes), GATE * w.sig * a.sig * lanes
+        if owes(weight, act) and weight != act:  # a row that a sign negates owes a one
+            heap[0] += lanes
+    return before + heap_luts(heap[:acc_bits], known) + acc_bits
+
+
+MARGIN_NS = 0.11
+"""Beyond its own time, what a small product needs before the mapper of ECP5 takes it."""
+
+
 @kept
-def product_cost(weight: Format, act: Format) -> Cost:
+def product_cost(weight: Format, act: Format, slack_ns: float = 0.0) -> Cost:
     """One registered product in LUTs: measured where the table has the pair, else the formula.
 
+    slack_ns: the slowest path beside it as the mapper of ECP5 counts, which makes it small where it has the time.
     The formula is kept between the table's pairs that can do less and those that can do more.
     """
     entry = coefficients()["products"].get(pair_key(weight, act))
     if entry:
+        small = coefficients().get("timing", {}).get("products", {}).get(pair_key(weight, act))
+        if small and slack_ns >= small[1] + MARGIN_NS:
+            return Cost(luts=min(entry[0], small[0]), ffs=entry[1])
         return Cost(luts=entry[0], ffs=entry[1])
     guess = product_formula(weight, act, coefficients()["product_formula"])
     low, high = 0.0, math.inf
     for key, (luts, _, _) in coefficients()["products"].items():
-        x, y = (_format_of(part) for part in key.split())
+        x, y = (format_of(part) for part in key.split())
         if (does(weight, x) and does(act, y)) or (does(weight, y) and does(act, x)):
             low = max(low, luts)
         if (does(x, weight) and does(y, act)) or (does(x, act) and does(y, weight)):
@@ -160,7 +198,7 @@ def product_cost(weight: Format, act: Format) -> Cost:
 
 
 @cache
-def _format_of(key: str) -> Format:
+def format_of(key: str) -> Format:
     """The format that an operand's key stands for."""
     if key in ("t", "b"):
         return TERNARY if key == "t" else BINARY
@@ -284,19 +322,34 @@ def tree_levels(lanes: int) -> int:
 
 
 @kept
-def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1) -> Cost:
-    """One element that adds `lanes` products per cycle, made of LUTs, into one accumulator of `acc_bits` bits."""
+def mac_cost(weight: Format, act: Format, acc_bits: int, lanes: int = 1, slack_ns: float = 0.0) -> Cost:
+    """One element that adds `lanes` products per cycle, made of LUTs, into one accumulator of `acc_bits` bits.
+
+    slack_ns: of what stands beside it (`product_cost`); its own accumulator gives as much as it takes.
+    """
     if lanes < 1 or acc_bits < 1:
         raise ValueError(f"a MAC has at least 1 lane and 1 accumulator bit, not {lanes} and {acc_bits}")
-    if weight == BINARY and act == BINARY:
-        return popcount_cost(acc_bits, lanes)
-    width = min(product_bits(weight, act), acc_bits)
+    if published():
+        return Cost(luts=compressed_luts(weight, act, acc_bits, lanes), ffs=_own(weight, act, acc_bits, lanes, 0).ffs)
+    return _own(weight, act, acc_bits, lanes, slack_ns)
+
+
+def _own(weight: Format, act: Format, acc_bits: int, lanes: int, slack_ns: float) -> Cost:
+    """`mac_cost` of what `rtl/` writes."""
     owed = owes(weight, act)
+    slack = max(slack_ns, fabric.slack_ns(acc_bits + owed))
+    if weight == BINARY and act == BINARY:
+        return popcount_cost(acc_bits, lanes, slack)
+    width = min(product_bits(weight, act), acc_bits)
     end = Cost(luts=fabric.adder(acc_bits, acc_bits, owed), ffs=2 * acc_bits)
-    return product_cost(weight, act) * lanes + tree_cost(lanes, width, acc_bits, owed) + end
+    return product_cost(weight, act, slack) * lanes + tree_cost(lanes, width, acc_bits, owed) + end
 
 
-def popcount_cost(acc_bits: int, lanes: int) -> Cost:
+FAST_AGREEMENTS = 8
+"""LUTs of ECP5 in which three binary pairs are counted where that is the slowest path: two functions of six inputs."""
+
+
+def popcount_cost(acc_bits: int, lanes: int, slack_ns: float = 0.0) -> Cost:
     """Binary x binary: agreements of `lanes` pairs counted per cycle (`rtl/popcount.v`).
 
     Three pairs fill two LUTs; the counts are never negative, so the accumulator needs LUTs only where
@@ -306,7 +359,9 @@ def popcount_cost(acc_bits: int, lanes: int) -> Cost:
     count = groups + (rest > 0)
     if fabric.family() == "ecp5":
         tree = tree_cost(count, 3, acc_bits, owed=False)
-        luts = 2 * groups + rest + tree.luts + fabric.adder(acc_bits, acc_bits, False)
+        small, need, *_ = coefficients()["timing"]["agreements"]
+        group = small if slack_ns >= need + MARGIN_NS else FAST_AGREEMENTS
+        luts = group * groups + rest + tree.luts + fabric.adder(acc_bits, acc_bits, False)
         return Cost(luts=luts, ffs=2 * groups + rest + tree.ffs + 2 * acc_bits)
     adders = tree_cost(count, 2, acc_bits, owed=False) + Cost(luts=count - 1)
     luts = 2 * groups + (0.0, -1.0, 0.0)[rest] + adders.luts + min(3 + tree_levels(count), acc_bits)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hwmodel.cost import ZERO, Cost
-from hwmodel.fabric import ram_luts, rom_depth
+from hwmodel.fabric import DEEPEST, ram_luts, rom_depth
 
 Kind = Literal["none", "logic", "registers", "lutram", "bram"]
 
-LUTRAM_DEPTH = 128
+LUTRAM_DEPTH = DEEPEST
 """Deepest memory that goes to LUTs on its own accord: two LUT6 (64 x 1) per bit and a free MUXF7."""
 
 

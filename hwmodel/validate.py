@@ -34,6 +34,7 @@ from hwmodel.samples import (
     unit_samples,
     unrolled_samples,
 )
+from hwmodel.timing import clock_mhz
 from hwmodel.unroll import plan_unrolled
 
 KINDS = ("units", "layers", "policies", "unrolled", "trained")
@@ -49,7 +50,7 @@ BATCH = 20
 class Row:
     """One synthesized design: what it is, ours and the tools' cost, and what published models say of its LUTs.
 
-    fmax_mhz: after place and route, of whole designs for ECP5.
+    fmax_mhz, predicted_mhz: the clock after place and route, of whole designs for ECP5, and `timing.clock_mhz`.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Row:
     ebops: float
     bops: float
     fmax_mhz: float | None = None
+    predicted_mhz: float | None = None
 
     @property
     def error(self) -> float:
@@ -208,12 +210,11 @@ def _design_row(design: Design, cache: Path) -> Row:
         for (w, a, _), p in zip(per_cycle, design.plans, strict=True)
     ]
     dsp, guess, fmax = any(p.pack for p in design.plans), predicted(design), None
+    clock = clock_mhz(design.plans, guess.luts)
     if fabric.family() == "xc7":
         made = yosys.cached_design(*design_files(design), cache, dsp=dsp)
     else:
-        parts = [find_device(name) for name in PARTS["ecp5"]]
-        part = next((part for part in parts if guess.luts < 0.75 * part.luts and guess.dsps <= part.dsps), parts[-1])
-        placed = nextpnr.place(*design_files(design), cache, part, dsp=dsp)
+        placed = placed_design(design, cache)
         made, fmax = placed.cost, placed.fmax_mhz
     return Row(
         design.kind,
@@ -225,7 +226,16 @@ def _design_row(design: Design, cache: Path) -> Row:
         sum(ebops(*one) for one in per_cycle),
         sum(bops(*one) for one in per_cycle),
         fmax,
+        None if clock is None else clock[0],
     )
+
+
+def placed_design(design: Design, cache: Path, *, seed: int = nextpnr.SEED) -> nextpnr.Placed:
+    """The design on the smallest ECP5 part that it fills to three quarters at most, else on the largest."""
+    guess = predicted(design)
+    parts = [find_device(name) for name in PARTS["ecp5"]]
+    part = next((part for part in parts if guess.luts < 0.75 * part.luts and guess.dsps <= part.dsps), parts[-1])
+    return nextpnr.place(*design_files(design), cache, part, dsp=any(p.pack for p in design.plans), seed=seed)
 
 
 def _streamed(design: Design) -> bool:
@@ -266,6 +276,7 @@ def _of_kind(rows: Sequence[Row]) -> dict[str, Any]:
         return {"n": 0, "median_abs_error": None, "p90_abs_error": None, "spearman": None}
     measured = [row.measured.luts for row in rows]
     clocks = [row.fmax_mhz for row in rows if row.fmax_mhz is not None]
+    timed = clocks_of(rows)
     baselines = {}
     for name in ("finn", "ebops", "bops"):
         guess = [getattr(row, name) for row in rows]
@@ -281,7 +292,17 @@ def _of_kind(rows: Sequence[Row]) -> dict[str, Any]:
         "dsp": _exact([row.predicted.dsps for row in rows], [row.measured.dsps for row in rows]),
         "bram": _exact([row.predicted.bram18 for row in rows], [row.measured.bram18 for row in rows]),
         "baselines": baselines,
-    } | ({"fmax_mhz": {"median": _middle(clocks), "min": min(clocks), "max": max(clocks)}} if clocks else {})
+    } | (
+        {"fmax_mhz": {"median": _middle(clocks), "min": min(clocks), "max": max(clocks), **errors(*timed)}}
+        if clocks and timed[0]
+        else {}
+    )
+
+
+def clocks_of(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Predicted and measured MHz of the rows that have both."""
+    both = [(r.predicted_mhz, r.fmax_mhz) for r in rows if r.predicted_mhz is not None and r.fmax_mhz is not None]
+    return [p for p, _ in both], [m for _, m in both]
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel.cost import Cost
-from hwmodel.fabric import CHAIN
+from hwmodel.fabric import CHAIN, RAM_CELLS
 from hwmodel.formats import BINARY, Format
 from hwmodel.mac import coefficients, operand, owes, product_bits, shift_bits
+from hwmodel.netlist import MAPPER, PLACED, STARTS, slowest
 
 FLOW = "synth_xilinx -family xc7 -flatten -noiopad -noclkbuf"
 FLOWS = {"xc7": FLOW, "ecp5": "synth_ecp5"}
@@ -77,15 +79,69 @@ def synthesize(units: Sequence[Unit], *, dsp: bool = False, family: str = "xc7")
     if not units:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        files = _write_design(units, Path(folder))
-        script = (
-            f"read_verilog -sv {' '.join(files)}; hierarchy -top top; select -module top; "
-            f"write_json -selected top.json; select -clear; {flow(family, dsp)} -top top; {REPORT[family]}"
-        )
-        _call(["-q", "-p", script], Path(folder))
-        cells = json.loads((Path(folder) / "top.json").read_text())["modules"]["top"]["cells"]
+        names = _synthesized(units, Path(folder), dsp, family)
         counted = _counted(Path(folder), family)
-    return [counted[cells[f"u{i}"]["type"]] for i in range(len(units))]
+    return [counted[name] for name in names]
+
+
+def _synthesized(units: Sequence[Unit], folder: Path, dsp: bool, family: str) -> list[str]:
+    """The module that each unit became, with the report on all in the folder."""
+    files = _write_design(units, folder)
+    script = (
+        f"read_verilog -sv {' '.join(files)}; hierarchy -top top; select -module top; "
+        f"write_json -selected top.json; select -clear; {flow(family, dsp)} -top top; {REPORT[family]}"
+    )
+    _call(["-q", "-p", script], folder)
+    cells = json.loads((folder / "top.json").read_text())["modules"]["top"]["cells"]
+    return [cells[f"u{i}"]["type"] for i in range(len(units))]
+
+
+def _netlists(units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """The flat ECP5 netlist of each unit, in order (Yosys JSON)."""
+    if not units:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        names = _synthesized(units, Path(folder), False, "ecp5")
+        modules = json.loads((Path(folder) / "stat.json").read_text())["modules"]
+    return [modules[name] for name in names]
+
+
+BALLAST = 64
+"""Bits of the adder that stands in for a design's slowest path in `beside`: 2.4 ns as the mapper counts."""
+
+
+def beside(one: Unit, width: int = BALLAST) -> Unit:
+    """The unit in a module with an adder of `width` bits, whose chain leaves it time: small mapping instead of fast.
+
+    The adder's own cost is `ballast`.
+    """
+    text = _templates().get(one.module, one.text)
+    head = re.search(rf"module {one.module}\b\s*(#\s*\((.*?)\n?\)\s*)?\((.*?)\);", text, re.DOTALL)
+    assert head is not None
+    plain = re.sub(r"//[^\n]*", "", head[3])
+    ports = [re.search(r"(\w+)\s*$", port.strip())[1] for port in plain.split(",")]  # type: ignore[index]
+    passed = ", ".join(f".{name}({name})" for name in ports)
+    given = ", ".join(f".{name}({value})" for name, value in one.params)
+    name = f"{one.module}_beside{width}_{_digest(str(one.params))[:8]}"
+    declared = re.sub(r"\boutput reg\b", "output", plain)
+    for key, value in one.params:
+        declared = re.sub(rf"\b{key}\b", str(value), declared)
+    inner, own = one.module, ""
+    if one.text:  # by a name of its own: several of its kind may stand in one design
+        inner = f"{name}_inner"
+        own = re.sub(rf"\bmodule {one.module}\b", f"module {inner}", one.text) + "\n"
+    return Unit(
+        name,
+        (),
+        f"{own}module {name} ({declared}, input slack_clk, input [{width - 1}:0] slack_a, slack_b, "
+        f"output reg [{width - 1}:0] slack_sum);\n{inner}{f' #({given})' if given else ''} it ({passed});\n"
+        f"always @(posedge slack_clk) slack_sum <= slack_a + slack_b;\nendmodule\n",
+    )
+
+
+def ballast(width: int = BALLAST) -> Cost:
+    """What `beside` adds to a unit."""
+    return Cost(luts=2 * math.ceil(width / 2) + CHAIN, ffs=width)
 
 
 REPORT = {"xc7": "tee -o stat.json stat -json", "ecp5": "write_json stat.json"}
@@ -100,6 +156,42 @@ def _counted(folder: Path, family: str) -> dict[str, Cost]:
     return {name.removeprefix("\\"): _count(module["num_cells_by_type"]) for name, module in modules.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """An ECP5 unit's cost and its slowest paths in ns (`netlist.slowest`).
+
+    mapped_ns: as the mapper counts, from anywhere. entry_ns, inner_ns: on nextpnr's mean wires, from the ports and
+    from registers inside; 0 where there is none.
+    """
+
+    cost: Cost
+    mapped_ns: float
+    entry_ns: float
+    inner_ns: float
+
+
+def timed_units(units: Sequence[Unit], folder: Path) -> list[Timed]:
+    """`cached_units` of ECP5 with the slowest path of each, from the netlist; kept in `folder` like counts."""
+    script = flow("ecp5", dsp=False)
+    times = str((MAPPER, PLACED))
+    keys = [_digest(_sources(u.module, u.text), version(), script, times, u.module, str(u.params)) for u in units]
+    found: list[Timed | None] = []
+    for key in keys:
+        try:
+            kept = json.loads((folder / f"{key}.json").read_text())
+            found.append(Timed(Cost(**kept.pop("cost")), **kept))
+        except (OSError, ValueError, TypeError, KeyError):  # absent, or cut off by an earlier crash
+            found.append(None)
+    missing = [i for i, one in enumerate(found) if one is None]
+    for i, module in zip(missing, _netlists([units[i] for i in missing]), strict=True):
+        entry, inner = (round(slowest(module, PLACED, start=start), 3) for start in STARTS)
+        mapped = max(slowest(module, MAPPER, start=start) for start in STARTS)
+        one = Timed(_lattice(module["cells"].values()), round(mapped, 3), entry, inner)
+        _write(folder, keys[i], asdict(one))
+        found[i] = one
+    return [one for one in found if one is not None]
+
+
 def cached_units(units: Sequence[Unit], folder: Path, *, dsp: bool = False, family: str = "xc7") -> list[Cost]:
     """`synthesize`, each unit looked up in `folder` first and kept there."""
     script = flow(family, dsp)
@@ -107,7 +199,7 @@ def cached_units(units: Sequence[Unit], folder: Path, *, dsp: bool = False, fami
     found = [_read(folder, key) for key in keys]
     missing = [i for i, cost in enumerate(found) if cost is None]
     for i, cost in zip(missing, synthesize([units[i] for i in missing], dsp=dsp, family=family), strict=True):
-        _write(folder, keys[i], cost)
+        _write(folder, keys[i], asdict(cost))
         found[i] = cost
     return [cost for cost in found if cost is not None]
 
@@ -127,7 +219,7 @@ def cached_design(files: Mapping[str, str], top: str, folder: Path, *, dsp: bool
             (Path(work) / name).write_text(text)
         _call(["-q", "-p", script], Path(work))
         cost = _counted(Path(work), family)[top]
-    _write(folder, key, cost)
+    _write(folder, key, asdict(cost))
     return cost
 
 
@@ -171,10 +263,10 @@ def _read(folder: Path, key: str) -> Cost | None:
         return None
 
 
-def _write(folder: Path, key: str, cost: Cost) -> None:
+def _write(folder: Path, key: str, record: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{key}.{os.getpid()}"
-    part.write_text(json.dumps(asdict(cost)))
+    part.write_text(json.dumps(record))
     part.replace(folder / f"{key}.json")
 
 
@@ -255,7 +347,7 @@ def _lattice(cells: Collection[Mapping[str, Any]]) -> Cost:
     carries = [cell["connections"] for cell in cells if cell["type"] == "CCU2C"]
     carried = {bit for wires in carries for bit in wires.get("COUT", ())}
     chains = sum(not carried.intersection(wires["CIN"]) for wires in carries)
-    luts = number["LUT4"] + 2 * number["CCU2C"] + CHAIN * chains + 4 * number["TRELLIS_DPR16X4"]
+    luts = number["LUT4"] + 2 * number["CCU2C"] + CHAIN * chains + RAM_CELLS * number["TRELLIS_DPR16X4"]
     return Cost(luts, number["TRELLIS_FF"], number["MULT18X18D"], number["DP16KD"] + number["PDPW16KD"])
 
 

@@ -44,9 +44,10 @@ def test_pricing_ends_with_an_error() -> None:
 
 
 def test_carry_cells_are_pairs() -> None:
-    """A sum of n bits takes whole carry cells, and four LUTs to enter and leave the chain."""
+    """A sum of n bits takes whole carry cells, and four LUTs to enter and leave the chain; up to four bits none."""
     with pricing("ecp5"):
-        assert [adder(n, n, False) for n in (1, 2, 7, 8)] == [6, 6, 12, 12] and adder(8, 8, True) == 14
+        assert [adder(n, n, False) for n in (1, 2, 7, 8)] == [1, 2, 12, 12] and adder(8, 8, True) == 14
+        assert adder(4, 4, False) == 4 and adder(4, 4, True) == adder(5, 5, False) == 10
 
 
 def test_products_share_dsps_where_18_bits_allow() -> None:
