@@ -69,14 +69,20 @@ def loss_for(head: Head | None, target: Tensor) -> Loss:
                 [_kl(a, b) for a, b in zip((y * scale).split(parts, 1), (t * scale).split(parts, 1), strict=True)]
             ).sum(dim=0)
         case "box":
-            if head.squash:
-                return lambda y, t: _huber(torch.tanh(y) - torch.tanh(t)).sum(dim=1)
-            low, high = torch.tensor(head.low), torch.tensor(head.high)
-            half = torch.where(torch.isfinite(high - low), (high - low) / 2, torch.ones_like(low))
+            errors = errors_of(head)
+            return lambda y, t: errors(y, t).sum(dim=1)
 
-            def clipped(y: Tensor, t: Tensor) -> Tensor:
-                error = y - torch.minimum(torch.maximum(t, low), high)
-                same = ((t >= high) & (y >= high)) | ((t <= low) & (y <= low))
-                return _huber((error / half).masked_fill(same, 0.0)).sum(dim=1)
 
-            return clipped
+def errors_of(head: Head) -> Loss:
+    """What the loss of a box head sums: (outputs, float outputs) -> loss per state and action (states, actions)."""
+    if head.squash:
+        return lambda y, t: _huber(torch.tanh(y) - torch.tanh(t))
+    low, high = torch.tensor(head.low), torch.tensor(head.high)
+    half = torch.where(torch.isfinite(high - low), (high - low) / 2, torch.ones_like(low))
+
+    def clipped(y: Tensor, t: Tensor) -> Tensor:
+        error = y - torch.minimum(torch.maximum(t, low), high)
+        same = ((t >= high) & (y >= high)) | ((t <= low) & (y <= low))
+        return _huber((error / half).masked_fill(same, 0.0))
+
+    return clipped

@@ -42,6 +42,7 @@ class Model:
     """A network and what is known of it.
 
     module: a `Policy` or any nn.Module. example: one batch of inputs. env: where a policy acts.
+    critic: what the float agent learned of the value of its actions (`quantkit.critic`), where the checkpoint tells.
     meta: JSON facts, at least `kind` ("policy" or "module"), `algo`, `source` (file name) and
     `sha256` of the checkpoint; `untraced` (why) of a module whose graph is not known, `float_layers`
     (name: reason) of what has weights and cannot be quantized.
@@ -51,6 +52,7 @@ class Model:
     example: Tensor
     env: EnvSpec | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    critic: nn.Module | None = None
 
     def layers(self) -> dict[str, Plain | QLayer]:
         """Layers with a weight that can be quantized or is, by dotted name, in order of definition."""
@@ -74,7 +76,7 @@ class Model:
 
     def copy(self) -> Model:
         """An independent copy."""
-        return Model(copy.deepcopy(self.module), self.example.clone(), self.env, copy.deepcopy(self.meta))
+        return Model(copy.deepcopy(self.module), self.example.clone(), self.env, copy.deepcopy(self.meta), self.critic)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` where the submodule `name` is; it takes over buffers, as those of Gemma's embedding."""

@@ -14,13 +14,13 @@ from hwmodel.formats import levels
 from quantkit.errors import InputError
 from quantkit.losses import loss_for
 from quantkit.methods import act_scales, center, distill, input_grid
-from quantkit.methods.distill import Trainee, inside_cell
 from quantkit.model import Calib, Model
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 from quantkit.recipe import make_plan, quantize, uniform
 from quantkit.rounding import round_to
 from quantkit.study import visited_states
+from quantkit.trainees import Trainee, inside_cell
 
 RTN = (("act_scales", {}), ("rtn", {}))
 
@@ -113,10 +113,10 @@ def test_the_policy_acts():
     calib.visit = visit
     recipe = uniform("int2", "int4", steps=(*RTN, ("distill", {"steps": 40, "rounds": 3, "states": 96})))
     done = quantize(model, recipe, calib)
-    assert asked == [(3, 96, 1)] * 5
+    assert asked == [(3, 96, 1), (3, 96, 1), (3, 96, 2), (3, 96, 3)]
     report = done.meta["steps"][-1]["diagnostics"]
     assert report["states"] == 64 + 4 * 96
-    assert report["distance_after"] >= 0 and report["loss_after"] <= report["loss_before"]
+    assert report["loss_after"] <= report["loss_before"]
     again = quantize(model, recipe, calib)
     for a, b in zip(done.qlayers().values(), again.qlayers().values(), strict=True):
         assert torch.equal(a.q.codes, b.q.codes) and torch.equal(a.q.scale, b.q.scale) and a.act == b.act

@@ -1,11 +1,13 @@
 """Loader of Stable-Baselines3 agents: zips and rl-zoo folders of PPO, A2C, TRPO, DQN, QR-DQN, ARS, SAC, TD3, DDPG, TQC.
 
 Only data is read: the zip's JSON fields, tensors with `weights_only=True`, vecnormalize.pkl by an
-opcode reader, YAML without tags. Only the actor and its deterministic action are kept.
+opcode reader, YAML without tags. Only the actor and its deterministic action are kept, and the Q-functions of an agent
+that has them beside (SAC, TD3, DDPG, TQC).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import zipfile
@@ -15,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantkit.critic import Critic
 from quantkit.errors import InputError
 from quantkit.loaders import zoo
 from quantkit.loaders.chain import fold
-from quantkit.loaders.sb3_actor import build_actor
+from quantkit.loaders.sb3_actor import build_actor, build_critics
 from quantkit.loaders.sb3_archive import Archive, read_archive
 from quantkit.loaders.sb3_spaces import Space, read_space
 from quantkit.loaders.vecnormalize import Normalizer, read_normalizer
@@ -78,10 +81,14 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Normalizati
     head = _head(act, actor.squash, env_spec, where)
     normalizer = read_normalizer(checkpoint.vecnormalize) if checkpoint.vecnormalize else None
     stage = InputStage(std=255.0) if obs.is_image and kwargs.get("normalize_images", True) else InputStage()
+    of_critic = stage
     if normalizer is not None:
         _check_normalizer(normalizer, obs_shape, stage, str(checkpoint.vecnormalize))
+        of_critic = _normalized(normalizer, "stage", actor.net)
         stage = _normalized(normalizer, normalize, actor.net)
     policy = Policy(stage, actor.net, head, obs_shape).eval()
+
+    critics = build_critics(archive.tensors, actor.activation, math.prod(obs_shape) + outputs, where)
 
     example = torch.stack([torch.zeros(obs_shape), torch.ones(obs_shape)])
     example = example.to(torch.uint8) if obs.is_image and normalizer is None else example
@@ -114,6 +121,7 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Normalizati
             "trained_on": checkpoint.trained_on,
             "env_problem": problem,
         },
+        Critic(copy.deepcopy(of_critic), critics).requires_grad_(False).eval() if critics else None,
     )
 
 

@@ -84,6 +84,23 @@ def build_actor(
     return Actor(net, squash and box, act)
 
 
+def build_critics(tensors: dict[str, Tensor], act: str, inputs: int, where: str) -> list[nn.Module]:
+    """The Q-functions critic.qf0, critic.qf1, ... of an actor whose activation is `act`, (n, inputs) -> (n, values).
+
+    None of them where one is not a chain of finite Linear layers that takes `inputs` numbers, as beside a NatureCNN:
+    a policy is one without.
+    """
+    parts, nets = Parts(tensors, where), []
+    try:
+        while parts.has(f"critic.qf{len(nets)}"):
+            *trunk, last = parts.stack(f"critic.qf{len(nets)}", 1)
+            check_chain([], [*trunk, last], (inputs,), len(last.weight), where)
+            nets.append(make_chain([], [], trunk, last, act, flatten=False, limit=None))
+    except InputError:
+        return []
+    return list(nets)
+
+
 def _feature_prefixes(algo: str) -> tuple[str, ...]:
     own = {"dqn": "q_net", "qrdqn": "quantile_net"}.get(algo, "actor")
     first = "pi_features_extractor" if algo in _ON_POLICY else f"{own}.features_extractor"
