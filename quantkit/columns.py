@@ -33,7 +33,7 @@ from hwmodel.spec import PerGroup
 from quantkit.observers import Gram, Site, one_thread, rows
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import base_of, expand_scale, fit_groups, fit_scale, from_values, quantize, scale_format
-from quantkit.rounding import round_to, rounder
+from quantkit.rounding import all_finite, round_to, rounder
 
 
 def factorize(H: Tensor, damp: float = 0.01) -> tuple[Tensor, float] | None:
@@ -42,7 +42,7 @@ def factorize(H: Tensor, damp: float = 0.01) -> tuple[Tensor, float] | None:
     H: (groups, columns, columns). An input that is never active counts as one of mean size; the
     damping grows tenfold from 0.001 up to 1.
     """
-    if not H.numel() or not torch.isfinite(H).all():
+    if not all_finite(H) or not H.numel():
         return None
     damped = H.clone()
     diagonal = damped.diagonal(dim1=1, dim2=2)
@@ -81,7 +81,7 @@ def solve(
     W: Tensor,
     N: Tensor,
     fmt: Format,
-    scale: Callable[[Tensor, int], Tensor],
+    scale: Tensor | Callable[[Tensor, int], Tensor],
     size: int,
     block: int = 16,
     first: Tensor | None = None,
@@ -91,7 +91,8 @@ def solve(
     W, Q: float32 (columns, groups, rows), from the last column to be rounded to the first. N:
     (groups, columns, columns) of `factorize`. Every `size` columns share scales, (groups, rows):
     `scale` gives them, seeing these columns as updated by then and the number of the first; the
-    scales returned are (columns / size, groups, rows). block: columns handled one by one; feedback
+    scales returned are (columns / size, groups, rows). Or `scale` is known beforehand for every column,
+    (columns, groups, rows), as where columns of one group come at different times. block: columns handled one by one; feedback
     beyond them is one matrix product each time the columns double. It does not change the result
     beyond float noise. first: what is rounded in the first column in place of its weights, (groups, rows).
     Runs on one thread: a column is too little work to share.
@@ -101,6 +102,9 @@ def solve(
         T = Q.clone()  # W plus the feedback received so far, then W - Q
         if first is not None:
             T[-1] = first
+        if isinstance(scale, Tensor):
+            _span(Q, T, N, rounder(fmt), block, scale)
+            return Q, scale
         scales: list[Tensor] = []
         for edge in range(len(W) - size, -1, -size):
             group = slice(edge, edge + size)
@@ -124,26 +128,39 @@ def _updated(W: Tensor, T: Tensor, N: Tensor) -> Tensor:
     return W + moves.transpose(0, 1)
 
 
-def _span(Q: Tensor, T: Tensor, N: Tensor, nearest: Callable[[np.ndarray], Any], block: int) -> None:
-    """Round all columns of Q and T (in units of the scale), from the last to the first, in place."""
+def _span(
+    Q: Tensor, T: Tensor, N: Tensor, nearest: Callable[[np.ndarray], Any], block: int, scale: Tensor | None = None
+) -> None:
+    """Round all columns of Q and T, from the last to the first, in place.
+
+    Both are in units of the scale, or as they are, with the scale of every column; Q is left in units of it.
+    """
     if len(Q) > block:
         middle = (len(Q) // 2 + block - 1) // block * block
-        _span(Q[middle:], T[middle:], N[:, middle:, middle:], nearest, block)
+        late, early = (None, None) if scale is None else (scale[middle:], scale[:middle])
+        _span(Q[middle:], T[middle:], N[:, middle:, middle:], nearest, block, late)
         _feed(T[:middle], T[middle:], N[:, middle:, :middle])
-        _span(Q[:middle], T[:middle], N[:, :middle, :middle], nearest, block)
+        _span(Q[:middle], T[:middle], N[:, :middle, :middle], nearest, block, early)
         return
     groups, columns = len(N), len(Q)
     values, targets, n = Q.numpy(), T.numpy(), N.numpy()  # one call of numpy costs a fraction of torch's
-    q = np.empty_like(values[0])
+    q, units = np.empty_like(values[0]), None if scale is None else scale.numpy()
     for j in range(columns - 1, -1, -1):
         if groups == 1:
             np.dot(n[0, j + 1 :, j], targets[j + 1 :, 0], out=q[0])
         else:
             np.einsum("gk,kgr->gr", n[:, j + 1 :, j], targets[j + 1 :], out=q)
         np.add(q, targets[j], out=q)
-        nearest(q)
-        np.subtract(values[j], q, out=targets[j])
-        np.copyto(values[j], q)
+        if units is None:
+            nearest(q)
+            np.subtract(values[j], q, out=targets[j])
+            np.copyto(values[j], q)
+        else:
+            np.divide(q, units[j], out=q)
+            nearest(q)
+            np.multiply(q, units[j], out=targets[j])
+            np.subtract(values[j], targets[j], out=targets[j])
+            np.copyto(values[j], q)
 
 
 def _feed(T: Tensor, errors: Tensor, N: Tensor) -> None:
@@ -254,19 +271,18 @@ def round_layer(
     def fit(weights: Tensor, start: int) -> Tensor:
         if size == columns:
             return nearest.expand(out, 1).reshape(groups, rows)
-        if order is not None:
-            return by_order[start]
         elements = weights.permute(1, 2, 0).reshape(out, 1, size)
         share = None if importance is None else importance.flip(1)[:, None, start : start + size]
         options = {"percentile": rule["percentile"], "pow2": rule["pow2"]}
         options |= {"scale": scale_format(granularity), "base": base}
         return fit_groups(elements, fmt, rule["rule"], column_weight=share, **options).reshape(groups, rows)
 
-    by_order = by_columns(S.expand(out, -1))
     moving = isinstance(granularity, PerGroup) and order is None
-    size = columns if not isinstance(granularity, PerGroup) else granularity.size if moving else 1
+    size = granularity.size if isinstance(granularity, PerGroup) else columns
+    known = isinstance(granularity, PerGroup) and not moving
     start = None if first is None else by_columns(first)[-1]
-    Q, fitted = solve(by_columns(W), N, fmt, fit, size, block, start)
+    scales = by_columns(S.expand(out, columns)).contiguous() if known else fit
+    Q, fitted = solve(by_columns(W), N, fmt, scales, size, block, start)
     values, scale = by_rows(Q), by_rows(fitted) if moving else nearest
 
     fallen = 0

@@ -46,6 +46,16 @@ def round_to(x: Tensor, fmt: Format) -> Tensor:
     return u.add_(magic).sub_(magic)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no number is infinite or NaN: one pass without a temporary, several times faster than torch.isfinite.
+
+    >>> [all_finite(torch.tensor(x)) for x in ([], [1.0, -2.0], [1.0, math.nan], [-math.inf])]
+    [True, True, False, False]
+    """
+    x = x[tuple(slice(None) if step else slice(1) for step in x.stride())]  # an expanded one has the same numbers
+    return not x.numel() or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(x))
+
+
 # The ufunc behind np.clip (whose Python wrapper costs more than the clipping), and constants as
 # 0-d arrays: numpy converts a scalar anew in every call.
 _clip = (np._core if hasattr(np, "_core") else np.core).umath.clip

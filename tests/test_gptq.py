@@ -86,6 +86,24 @@ def test_equals_the_paper(weights, granularity):
         assert np.allclose(layer.q.scale.numpy()[rows], scales[rows], rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", [1, 4, 500])
+@pytest.mark.parametrize("weights", ["int3", "e2m1"])
+def test_groups_by_falling_moment_equal_the_paper(weights, block):
+    """With act_order columns of one group come at different times, each under its group's scale of before."""
+    model, calib = wrapped(lambda: single(nn.Linear(36, 9)), weights, PerGroup(6))
+    layer, fmt = model.module[0], parse(weights)
+    H = gram_of(layer, calib)[0].numpy()
+    scale = fit_scale(layer.weight, fmt, PerGroup(6), "absmax").numpy().astype(np.float64)
+    order = np.argsort(-np.diag(H))
+    Q, _ = paper(layer.weight.numpy()[:, order], H[order][:, order], fmt, lambda w, j: scale[:, order[j] // 6], 1)
+    gptq.apply(model, calib, scale="absmax", act_order=True, block=block)
+    wanted = Q[:, np.argsort(order)]
+    rows = kept_by_guard(layer, wanted * scale.repeat(6, axis=1), H)
+    assert rows.sum() >= 5
+    assert np.array_equal(values_of(layer.q).numpy()[rows], wanted[rows])
+    assert torch.equal(layer.q.scale, fit_scale(layer.weight, fmt, PerGroup(6), "absmax"))
+
+
 @pytest.mark.parametrize("name", ["grouped", "depthwise"])
 def test_every_convolution_group_has_its_own_hessian(name):
     """A grouped convolution equals the paper's algorithm on each of its groups alone."""
