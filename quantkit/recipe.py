@@ -32,6 +32,7 @@ from quantkit.model import Calib, Model
 from quantkit.observers import Visit, one_thread, visit
 from quantkit.qlayers import LayerPlan, QLayer, shape_of
 from quantkit.qtensor import grouped
+from quantkit.rounding import all_finite
 
 Step = tuple[str, dict[str, Any]]
 
@@ -261,8 +262,6 @@ def give_plans(model: Model, recipe: Recipe) -> None:
         except ValueError as error:
             left[name] = str(error)
             continue
-        if 0 in layer.weight.stride():  # yet to be read
-            wrapped.weight.data = layer.weight.detach()
         model.replace(name, wrapped)
     if left:
         model.meta["float_layers"] = left
@@ -335,7 +334,7 @@ def check(model: Model, recipe: Recipe) -> None:
         _check_range(name, plan, layer.weight[0].numel())
         parameters = [("weight", layer.weight), ("bias", getattr(layer, "bias", None))]
         for kind, tensor in parameters:
-            if tensor is not None and not torch.isfinite(tensor).all():
+            if tensor is not None and not all_finite(tensor):
                 where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
                 raise InputError(
                     f"layer {name!r}: {kind} is {tensor[where].item()} in channel {where[0]}, first at index {where};"

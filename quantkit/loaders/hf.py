@@ -28,6 +28,7 @@ from transformers.utils import logging
 from quantkit.errors import InputError
 from quantkit.files import sha256_of
 from quantkit.model import Model
+from quantkit.rounding import all_finite
 
 TYPES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 INDEX = "model.safetensors.index.json"
@@ -327,9 +328,8 @@ def _check_values(module: nn.Module, path: Path) -> None:
 
 
 def _check_finite(value: Tensor, name: str, path: Path) -> None:
-    bad = ~torch.isfinite(value)
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
+    if not all_finite(value):
+        at = (~torch.isfinite(value)).nonzero()[0].tolist()
         raise InputError(f"{path}: {name!r} holds {value[tuple(at)].item()} at {at}; all weights must be finite")
 
 
