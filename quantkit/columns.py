@@ -92,8 +92,8 @@ def solve(
     (groups, columns, columns) of `factorize`. Every `size` columns share scales, (groups, rows):
     `scale` gives them, seeing these columns as updated by then and the number of the first; the
     scales returned are (columns / size, groups, rows). Or `scale` is known beforehand for every column,
-    (columns, groups, rows), as where columns of one group come at different times. block: columns handled one by one; feedback
-    beyond them is one matrix product each time the columns double. It does not change the result
+    (columns, groups, rows), as where columns of one group come at different times. block: columns handled one by one;
+    feedback beyond them is one matrix product each time the columns double. It does not change the result
     beyond float noise. first: what is rounded in the first column in place of its weights, (groups, rows).
     Runs on one thread: a column is too little work to share.
     """

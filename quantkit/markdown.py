@@ -14,6 +14,7 @@ from quantkit.page import RESOURCES, page_data
 from quantkit.pareto import COLUMNS, front, value
 from quantkit.report import FRONTS, read_study, write_table
 from quantkit.results import Row
+from quantkit.targets import seen_from
 
 TABLE = "designs.csv"
 _LONGEST = 12  # designs of a front in table and picture
@@ -27,14 +28,15 @@ def write_markdown(
     A front is drawn for each cost in which the designs differ by a tenth. `force` replaces a directory with
     designs.csv.
     """
-    document, rows = read_study(folder)
+    whole, every = read_study(folder)
+    document, rows = seen_from(whole, every, 0)
     data = page_data(folder, checkpoint=checkpoint)
     study = data["study"]
     on_front = front(rows, study["x"], "mean")
     shown = [rows[i] for i in _thinned(on_front, study["knee"])]
     chosen = rows[study["knee"]]
     with new_directory(output, force=force, marker=TABLE) as place:
-        write_table(rows, place / TABLE)
+        write_table(whole, every, place / TABLE)
         pictures = _pictures(place, document, rows, shown, chosen, study)
         text = _text(data, rows, shown, chosen, pictures, folder.name)
         (place / "README.md").write_text(text, encoding="utf-8")

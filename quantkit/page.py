@@ -23,6 +23,7 @@ from quantkit.files import check_new, new_file
 from quantkit.pareto import COLUMNS, COSTS, front, knee, label, metric_of, value, why_knee
 from quantkit.report import default_cost, failures, normalize_of, read_study
 from quantkit.results import Row, read_rows
+from quantkit.targets import seen_from, targets_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -81,7 +82,8 @@ def page_data(folder: Path, *, checkpoint: Path | None = None) -> dict[str, Any]
     """
     from quantkit.figures import half_interval
 
-    document, rows = read_study(folder)
+    whole, every = read_study(folder)
+    document, rows = seen_from(whole, every, 0)
     settings, reference, margin = document["settings"], document["reference"], document["margin"]
     layers = _layers(document, rows, checkpoint)
     x = default_cost(rows)
@@ -115,19 +117,49 @@ def page_data(folder: Path, *, checkpoint: Path | None = None) -> dict[str, Any]
         "y": "mean",
         "knee": chosen if chosen is not None else 0,
         "sensitivity": _sensitivity(folder / "sensitivity.jsonl"),
+        "targets": [_target_data(whole, every, place, x) for place in _several(whole["settings"])],
     }
-    return {"head": _head(document, rows, study, failures(folder)), "study": study}
+    return {"head": _head(whole, rows, study, failures(folder)), "study": study}
+
+
+def _several(settings: Mapping[str, Any]) -> range:
+    """The numbers of the study's hardware targets, if there is more than one."""
+    return range(1 + len(settings["also"]) if settings.get("also") else 0)
+
+
+def _target_data(document: Mapping[str, Any], rows: Sequence[Row], place: int, x: str) -> dict[str, Any]:
+    """One hardware target: name, part, the design to take there, and what each design costs, in the rows' order."""
+    seen, priced = seen_from(document, rows, place)
+    reference, margin = seen["reference"], seen["margin"]
+    chosen = knee(priced, front(priced, x, "mean"), reference["mean"], margin, x) or 0
+    best = priced[chosen]
+    take = {key: value(best, key) for key in ("mean", "latency_us")} | {"cost": value(best, x)}
+    return {
+        "name": str(targets_of(seen["settings"])[0]),
+        "part": seen["settings"]["device"],
+        "device": _device(seen["settings"]["device"]),
+        "knee": chosen,
+        "take": take | {key: best.get(key) for key in ("id", "weights", "acts", "steps")},
+        "costs": [_cost_data(row) for row in priced],
+    }
+
+
+def _cost_data(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a design differs from target to target."""
+    cost = row.get("cost") or {}
+    found = {key: cost.get(key) for key in ("fits", "clock_mhz", "residual")}
+    found |= {"cost": cost.get("layers"), "cost_error": cost.get("error")}
+    return found | {"values": {name: v for name in COLUMNS if (v := value(row, name)) is not None}}
 
 
 def _design(
     row: Row, layers: Sequence[Mapping[str, Any]], document: Mapping[str, Any], study: str, interval: float,
     robustness: Mapping[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    score, cost, reference = row["score"], row.get("cost") or {}, document["reference"]
+    score, reference = row["score"], document["reference"]
     origin = document.get("origin") or {}
     plan = row.get("recipe", {}).get("plan", [])
     found = {
-        "values": {name: v for name in COLUMNS if (v := value(row, name)) is not None},
         "interval": interval,
         "iqm": None if score.get("iqm_low") is None else [score["iqm_low"], score["iqm_high"]],
         "n": score["n"],
@@ -138,8 +170,6 @@ def _design(
         "paired": bool(score.get("returns")) and score.get("seed") == reference.get("seed"),
         "verdict": row.get("verdict"),
         "layers": [_formats(plan, layer["name"], i, len(layers)) for i, layer in enumerate(layers)],
-        "cost": cost.get("layers"),
-        "cost_error": cost.get("error"),
         "command": quantize_command(row, document["settings"], origin),
         "pick": None
         if document["settings"].get("labelled")
@@ -147,7 +177,7 @@ def _design(
         "robustness": robustness,
     }
     names = ("id", "weights", "acts", "granularity", "steps", "family", "origin")
-    return {k: row.get(k) for k in names} | {k: cost.get(k) for k in ("fits", "clock_mhz", "residual")} | found
+    return {k: row.get(k) for k in names} | _cost_data(row) | found
 
 
 def _changed(row: Row, reference: Mapping[str, Any]) -> list[int] | None:
@@ -318,7 +348,7 @@ def _head(
         ("checkpoint", str(settings.get("checkpoint"))),
         ("sha256", str(settings.get("checkpoint_sha256"))),
         *(_episodes(settings, seed, n) if acts else _labelled(settings, origin, n)),
-        ("hardware target", _target(settings)),
+        ("hardware target", _targets(settings)),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or "not recorded"),
     ]
     if differ:
@@ -408,6 +438,10 @@ def _environment(env: Mapping[str, Any]) -> str:
     text = str(env.get("id", "?"))
     extra = {k: v for k, v in env.items() if k not in ("id", "trained_on") and v}
     return text + (f", {json.dumps(extra)}" if extra else "")
+
+
+def _targets(settings: Mapping[str, Any]) -> str:
+    return "; ".join(_target(one) for one in (settings, *settings.get("also", ())))
 
 
 def _target(settings: Mapping[str, Any]) -> str:

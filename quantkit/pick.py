@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from quantkit.report import default_cost, normalize_of, read_study
 from quantkit.results import Row, append_row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
-from quantkit.study import Target, design_id, policy_of, verify_export, visited_states
+from quantkit.study import design_id, policy_of, verify_export, visited_states
+from quantkit.targets import Target, seen_from, targets_of
 from quantkit.tasks.episodes import Progress, compare_on_states, compare_scores, evaluate_policy
 from quantkit.tasks.robustness import compare, default_conditions
 from quantkit.verify import verify
@@ -215,8 +216,8 @@ def choose(
             number, text = _nearest(built, target)
             misses.append((number, f"{text}, by {named(row)}: it needs {_over(price, target.device)}"))
             continue
-        cost = float(getattr(price, x)) if x in _PRICED else value(row, x) or 0.0
-        found.append(((cost, -row["score"]["mean"]), Choice(row, built, price, why)))
+        one = Choice(row, built, price, why)
+        found.append(((_cost_of(one, x), -row["score"]["mean"]), one))
         if same_target:
             break
     if not found:
@@ -271,6 +272,57 @@ def differences(choice: Choice, model: Model, document: Mapping[str, Any], state
     return found
 
 
+@dataclass(frozen=True)
+class View:
+    """The study as one target sees it. same: its rows are priced for that target."""
+
+    target: Target | None
+    same: bool
+    document: Mapping[str, Any]
+    rows: Sequence[Row]
+
+
+def _views(document: Mapping[str, Any], rows: Sequence[Row], wish: Mapping[str, Any]) -> list[View]:
+    """Of the study's targets those that have all that is wished for; where none has, the first one changed so far."""
+    targets = targets_of(document["settings"])
+    found = []
+    for place, target in enumerate(targets):
+        if all(target.to_json()[key] == value_ for key, value_ in wish.items()):
+            found.append(View(target, True, *seen_from(document, rows, place)))
+    if found:
+        return found
+    alone = seen_from(document, rows, 0)
+    if not wish and not targets:
+        return [View(None, False, *alone)]
+    folding = _folding(document["settings"])
+    if wish.get("latency_us") is not None or wish.get("luts") is not None:
+        folding |= {"latency_us": None, "luts": None}
+    new = {"device": document["settings"].get("device"), **folding, **wish}
+    return [View(Target(find_device(new.pop("device")), **new), False, *alone)]
+
+
+T = TypeVar("T")
+
+
+def _each(views: Sequence[View], work: Callable[[View], T]) -> list[T]:
+    """The work on each view on which it can be done; the first InputError if that is none."""
+    done, errors = list[T](), list[InputError]()
+    for view in views:
+        try:
+            done.append(work(view))
+        except InputError as error:
+            errors.append(error)
+    if not done:
+        raise errors[0]
+    return done
+
+
+def _cost_of(choice: Choice, x: str) -> float:
+    if choice.priced is not None and x in _PRICED:
+        return float(getattr(choice.priced, x))
+    return value(choice.row, x) or 0.0
+
+
 def _folding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How a study's hardware is folded; studies of before there was a choice of mapping used LUTs."""
     return {
@@ -314,15 +366,13 @@ def pick(
     column = default_cost(rows) if x is None else x
     if column not in COSTS:
         raise InputError(f"--x {x!r} is no cost; costs: {', '.join(COSTS)}")
-    part = device or settings.get("device")
-    if part is None and (latency_us is not None or luts is not None):
+    if device is None and not settings.get("device") and (latency_us is not None or luts is not None):
         raise InputError("the study names no part; give --device for a latency or LUT budget")
-    own = _folding(settings)
-    wish = own | ({} if latency_us is None and luts is None else {"latency_us": latency_us, "luts": luts})
-    wish |= {} if mapping is None else {"mapping": mapping}
-    target = None if part is None else Target(find_device(part), **wish)
-    same = target is not None and target.device.name == settings.get("device") and wish == own
-    eligible, why = wanted(document, rows, column, max_loss=max_loss, at_knee=at_knee, design=design)
+    wish = {"device": device, "latency_us": latency_us, "luts": luts, "mapping": mapping}
+    views = _views(document, rows, {key: found for key, found in wish.items() if found is not None})
+    views = views[:1] if design is not None else views
+    wishes: dict[str, Any] = {"max_loss": max_loss, "at_knee": at_knee, "design": design}
+    _each(views, lambda view: wanted(view.document, view.rows, column, **wishes))  # before anything is loaded
     check_new(output, force=force, marker=MARKER)
 
     model = study_model(document, folder, checkpoint)
@@ -331,16 +381,24 @@ def pick(
     def count(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    choice = choose(
-        eligible, why, model, states, target, x=column, same_target=same, tries=tries, progress=count("price")
-    )
+    def chosen(view: View) -> tuple[Choice, View]:
+        eligible, why = wanted(view.document, view.rows, column, **wishes)
+        return choose(
+            eligible, why, model, states, view.target,
+            x=column, same_target=view.same, tries=tries, progress=count("price"),
+        ), view  # fmt: skip
+
+    choice, view = min(_each(views, chosen), key=lambda pair: _cost_of(pair[0], column))
+    if len(views) > 1:
+        choice = replace(choice, why=f"{choice.why}; the cheapest of {len(views)} hardware targets")
+    target, settings = view.target, view.document["settings"]
     row, seed = choice.row, int(reference.get("seed", settings.get("seed", 0)))
-    problems = differences(choice, model, document, states)
+    problems = differences(choice, model, view.document, states)
     record: dict[str, Any] = {
         "format_version": 1,
         "study": folder.name,
         "chosen": {"why": choice.why, "by": column, "loss_bound": _finite(loss_bound(row)), "designs": len(rows)},
-        "target": None if target is None else {"device": target.device.name, **wish},
+        "target": None if target is None else target.to_json(),
         "row": row,
         "reference": reference,
         "random": document.get("random"),

@@ -11,6 +11,7 @@ from quantkit.errors import InputError
 from quantkit.files import new_file
 from quantkit.pareto import COLUMNS, front, knee, metric_of, value
 from quantkit.results import Row, read_rows
+from quantkit.targets import find_target, seen_from, targets_of
 
 if TYPE_CHECKING:
     from quantkit.model import Normalization
@@ -65,12 +66,16 @@ def default_cost(rows: Sequence[Mapping[str, Any]]) -> str:
     return "weight_kib" if all(value(row, "luts") is None for row in rows) else "luts"
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One flat record per design for a spreadsheet: names, numbers, and a front_X column for each front."""
+def table(rows: Sequence[Mapping[str, Any]], target: str | None = None) -> list[dict[str, Any]]:
+    """One flat record per design for a spreadsheet: names, numbers, and a front_X column for each front.
+
+    target: one more column, for studies with several.
+    """
     fronts = {x: set(front(rows, x, "mean")) for x in FRONTS}
     records = []
     for index, row in enumerate(rows):
         record = {key: row[key] for key in ("id", "weights", "acts", "granularity", "steps", "family")}
+        record |= {} if target is None else {"target": target}
         score = row["score"]
         record |= {"mean": score["mean"], "stderr": score["stderr"], "iqm": score["iqm"], "n": score["n"]}
         record |= {"iqm_low": score["iqm_low"], "iqm_high": score["iqm_high"], "verdict": row["verdict"]["verdict"]}
@@ -80,23 +85,36 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """`table` as CSV, cheapest design first; an old file is replaced."""
+def write_table(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`table` as CSV, cheapest design first, for one hardware target after the other; an old file is replaced."""
     import pandas as pd
 
+    targets = targets_of(document["settings"])
+    records = [
+        (place, record)
+        for place, target in enumerate(targets or (None,))
+        for record in table(seen_from(document, rows, place)[1], str(target) if len(targets) > 1 else None)
+    ]
     with new_file(path, force=True) as temporary:
-        frame = pd.DataFrame(table(rows)).sort_values(["luts", "weight_kib"], kind="stable")
+        frame = pd.DataFrame([record for _, record in records]).assign(place=[place for place, _ in records])
+        frame = frame.sort_values(["place", "luts", "weight_kib"], kind="stable").drop(columns="place")
         frame.to_csv(temporary, index=False)
 
 
-def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = "pareto") -> dict[str, Any]:
+def write_report(
+    folder: Path, *, x: str = "luts", y: str = "mean", stem: str = "pareto", target: str | None = None
+) -> dict[str, Any]:
     """Write pareto.csv, STEM.png and STEM.svg into the study; what `quantkit pareto` prints.
 
-    The result has `front` (rows ordered by cost), `knee` (the design to take) and `files`.
+    target: in whose costs, a part of its name; the study's first by default. The result has `front` (rows ordered by
+    cost), `knee` (the design to take), `targets` (all names), `target` and `files`.
     """
     from quantkit.figures import pareto_figure, save_figure
 
-    document, rows = read_study(folder)
+    whole, every = read_study(folder)
+    names = [str(one) for one in targets_of(whole["settings"])]
+    place = 0 if target is None else find_target(whole["settings"], target)
+    document, rows = seen_from(whole, every, place)
     x = default_cost(rows) if x == "luts" else x
     for column in (x, y):
         if all(value(row, column) is None for row in rows):
@@ -105,13 +123,14 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
     on_front = front(rows, x, y)
     reference, margin = document["reference"], document["margin"]
     chosen = knee(rows, on_front, reference["mean"], margin, x)
-    write_table(rows, folder / "pareto.csv")
+    write_table(whole, every, folder / "pareto.csv")
     settings = document["settings"]
     name = f"{(settings.get('env') or {}).get('id', '')} ({str(settings['algo']).upper()})"
     each = f"{settings['episodes']} episodes"
     if metric_of(rows) == "accuracy":
         name, each = str(settings.get("checkpoint")), f"{settings['episodes']:,} labelled inputs"
     title = f"{name}: {len(rows)} designs, {each} each"
+    title += f", {names[place]}" if len(names) > 1 else ""
     files = save_figure(pareto_figure(rows, reference, margin, x=x, y=y, title=title), folder / stem)
     return {
         "metric": metric_of(rows),
@@ -119,6 +138,8 @@ def write_report(folder: Path, *, x: str = "luts", y: str = "mean", stem: str = 
         "margin": margin,
         "x": x,
         "y": y,
+        "target": names[place] if names else None,
+        "targets": names,
         "designs": len(rows),
         "front": [rows[i] for i in on_front],
         "knee": None if chosen is None else rows[chosen],

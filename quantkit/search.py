@@ -44,9 +44,10 @@ from quantkit.racing import race
 from quantkit.recipe import Recipe, Step, step_text
 from quantkit.results import Row
 from quantkit.sensitivity import Cell, assemble, measure, untrained
-from quantkit.study import Study, Target, Task, design_id, points
+from quantkit.study import Study, Task, design_id
 from quantkit.surrogate import Prediction, predict
 from quantkit.sweep import complete
+from quantkit.targets import Target, points
 from quantkit.tasks.episodes import Progress
 
 Sampler = Literal["nsga2", "tpe"]

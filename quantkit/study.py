@@ -10,8 +10,6 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Mapping as Map
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-import hwmodel
-from hwmodel.cost import HwError
 from hwmodel.devices import Device
-from hwmodel.estimate import Estimate, Mapping, estimate
+from hwmodel.estimate import Mapping
 from hwmodel.formats import Float, Format, element
-from hwmodel.spec import LayerSpec
 from quantkit.errors import InputError
 from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model
@@ -36,6 +31,7 @@ from quantkit.results import Row, versions
 from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
 from quantkit.statistics import Floats, Verdict, default_margin
+from quantkit.targets import Target
 from quantkit.tasks import episodes as episodes_task
 from quantkit.tasks.accuracy import Labelled
 from quantkit.tasks.episodes import Progress, Score
@@ -49,43 +45,6 @@ ACCURACY_FRACTION = 0.01
 """Of the distance between the float network and one that always gives the most frequent class."""
 
 Origin = Literal["sweep", "allocation", "search"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """The part and what folds the hardware on it: one of latency_us and luts, or neither (the default latency)."""
-
-    device: Device
-    latency_us: float | None = None
-    luts: int | None = None
-    mapping: Mapping = "lut"
-
-    def __str__(self) -> str:
-        name = self.device.name + {"lut": "", "dsp": " with DSPs", "auto": " with DSPs if needed"}[self.mapping]
-        if self.latency_us is not None:
-            return f"{name} within {self.latency_us:g} µs"
-        return name if self.luts is None else f"{name} within {self.luts:,} LUTs"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "device": self.device.name,
-            "latency_us": self.latency_us,
-            "luts": self.luts,
-            "mapping": self.mapping,
-        }
-
-    def price(self, specs: Sequence[LayerSpec], **limits: Any) -> Estimate:
-        """What layers take there; limits: in place of the target's own. `HwError` where they cannot be built."""
-        limits = limits or {"latency_us": self.latency_us, "luts": self.luts}
-        return estimate(specs, self.device, mapping=self.mapping, **limits)
-
-    def cost(self, specs: Sequence[LayerSpec]) -> dict[str, Any]:
-        """`price` as JSON values with the model's version; {"error": reason} for what cannot be built."""
-        try:
-            return self.price(specs).to_json() | {"model": hwmodel.__version__}
-        except HwError as error:
-            return {"error": str(error)}
 
 
 @dataclass(frozen=True)
@@ -112,6 +71,16 @@ class Settings:
         if self.device is None:
             return ()
         return (Target(self.device, self.latency_us, self.luts, self.mapping), *self.also)
+
+
+def settings_for(
+    targets: tuple[Target, ...], episodes: int = 20, seed: int = episodes_task.EVALUATION_SEED
+) -> Settings:
+    """Settings with these targets, the first of which leads."""
+    if not targets:
+        return Settings(episodes, seed)
+    first, *others = targets
+    return Settings(episodes, seed, first.device, first.latency_us, first.luts, first.mapping, tuple(others))
 
 
 @dataclass(frozen=True)
@@ -417,15 +386,6 @@ def hardware_costs(model: Model, settings: Settings) -> dict[str, Any]:
     first, *others = (target.cost(specs) for target in settings.targets)
     names = [str(target) for target in settings.also]
     return {"cost": first} | ({"costs": dict(zip(names, others, strict=True))} if others else {})
-
-
-def points(row: Map[str, Any]) -> list[Row]:
-    """The row once for each hardware target that the study names, `cost` being that target's: the first, then others.
-
-    Returns are those of the recipe, which no target changes. `target` tells which, but for the first.
-    """
-    others = [{**row, "cost": cost, "target": name} for name, cost in (row.get("costs") or {}).items()]
-    return [dict(row), *others]
 
 
 def _format_texts(recipe: Recipe) -> tuple[str, str]:

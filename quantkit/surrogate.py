@@ -11,7 +11,8 @@ from hwmodel.cost import HwError
 from hwmodel.spec import LayerSpec
 from quantkit.pareto import COLUMNS, value
 from quantkit.sensitivity import Cell
-from quantkit.study import Settings, Target
+from quantkit.study import Settings
+from quantkit.targets import Target
 
 
 @dataclass(frozen=True)

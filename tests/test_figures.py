@@ -231,6 +231,6 @@ def test_names_with_dots_keep_them(tmp_path: Path) -> None:
 
 def test_sabotage_a_front_with_a_dominated_design_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the table marked every design as a member, the law of csv and front would fail."""
-    monkeypatch.setattr("quantkit.report.table", lambda rows: [r | {"front_luts": True} for r in table(rows)])
+    monkeypatch.setattr("quantkit.report.table", lambda rows, _: [r | {"front_luts": True} for r in table(rows)])
     with pytest.raises(AssertionError):
         test_a_report_leaves_csv_and_pictures("many", tmp_path)

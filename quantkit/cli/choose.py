@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping as Mapping_
 from pathlib import Path
@@ -12,7 +13,6 @@ import typer
 
 from quantkit.cli.options import (
     _CHOOSE,
-    _HW,
     _IN,
     _NUM,
     _OUT,
@@ -20,12 +20,15 @@ from quantkit.cli.options import (
     AcceptVersions,
     Checkpoint,
     Config,
+    Device,
     Env,
     Episodes,
     Exceptions,
     Factory,
     Jobs,
     Json,
+    Latencies,
+    Luts,
     Mapping,
     Normalize,
     Ray,
@@ -36,6 +39,7 @@ from quantkit.cli.options import (
     listed,
     load,
     pipelines_of,
+    targets_for,
 )
 from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
 from quantkit.errors import InputError
@@ -81,15 +85,9 @@ def sweep(
     layer: Exceptions = None,
     episodes: Episodes = 20,
     seed: Seed = 1000,
-    device: Annotated[
-        str, typer.Option(help="FPGA part (see hwmodel devices), or none.", rich_help_panel=_HW)
-    ] = "xc7a35t",
-    latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Fold the hardware to this latency.", rich_help_panel=_HW)
-    ] = None,
-    luts: Annotated[
-        int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
-    ] = None,
+    device: Device = "xc7a35t",
+    latency_us: Latencies = None,
+    luts: Luts = None,
     mapping: Mapping = "lut",
     jobs: Jobs = 0,
     ray: Ray = None,
@@ -116,23 +114,22 @@ def sweep(
     A policy is measured by the return of its episodes, a network with --inputs, --labels and --calibration by its
     accuracy.
     """
-    from hwmodel.devices import find_device
     from quantkit.recipe import check
     from quantkit.sweep import Space
 
-    check_space(weights, acts, granularity, latency_us, luts)
+    check_space(weights, acts, granularity)
+    targets = targets_for(device, latency_us, luts, mapping)
     pipelines = pipelines_of(step, preset, "policy" if labels is None else "network") or ((),)
     space = Space(
         listed(weights), listed(acts), listed(granularity), pipelines, exceptions(layer, listed(granularity)[0])
     )
     recipes = space.recipes()
-    part = None if device == "none" else find_device(device)
     model = load(checkpoint, env, factory, normalize, inputs)
     labelled = _labelled(checkpoint, model, inputs, labels, calibration)
 
     from quantkit.backends import answers
     from quantkit.report import write_report
-    from quantkit.study import Settings
+    from quantkit.study import settings_for
     from quantkit.sweep import open_study, run, study_origin
 
     for recipe in recipes:
@@ -141,7 +138,7 @@ def sweep(
         answers(ray)
     if labelled is not None:
         episodes, seed = len(labelled.labels), 0
-    settings = Settings(episodes, seed, part, latency_us, luts, mapping)
+    settings = settings_for(targets, episodes, seed)
     what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
     with progress_bar(*what) as update:
         origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration)
@@ -206,13 +203,17 @@ def pareto(
         str, typer.Option(help="Cost: luts, ffs, dsps, bram18, latency_us, weight_kib, bits_per_weight.")
     ] = "luts",
     y: Annotated[str, typer.Option(help="Quality: mean, iqm, agreement, ...")] = "mean",
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of several hardware targets the one with this in its name.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show the Pareto front of a study and redraw its figures for other axes."""
     from quantkit.report import write_report
 
     stem = "pareto" if (x, y) == ("luts", "mean") else f"pareto_{y}_{x}"
-    _show_report(write_report(study, x=x, y=y, stem=stem), json)
+    stem += "" if target is None else "_" + re.sub(r"\W+", "_", target)
+    _show_report(write_report(study, x=x, y=y, stem=stem, target=target), json)
 
 
 def _show_report(report: dict[str, Any], json: bool) -> None:
@@ -227,6 +228,8 @@ def _show_report(report: dict[str, Any], json: bool) -> None:
         f"float {'network' if metric == 'accuracy' else 'policy'}: {_score(reference, metric)}; "
         f"margin {_number(report['margin'], metric)}; {report['designs']} designs"
     )
+    if len(report["targets"]) > 1:
+        say(f"costs for {report['target']}; of {len(report['targets'])} targets: {', '.join(report['targets'])}")
     shown = list(dict.fromkeys((x, "luts", "weight_kib", "latency_us")))
     rows = []
     for row in report["front"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from quantkit.model import Calib, Model, Normalization
     from quantkit.qlayers import LayerPlan
     from quantkit.recipe import Recipe, Step
+    from quantkit.targets import Target
 
 app = typer.Typer(
     name="quantkit",
@@ -279,10 +281,54 @@ def pipelines_of(
     return (*written, *(preset_steps(name, kind) for name in preset or []))
 
 
-def check_space(weights: str, acts: str, granularity: str, latency_us: float | None, luts: int | None) -> None:
-    """InputError where a list of a study names nothing, or where hardware is folded to two targets."""
-    if latency_us is not None and luts is not None:
-        raise InputError("give --latency-us or --luts, not both")
+def check_space(weights: str, acts: str, granularity: str) -> None:
+    """InputError where a list of a study names nothing."""
     for option, text in (("--weights", weights), ("--acts", acts), ("--granularity", granularity)):
         if not listed(text):
             raise InputError(f"{option} {text!r} names nothing; give one or more, separated by commas")
+
+
+Device = Annotated[
+    str,
+    typer.Option(metavar="PART,..", help="FPGA part (see hwmodel devices) or several, or none.", rich_help_panel=_HW),
+]
+Latencies = Annotated[
+    str | None, typer.Option(metavar="US,..", help="Fold the hardware to this latency, or each.", rich_help_panel=_HW)
+]
+Luts = Annotated[
+    str | None, typer.Option(metavar="N,..", help="Fold it into this many LUTs, or each.", rich_help_panel=_HW)
+]
+
+
+def targets_for(
+    device: str, latency_us: str | None, luts: str | None, mapping: Literal["lut", "dsp", "auto"]
+) -> tuple[Target, ...]:
+    """Every part of the list with every latency or number of LUTs; () for the part none.
+
+    InputError for what is no positive number, and for both kinds of numbers.
+    """
+    from quantkit.targets import parse_targets
+
+    if latency_us is not None and luts is not None:
+        raise InputError("give --latency-us or --luts, not both")
+    parts = () if device == "none" else listed(device)
+    if device != "none" and not parts:
+        raise InputError(f"--device {device!r} names nothing; give one or more parts, separated by commas, or none")
+    times = _numbers("--latency-us", latency_us)
+    return parse_targets(parts, times, tuple(int(n) for n in _numbers("--luts", luts, whole=True)), mapping)
+
+
+def _numbers(option: str, text: str | None, whole: bool = False) -> tuple[float, ...]:
+    found = []
+    for part in listed(text or ""):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0) or (whole and number != int(number)):
+            kind = "a whole number" if whole else "a number"
+            raise InputError(f"{option} {part!r} is not {kind} above 0; several are separated by commas")
+        found.append(number)
+    if text is not None and not found:
+        raise InputError(f"{option} {text!r} names nothing; give one or more numbers, separated by commas")
+    return tuple(found)

@@ -20,10 +20,13 @@ from quantkit.cli.options import (
     AcceptVersions,
     Checkpoint,
     Config,
+    Device,
     Env,
     Episodes,
     Jobs,
     Json,
+    Latencies,
+    Luts,
     Mapping,
     Normalize,
     Ray,
@@ -33,6 +36,7 @@ from quantkit.cli.options import (
     listed,
     load,
     pipelines_of,
+    targets_for,
 )
 from quantkit.console import guarded, note, progress_bar
 
@@ -90,15 +94,9 @@ def search(
     ] = None,
     episodes: Episodes = 20,
     seed: Seed = 1000,
-    device: Annotated[
-        str, typer.Option(help="FPGA part (see hwmodel devices), or none.", rich_help_panel=_HW)
-    ] = "xc7a35t",
-    latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Fold the hardware to this latency.", rich_help_panel=_HW)
-    ] = None,
-    luts: Annotated[
-        int | None, typer.Option(min=1, help="Fold the hardware into this many LUTs.", rich_help_panel=_HW)
-    ] = None,
+    device: Device = "xc7a35t",
+    latency_us: Latencies = None,
+    luts: Luts = None,
     mapping: Mapping = "lut",
     max_luts: Annotated[
         float | None, typer.Option(min=0, help="Budget of a design: LUTs.", rich_help_panel=_HW)
@@ -123,33 +121,32 @@ def search(
     json: Json = False,
 ) -> None:
     """Find the front of mixed precision: allocated, then searched, with as few episodes as decide."""
-    from hwmodel.devices import find_device
     from quantkit.presets import preset_steps
     from quantkit.recipe import parse_format
 
-    check_space(weights, acts, granularity, latency_us, luts)
+    check_space(weights, acts, granularity)
+    targets = targets_for(device, latency_us, luts, mapping)
     for text in (*listed(weights), *listed(acts)):
         parse_format(text)
     pipelines = pipelines_of(step, preset) or (preset_steps("fast"),)
-    part = None if device == "none" else find_device(device)
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
     if storage is not None:
         from quantkit.search import check_storage
 
         check_storage(storage, output)
-    chosen = cost or ("weight_kib" if part is None else "luts" if luts is None else "latency_us")
+    chosen = cost or ("weight_kib" if not targets else "luts" if luts is None else "latency_us")
     model = load(checkpoint, env, None, normalize)
 
     from quantkit.backends import answers, workers
     from quantkit.report import write_report
     from quantkit.search import SearchSpace, search
-    from quantkit.study import Settings
+    from quantkit.study import settings_for
     from quantkit.sweep import open_study, study_origin
 
     if ray is not None:
         answers(ray)
     space = SearchSpace(listed(weights), listed(acts), listed(granularity), pipelines, search_seed)
-    settings = Settings(episodes, seed, part, latency_us, luts, mapping)
+    settings = settings_for(targets, episodes, seed)
     with progress_bar("float and random policy", "episodes") as update:
         origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
         study = open_study(output, model, settings, update, origin=origin, accept_versions=accept_versions)

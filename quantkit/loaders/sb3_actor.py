@@ -90,7 +90,7 @@ def build_critics(tensors: dict[str, Tensor], act: str, inputs: int, where: str)
     None of them where one is not a chain of finite Linear layers that takes `inputs` numbers, as beside a NatureCNN:
     a policy is one without.
     """
-    parts, nets = Parts(tensors, where), []
+    parts, nets = Parts(tensors, where), list[nn.Module]()
     try:
         while parts.has(f"critic.qf{len(nets)}"):
             *trunk, last = parts.stack(f"critic.qf{len(nets)}", 1)
@@ -98,7 +98,7 @@ def build_critics(tensors: dict[str, Tensor], act: str, inputs: int, where: str)
             nets.append(make_chain([], [], trunk, last, act, flatten=False, limit=None))
     except InputError:
         return []
-    return list(nets)
+    return nets
 
 
 def _feature_prefixes(algo: str) -> tuple[str, ...]:

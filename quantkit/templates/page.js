@@ -346,6 +346,15 @@ options($("x"), Object.keys(S.columns).filter((c) => S.columns[c].cost), state.x
 options($("y"), Object.keys(S.columns).filter((c) => !S.columns[c].cost), state.y, label);
 $("x").addEventListener("change", () => { state.x = $("x").value; drawFront(); drawTable(); });
 $("y").addEventListener("change", () => { state.y = $("y").value; drawFront(); drawTable(); });
+// Another hardware target has its own costs of the same designs, and its own design to take.
+$("on").hidden = S.targets.length < 2;
+options($("target"), S.targets.map((_, i) => String(i)), "0", (i) => S.targets[i].name);
+$("target").addEventListener("change", () => {
+  const target = S.targets[$("target").value];
+  D.forEach((d, i) => Object.assign(d, target.costs[i]));
+  S.device = target.device; S.settings.device = target.part;
+  select(target.knee);
+});
 $("all").addEventListener("change", drawFront);
 $("every").addEventListener("change", drawTable);
 const metrics = Object.keys(S.sensitivity);
