@@ -26,7 +26,8 @@ from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import encode
-from quantkit.rtl_export import _act, _line, _scaled, _step, _to_values, thresholds
+from quantkit.rtl_export import Host, _act, _between, _line, _scaled, _step, _to_values, thresholds
+from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
 
 aten = torch.ops.aten
@@ -100,6 +101,33 @@ def designs_of(model: Model) -> tuple[tuple[Design, ...], tuple[str, ...]]:
         network = Network(tuple(p.network.layers[0] for p in row), facts)
         designs.append(Design(name, network, tuple(row), part.before))
     return tuple(designs), tuple(graph.before("output"))
+
+
+def policy_of(model: Model) -> tuple[Network, Host]:
+    """The integers of a quantized policy with convolutions, and the host's float part, as `rtl_export.network_of`.
+
+    InputError where branches part it into several designs.
+    """
+    policy = model.module
+    if not isinstance(policy, Policy):
+        raise InputError("this network is not a policy")
+    designs, _ = designs_of(model)
+    if len(designs) != 1:
+        names = ", ".join(design.name for design in designs)
+        raise InputError(f"this policy is {len(designs)} designs in hardware ({names}); one is needed")
+    (design,) = designs
+    first, last = design.parts[0], design.parts[-1]
+    children = {f"net.{leaf}": module for leaf, module in policy.net.named_children()}
+    names, layers = list(children), model.qlayers()
+    head = [children[n] for n in names[: names.index(first.name)]]
+    tail = [children[n] for n in names[names.index(last.name) + 1 :]]
+    stage = compile_policy(Policy(policy.stage, nn.Sequential(*head), policy.head, policy.obs_shape))
+    behind = _between(tail)
+
+    def before(obs: np.ndarray) -> np.ndarray:
+        return input_codes(first, layers[first.name], torch.from_numpy(np.ascontiguousarray(stage(obs))))
+
+    return design.network, Host(before, lambda sums: behind(outputs(last, layers[last.name], sums)), policy.head)
 
 
 def _facts(first: QLayer, last: QLayer, before: Sequence[str]) -> dict[str, Any]:

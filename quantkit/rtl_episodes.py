@@ -19,6 +19,7 @@ from hwmodel.simulate import Simulation
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy
+from quantkit.rtl_conv import has_convolutions, policy_of
 from quantkit.rtl_export import network_of
 from quantkit.simulate import compile_policy
 from quantkit.tasks.environments import make_env
@@ -58,7 +59,7 @@ class Pilot:
     """
 
     def __init__(self, model: Model, folder: Path, tool: str | None = None) -> None:
-        self.network, self.host = network_of(model)
+        self.network, self.host = policy_of(model) if has_convolutions(model) else network_of(model)
         self._forward: Callable[[np.ndarray], np.ndarray] | None = None
         if isinstance(model.module, Policy):
             self._forward = compile_policy(model.module)

@@ -34,6 +34,7 @@ from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.rtl_conv import designs_of, input_codes, outputs, parts_of, seen
+from quantkit.rtl_episodes import Pilot
 
 DEVICE = find_device("xc7a35t")
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
@@ -498,6 +499,21 @@ def test_the_command_writes_what_it_says(tmp_path: Path) -> None:
     found = simulate.check(tmp_path / "rtl", sample_codes(network, 3), "iverilog")
     assert found.mismatch is None
     assert found.cycles_min == found.cycles_max == facts["cycles"]
+
+
+@pytest.mark.sim
+@icarus
+def test_a_policy_acts_from_its_verilog(tmp_path: Path) -> None:
+    """From pixels to actions through the simulated Verilog, sums, outputs and actions checked on the way."""
+    model, images = image_policy("int3", "uint4")
+    save_artifact(model, tmp_path / "q")
+    done = CliRunner().invoke(app, ["rtl", str(tmp_path / "q"), "-o", str(tmp_path / "rtl"), "--luts", "3000"])
+    assert done.exit_code == 0, done.output
+    with Pilot(model, tmp_path / "rtl", "iverilog") as pilot:
+        actions = pilot.act(images[:3].numpy())
+    assert np.array_equal(actions, model.module.predict(images[:3].numpy())[0])  # type: ignore[operator]
+    with pytest.raises(InputError, match="not written from this policy"):
+        Pilot(image_policy("int3", "int4")[0], tmp_path / "rtl", "iverilog")
 
 
 def test_the_command_names_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
