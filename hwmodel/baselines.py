@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hwmodel.cost import Cost
+from hwmodel.cost import Cost, HwError
 from hwmodel.formats import BINARY, Float, Format, Int, bits
 from hwmodel.spec import LayerSpec
 
@@ -154,6 +154,8 @@ def compare_network(specs: Sequence[LayerSpec], folds: Sequence[tuple[int, int, 
     """LUTs of folded layers by the published models, unscaled; folds: (PE, SIMD, accumulator bits) of each."""
     found = {"FINN": 0.0, "EBOPs": 0.0, "BOPs": 0.0}
     for spec, (pe, simd, acc_bits) in zip(specs, folds, strict=True):
+        if spec.op == "gru":
+            raise HwError(f"layer {spec.name!r} is a GRU, which no published model prices; leave out --compare")
         assert spec.weight is not None and spec.act is not None
         unit = finn(bits(spec.weight), bits(spec.act), spec.out_features, spec.in_features, pe, simd, acc_bits)
         found["FINN"] += unit.luts

@@ -178,13 +178,15 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
 def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     """Kind and 90th percentile of the error to expect: of whole designs where they were judged, else of the MACs.
 
-    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables. Nothing was
-    judged by published counters: None.
+    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables, and GRUs.
+    Nothing was judged by published counters: None.
     """
     if published():
         return "published counters", None
     known = coefficients()["residual"]
     kind = "layers" if len(chosen) == 1 else "policies"
+    if any(fold.parts is not None for fold in chosen):
+        kind = "recurrent policies"
     if chosen[0].unrolled and "unrolled" in known:
         kind = "unrolled"
     emitted = all(
