@@ -233,8 +233,8 @@ def estimate(
         print(f"LUT {found.luts:,} ±{found.residual:.0%}: nine of ten synthesized {found.residual_of} lie within")
     if found.fmax_mhz is not None:
         print(
-            f"fmax {found.fmax_mhz:g} MHz ±{found.fmax_residual:.0%} after place and route, "
-            f"likewise of {found.residual_of}; slowest: {found.slowest}"
+            f"fmax {found.fmax_mhz:g} MHz ±{found.fmax_residual:.0%}: nine of ten placed {found.residual_of} "
+            f"lie within; slowest: {found.slowest}"
         )
     print(f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}")
     for name, count in others.items():

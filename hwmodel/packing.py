@@ -96,4 +96,6 @@ def packed_cost(pack: Packing, acc_bits: int, lanes: int, rows: int) -> Cost:
     one = tree_cost(lanes, width, acc_bits, owed) + Cost(
         luts=fabric.adder(acc_bits, acc_bits, owed) + lanes * decode, ffs=2 * acc_bits
     )
-    return one * rows + Cost(dsps=rows // pack.lanes * lanes)
+    dsps = rows // pack.lanes * lanes
+    held = pack.lanes * pack.spacing if fabric.family() == "ecp5" else 0  # synth_ecp5 uses no registers of a MULT18X18D
+    return one * rows + Cost(dsps=dsps, ffs=dsps * held)

@@ -17,6 +17,7 @@ from hwmodel.estimate import estimate
 from hwmodel.fabric import adder, family, pricing
 from hwmodel.formats import parse
 from hwmodel.mac import coefficients, mac_cost, use_coefficients
+from hwmodel.packing import packed_cost, packing
 from hwmodel.plan import plan_network
 from hwmodel.validate import validate
 from hwmodel.yosys import mac_unit
@@ -55,6 +56,16 @@ def test_products_share_dsps_where_18_bits_allow() -> None:
     for bits, lanes in (("int4", 2), ("int8", 1)):
         found = estimate(policy(bits, bits), PART, latency_us=9, mapping="dsp")
         assert sum(e.pe * e.simd for e in found.layers) == lanes * found.dsps
+
+
+def test_products_of_dsps_wait_in_flip_flops() -> None:
+    """A layer in DSPs has the flip-flops of its fields beyond those of 7-series, whose DSPs have registers."""
+    pack = packing(parse("int4"), parse("int4"), 18, 2)
+    assert pack is not None
+    others = packed_cost(pack, 16, 2, 2)
+    with pricing("ecp5"):
+        more = packed_cost(pack, 16, 2, 2).ffs - others.ffs
+    assert others.dsps == 2 and more == 2 * pack.lanes * pack.spacing
 
 
 def test_coefficients_name_their_tools() -> None:
