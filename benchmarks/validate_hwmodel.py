@@ -24,6 +24,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import report
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
 from hwmodel.baselines import best_scale
@@ -107,6 +108,39 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     fig.savefig(path, dpi=130, metadata={"Software": None})
 
 
+MARKERS = {"units": ".", "layers": "o", "policies": "s", "unrolled": "^", "trained": "D"}
+
+
+def placed_figure(rows: Sequence[Row], path: Path) -> None:
+    """Predicted against placed: LUTs of all rows, and MHz of those with a clock; a marker a kind."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2))
+    panels = (
+        (left, "LUT", [(row, row.measured.luts, row.predicted.luts) for row in rows]),
+        (right, "MHz", [(r, r.fmax_mhz, r.predicted_mhz) for r in rows if r.fmax_mhz and r.predicted_mhz]),
+    )
+    for ax, unit, points in panels:
+        made = [m for _, m, _ in points]
+        low, high = min(made) / 1.5, max(made) * 1.5
+        ax.plot([low, high], [low, high], color="0.6", lw=0.8, zorder=1)
+        for kind, marker in MARKERS.items():
+            mine = [(row.family, m, p) for row, m, p in points if row.kind == kind]
+            if mine:
+                off = statistics.median(abs(p / m - 1) for _, m, p in mine)
+                label = f"{kind}: {off:.1%} in the median of {len(mine)}"
+                color = [COLORS[family] for family, _, _ in mine]
+                x, y = [m for _, m, _ in mine], [p for _, _, p in mine]
+                ax.scatter(x, y, s=24, c=color, marker=marker, label=label, linewidths=0, alpha=0.85, zorder=2)
+        ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        ax.set(xlabel=f"{unit} after place and route", ylabel=f"predicted {unit}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.legend(fontsize=7, loc="upper left", frameon=False)
+    hues = [Line2D([], [], marker="o", ls="", color=color, label=family) for family, color in COLORS.items()]
+    fig.legend(handles=hues, fontsize=7, ncol=len(hues), loc="lower center", frameon=False)
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+
+
 def keep_bands(rows: Sequence[Row], family: str) -> None:
     """The errors of each kind into hwmodel/coeffs.toml, to the family's coefficients."""
     path = Path(__file__).parent.parent / "hwmodel" / "coeffs.toml"
@@ -154,6 +188,8 @@ def main() -> None:
     report.publish(f"hwmodel/{args.name}", [record(row) for row in rows], packages=packages)
     if args.name == "validation":
         figure(rows, report.REPORTS / "hwmodel" / "validation.png")
+    if args.name == "validation_ecp5":
+        placed_figure(rows, report.REPORTS / "hwmodel" / "validation_ecp5.png")
     if args.record:
         keep_bands(rows, args.family)
     print(json.dumps(summary(rows), indent=1))
