@@ -501,7 +501,7 @@ def fit(
     samples["clock"] = []  # whole designs, placed when all else is known
     wanted = [sample for part in parts for sample in samples[part]]
     macs = mac_samples(MACS, rng) if "products" in parts else []
-    total, done = len(wanted) + len(macs), 0
+    total, done = len(wanted) + len(macs) + CLOCK_LAYERS * ("clock" in parts), 0
 
     def tell(more: int) -> None:
         nonlocal done

@@ -77,7 +77,14 @@ def pieces(fold: Fold) -> Iterator[tuple[str, float]]:
     yield "sum", chain_ns(fold.acc_bits + owes(weight, act))
     yield "sequencer", _fitted("sequencer", "inner", bits=_counted(fold), one=1)
     rows = fold.spec.out_features // fold.units
-    turns = _fitted("drain", "inner", rows=(rows - 1).bit_length(), slots=(fold.share - 1).bit_length(), one=1)
+    turns = _fitted(
+        "drain",
+        "inner",
+        rows=(rows - 1).bit_length(),
+        slots=(fold.share - 1).bit_length(),
+        shared=fold.share > 1,
+        one=1,
+    )
     yield "turns", turns
     yield from _converter(fold, rows, turns)
 

@@ -122,6 +122,18 @@ def test_every_sampled_layer_has_pieces() -> None:
                 assert len(names) >= 5 and max(times) > 2 and min(times) >= 0
 
 
+def test_elements_that_take_turns_count_them() -> None:
+    """Where elements share a converter, its counter of turns is slower than one that counts rows alone."""
+
+    def turns(pe: int, simd: int) -> tuple[int, float]:
+        fold = layer_fold(spec(rows=16, columns=16), pe, simd)
+        return fold.share, dict(timing.pieces(fold))["turns"]
+
+    with fabric.pricing("ecp5"):
+        (alone, fast), (shared, slow) = turns(1, 4), turns(4, 2)
+    assert alone == 1 < shared and fast < slow
+
+
 def test_time_beside_makes_products_small() -> None:
     """A product beside a long sum never costs more than beside a short one, and some cost much less."""
     with fabric.pricing("ecp5"):
