@@ -339,6 +339,7 @@ def _row(
 def _measured_ours(case: Case, data: str, threads: int) -> dict[str, Any]:
     """The same of one of our presets."""
     import torch
+    import torch.export._trace  # imported before the clock runs, as Brevitas' modules are
     import vision_networks
 
     from quantkit.capture import captured

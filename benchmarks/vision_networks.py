@@ -113,8 +113,9 @@ def explicit_padding(module: nn.Module, example: Tensor) -> None:
 
 def outputs(module: nn.Module, x: Tensor, batch: int = 250) -> Tensor:
     """Logits (n, classes) of the inputs x, without gradients."""
-    with torch.no_grad():
-        return torch.cat([module(part) for part in x.split(batch)])
+    with torch.no_grad():  # channels last in memory: convolutions of few channels are several times faster
+        parts = x.contiguous(memory_format=torch.channels_last).split(batch)
+        return torch.cat([module(part) for part in parts])
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:

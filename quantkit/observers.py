@@ -388,11 +388,17 @@ def _once(graph: fx.Graph, wanted: set[str]) -> bool:
 LARGE = 2**22
 """Values from which on what a node makes of all batches waits in half precision."""
 
-PORTION = 153_600
-"""Input values of a batch, at most, where a graph is walked: 50 images of CIFAR. A batch has 32 samples at least.
+PORTION = 49_152
+"""Input values of a batch, at most, where a graph is walked: 62 digits of MNIST.
 
 So it is whatever the batches of the calibration set are, as the last bits of a convolution change with its batch; with
-token ids only, whose layers are wide, smaller batches are heeded."""
+token ids only, whose layers are wide, smaller batches are heeded.
+"""
+
+
+def portion(inputs: Tensor) -> int:
+    """How many of these inputs make a batch of at most `PORTION` values; at least 32."""
+    return max(32, PORTION // max(1, inputs[:1].numel()))
 
 
 @dataclass(frozen=True)
@@ -535,8 +541,8 @@ def _walk_graph(
     layers: Mapping[str, QLayer],
 ) -> Iterator[Site]:
     remaining = set(wanted)
-    portion = max(32, PORTION // max(1, calib.inputs[:1].numel()))
-    batches = calib.inputs.split(portion if calib.inputs.is_floating_point() else min(calib.batch, portion))
+    size = portion(calib.inputs)
+    batches = calib.inputs.split(size if calib.inputs.is_floating_point() else min(calib.batch, size))
     current = _Batches(source, batches)
     reference = _Batches(twin, batches) if isinstance(twin, fx.GraphModule) else None
     outputs: Sequence[Tensor] | None = None  # of the last layer as its site left it

@@ -31,7 +31,7 @@ from quantkit.errors import InputError
 from quantkit.links import find_links
 from quantkit.losses import Loss, errors_of, loss_for
 from quantkit.model import Calib, Model
-from quantkit.observers import float_twin, one_thread
+from quantkit.observers import float_twin, one_thread, portion
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
 from quantkit.trainees import Operand, Trainee
@@ -54,7 +54,7 @@ class Pool:
 
     @classmethod
     def of(cls, states: Tensor, label: Label) -> Pool:
-        target = torch.cat([label(x) for x in states.split(1024)])
+        target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
         held = torch.arange(len(states)) % 8 == 7 if len(states) >= 16 else torch.ones(len(states), dtype=torch.bool)
         train = ~held if len(states) >= 16 else held
         return cls(states[train], target[train], states[held], target[held])
@@ -66,7 +66,7 @@ class Pool:
     def loss(self, module: nn.Module, loss: Loss) -> float:
         """Mean loss of a network on the held-out states."""
         with torch.no_grad():
-            y = torch.cat([module(x) for x in self.held.split(1024)])
+            y = torch.cat([module(x) for x in self.held.split(min(1024, portion(self.held)))])
             return float(loss(y, self.held_target).double().mean())
 
 
