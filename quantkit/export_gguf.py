@@ -9,13 +9,16 @@ blocks of a fixed size in a row, and a coarser scale of ours is repeated for the
     int2..int4, binary          Q4_0        32          4.5
     int5..int8                  Q8_0        32          8.5
     mxfp4                       MXFP4       32          4.25
+    rows of no multiple of 32   F16         1           16
 
-Ternary weights whose rows are no multiple of 256 become Q4_0. What stays float is F32. llama.cpp rounds a layer's
+Ternary weights whose rows are no multiple of 256 become Q4_0; integers whose rows no block divides become F16, as
+llama.cpp's own quantizer has it. What stays float is F32. llama.cpp rounds a layer's
 inputs to 8 bits in blocks: logits of random networks are within 2 % of the largest (llama-cpp-python 0.3.36).
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +34,12 @@ from quantkit.errors import InputError
 from quantkit.files import new_file
 from quantkit.gguf_tokens import add_tokenizer
 from quantkit.qlayers import Plain, QLayer
-from quantkit.qtensor import QTensor, scale_codes, values_of
+from quantkit.qtensor import QTensor, dequantize, scale_codes, values_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ACCEPTED = "ternary, binary, int2 to int8 per tensor, row or group of a multiple of 32, and mxfp4"
 _SIZES = {"TQ2_0": 256, "Q4_0": 32, "Q8_0": 32, "MXFP4": 32}
+_PLAIN = ("F32", "F16")
 _LAYERS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -55,7 +59,7 @@ _BIASED = {"llama": tuple(_LAYERS), "mistral": tuple(_LAYERS), "qwen2": tuple(_L
 
 
 class Stored(NamedTuple):
-    """A tensor as the file holds it: data, uint8 (rows, bytes) or float32; kind, GGUF's name of its type."""
+    """A tensor as the file holds it: data, uint8 (rows, bytes), float32 or float16; kind, GGUF's name of its type."""
 
     data: np.ndarray
     kind: str
@@ -72,6 +76,8 @@ def stored_as(q: QTensor) -> str | None:
         kinds = ("TQ2_0", "Q4_0") if q.fmt.name == "ternary" else ("Q4_0",)
     elif isinstance(q.fmt, Int) and q.fmt.signed and 2 <= q.fmt.bits <= 8:
         kinds = ("Q4_0",) if q.fmt.bits <= 4 else ("Q8_0",)
+    if kinds and columns % 32:
+        return "F16"
     return next((kind for kind in kinds if group % _SIZES[kind] == 0 and columns % _SIZES[kind] == 0), None)
 
 
@@ -105,7 +111,7 @@ def check(decoder: Decoder) -> None:
             held = BANDS if not isinstance(layer.q, QTensor) else f"{layer.q.fmt} per {layer.q.granularity}"
             raise InputError(
                 f"layer {name!r}: {held}, in rows of {layer.weight.shape[1]}, is not one of gguf's types; accepted: "
-                f"{ACCEPTED}, in rows of a multiple of 32; or leave the layer float: --layer '{name}=float/float'"
+                f"{ACCEPTED}; or leave the layer float: --layer '{name}=float/float'"
             )
         if scale_error(layer.q) > 2.0**-10:
             raise InputError(
@@ -115,14 +121,19 @@ def check(decoder: Decoder) -> None:
 
 
 def scale_error(q: QTensor) -> float:
-    """The largest relative error of the scales in float16; 0 of a type with scales of another format."""
-    if stored_as(q) == "MXFP4":
+    """The largest relative error of scales in float16, or of whole weights; 0 of MXFP4, whose scales fit."""
+    kind = stored_as(q)
+    if kind == "MXFP4":
         return 0.0
+    if kind == "F16":
+        w = dequantize(q)
+        return float(((w.to(torch.float16).float() - w) / w).nan_to_num(0.0, math.inf, math.inf).abs().max())
     return float(((q.scale.to(torch.float16).float() - q.scale) / q.scale).abs().max())
 
 
 def export(decoder: Decoder, path: Path, *, force: bool = False) -> dict[str, Any]:
-    """Write the file; its bytes, those that the accounted bits make, types by layer, and the scales' largest error.
+    """Write the file; what was written: its bytes, those that the accounted bits make, types by layer, which layers are
+    `wider` than their formats for want of blocks, the scales' largest error, and the tokenizer.
 
     InputError before any work for what `check` refuses.
     """
@@ -138,7 +149,7 @@ def export(decoder: Decoder, path: Path, *, force: bool = False) -> dict[str, An
         _add_facts(writer, decoder)
         tokens = add_tokenizer(writer, decoder)
         for name, (data, kind) in _tensors(decoder, kinds).items():
-            raw = None if kind == "F32" else gguf.GGMLQuantizationType[kind]
+            raw = None if kind in _PLAIN else gguf.GGMLQuantizationType[kind]
             writer.add_tensor(name, data, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -149,6 +160,11 @@ def export(decoder: Decoder, path: Path, *, force: bool = False) -> dict[str, An
         "bytes": path.stat().st_size,
         "accounted_bytes": -(-decoder.accounted_bits() // 8),
         "types": kinds,
+        "wider": {
+            name: f"{layer.q.fmt} as F16, its rows of {layer.weight.shape[1]} being no multiple of 32"
+            for name, layer in decoder.quantized().items()
+            if kinds[name] == "F16" and isinstance(layer.q, QTensor)
+        },
         "scale_error": max(errors, default=0.0),
         "tokenizer": tokens,
     }
@@ -235,6 +251,8 @@ def stored(layer: Plain | QLayer, heads: int = 0) -> Stored:
         return Stored(interleaved(weight_of(layer), heads).contiguous().numpy(), "F32")
     kind = stored_as(q)
     assert kind is not None
+    if kind == "F16":
+        return Stored(interleaved(dequantize(q), heads).to(torch.float16).contiguous().numpy(), kind)
     rows, columns = q.codes.shape
     blocks = columns // _SIZES[kind]
     scale = q.scale.expand(rows, -1).repeat_interleave(blocks // q.scale.shape[1], dim=1)

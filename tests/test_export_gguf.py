@@ -102,6 +102,22 @@ def test_transformers_reads_the_file(family: str, tmp_path: Path) -> None:
     assert apart(logits_of(there, ids(2, 9)), logits_of(plain, ids(2, 9))) < 3e-3
 
 
+@pytest.mark.parametrize(("name", "granularity"), [("int4", PerRow()), ("ternary", PerTensor()), ("int8", PerRow())])
+def test_rows_that_no_block_divides_are_half_floats(name: str, granularity, tmp_path: Path) -> None:
+    """As llama.cpp's quantizer has it; the file says so of those layers, the others keep their types."""
+    model, plain = rounded(network(hidden=48, intermediate_size=96), name, granularity, where="layers.0")
+    found = export_gguf.export(decoder_of(model, model.config), tmp_path / "x.gguf")
+    wide = {n for n in found["types"] if not n.endswith("down_proj")}
+    assert found["wider"].keys() == wide and len(wide) == 6
+    held = {t.name: t for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    down = held["blk.0.ffn_down.weight"].tensor_type.name
+    up = held["blk.0.ffn_up.weight"]
+    assert up.tensor_type.name == found["types"]["model.layers.0.mlp.up_proj"] == "F16" and down != "F16"
+    want = plain.model.layers[0].mlp.up_proj.weight.detach().numpy()
+    assert (np.abs(up.data.astype(np.float32) - want) <= 2.0**-11 * np.abs(want)).all()
+    assert 0 < found["scale_error"] <= 2.0**-11
+
+
 def test_biases_are_in_the_file(tmp_path: Path) -> None:
     """A bias lies beside its layer, in the order of the layer's rows; where llama.cpp has no place it is refused."""
     model, _ = rounded(network(hidden=96, intermediate_size=64), "int4", where="layers")
@@ -184,7 +200,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     refused("q_proj': e4m3 per row.*accepted: ternary, binary, int2 to int8", wide("e4m3"))
     refused("q_proj': uint4 per row", wide("uint4"))
     refused("q_proj': int4 per group16, in rows of 96", wide("int4", PerGroup(16)))
-    refused("q_proj': int4 per row, in rows of 48", rounded(network(), "int4", where="q_proj")[0])
     refused("'gpt2' is not exported to gguf; accepted: llama, mistral", network("gpt2"))
     refused("'yarn' are not exported", network(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
     model = wide("int4")
