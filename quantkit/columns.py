@@ -92,9 +92,9 @@ def solve(
     (groups, columns, columns) of `factorize`. Every `size` columns share scales, (groups, rows):
     `scale` gives them, seeing these columns as updated by then and the number of the first; the
     scales returned are (columns / size, groups, rows). Or `scale` is known beforehand for every column,
-    (columns, groups, rows), as where columns of one group come at different times. block: columns handled one by one;
-    feedback beyond them is one matrix product each time the columns double. It does not change the result
-    beyond float noise. first: what is rounded in the first column in place of its weights, (groups, rows).
+    (columns, groups, rows), as where columns of one group come at different times. block: columns handled
+    one by one; feedback beyond them is one matrix product each time the columns double. It does not change
+    the result beyond float noise. first: what is rounded in the first column in place of its weights, (groups, rows).
     Runs on one thread: a column is too little work to share.
     """
     with one_thread():
@@ -211,6 +211,15 @@ def aimed(site: Site, H: Tensor, samples: int, ridge: float) -> tuple[Tensor, Te
     if info.any() or not together.isfinite().all() or not alone.isfinite().all():
         return W, W
     return (w + together).reshape(W.shape), (w + alone).reshape(W.shape)
+
+
+def shared_moments(site: Site, samples: int) -> Tensor:
+    """`moments`, taken over from a layer with the very same inputs where the site knows of one."""
+    if site.layer.spatial or site.layer.in_scale is not None or site.layer.act is not None:
+        return moments(site, samples)
+    if samples not in site.moments:
+        site.moments[samples] = moments(site, samples)
+    return site.moments[samples]
 
 
 NOTHING = {"dead_inputs": 0.0, "nearest_layers": 0.0, "nearest_rows": 0.0, "largest_damp": 0.0}

@@ -151,6 +151,7 @@ class _Run:
         self.current = Stream(model.module, batches, store)
         self.float = Stream(model.module, batches, store) if self.twins else None
         self.tied: dict[str, str] = {n: o for n, o in model.meta.get("tied", {}).items() if n in self.layers}
+        self.moments: tuple[fx.Node | None, dict[int, Tensor]] = (None, {})  # of the inputs that a node makes
         self.waiting: str | None = None  # the layer whose specification waits for the next one's input
         self.block: dict[str, Any] = {}
         self.arrays: dict[str, Any] = {}
@@ -286,7 +287,9 @@ class _Run:
             assert isinstance(layer, QLayer)
             inputs: Any = self.current.inputs(node) if sees and not looks_up else []
             wants: Any = targets if sees and not looks_up else []
-            site = Site(name, layer, inputs, wants, floats)  # type: ignore[arg-type]
+            if self.moments[0] is not node.all_input_nodes[0]:
+                self.moments = node.all_input_nodes[0], {}
+            site = Site(name, layer, inputs, wants, floats, moments=self.moments[1])  # type: ignore[arg-type]
             for step in self.visits:
                 if name in step.names:
                     site.outputs = None  # of the layer as it was before this step

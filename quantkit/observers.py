@@ -249,7 +249,8 @@ class Site:
     inputs: what reaches it now, batch by batch. targets: what it puts out in the float network,
     for the same batches; empty unless asked for. floats: what reaches it in the float network, of a
     graph with targets only, until `targets` are looked at. outputs: what the layer makes of `inputs`
-    as it leaves the site, if a visitor has computed it.
+    as it leaves the site, if a visitor has computed it. moments: those of `inputs`, by the number of samples
+    asked for, which layers with the same inputs share (queries, keys and values; gate and up).
     """
 
     name: str
@@ -258,6 +259,7 @@ class Site:
     targets: Sequence[Tensor]
     floats: Sequence[Tensor] = field(default_factory=list)
     outputs: Sequence[Tensor] | None = None
+    moments: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass

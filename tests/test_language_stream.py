@@ -15,6 +15,7 @@ from test_cli import call, document, error
 from test_language import checkpoint, ids
 from test_loader_hf import change, edit, folder
 
+from quantkit import columns
 from quantkit.artifact import load_artifact, save_artifact
 from quantkit.capture import captured
 from quantkit.language_stream import join, partial_folder, quantize_streamed, why_whole
@@ -86,6 +87,15 @@ def test_shared_embeddings_are_stored_once(tmp_path: Path) -> None:
         streamed(path, recipe, tmp_path / name)
         same(tmp_path / f"whole-{name}", tmp_path / name)
         assert json.loads((tmp_path / name / "quantkit.json").read_text())["shared"]
+
+
+def test_layers_with_one_input_share_its_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values have one matrix of second moments, gate and up another: 4 for 7 layers of a block."""
+    made = []
+    original = columns.moments
+    monkeypatch.setattr(columns, "moments", lambda site, n: made.append(site.name) or original(site, n))
+    streamed(folder(tmp_path), Recipe(BLOCKS.plan, (("gptq", {}),)), tmp_path / "q")
+    assert [name.rpartition(".")[2] for name in made] == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2
 
 
 class Stop:

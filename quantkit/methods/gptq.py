@@ -23,7 +23,7 @@ beforehand.
 
 from __future__ import annotations
 
-from quantkit.columns import NOTHING, aimed, moments, round_layer, tally
+from quantkit.columns import NOTHING, aimed, round_layer, shared_moments, tally
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, layerwise, unquantized
 from quantkit.qtensor import ScaleRule
@@ -59,7 +59,7 @@ def each(
     rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
 
     def quantize_layer(site: Site) -> None:
-        H = moments(site, samples)
+        H = shared_moments(site, samples)
         W = site.layer.weight.detach().float().flatten(1)
         if drift and H.numel():
             W, _ = aimed(site, H, samples, ridge)
