@@ -259,6 +259,15 @@ def read_network(folder: Path) -> Network:
         raise HwError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
+def design_folders(folder: Path) -> list[Path]:
+    """The designs in a directory of `quantkit rtl`: itself, or the folders that its network.json lists."""
+    try:
+        parts = json.loads((folder / "network.json").read_text())["parts"]
+        return [folder / part["folder"] for part in parts]
+    except (OSError, KeyError, TypeError, ValueError):
+        return [folder]
+
+
 def reference(network: Network, codes: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
     """What leaves the last layer for input codes (n, inputs): int64 (n, outputs), exact.
 

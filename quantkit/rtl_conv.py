@@ -113,8 +113,8 @@ def policy_of(model: Model) -> tuple[Network, Host]:
         raise InputError("this network is not a policy")
     designs, _ = designs_of(model)
     if len(designs) != 1:
-        found = ", ".join(design.name for design in designs)
-        raise InputError(f"this policy is {len(designs)} designs in hardware ({found}); one is needed")
+        several = ", ".join(design.name for design in designs)
+        raise InputError(f"this policy is {len(designs)} designs in hardware ({several}); one is needed")
     (design,) = designs
     first, last = design.parts[0], design.parts[-1]
     children = {f"net.{leaf}": module for leaf, module in policy.net.named_children()}

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from hwmodel import conv, emit_conv, simulate, yosys
 from hwmodel.accumulator import exact_bits
 from hwmodel.affine import solved
+from hwmodel.cli import app as hwmodel_app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.folding import Fold, folds, layer_fold
@@ -516,6 +517,8 @@ def test_a_policy_acts_from_its_verilog(tmp_path: Path) -> None:
         Pilot(image_policy("int3", "int4")[0], tmp_path / "rtl", "iverilog")
 
 
+@pytest.mark.sim
+@icarus
 def test_the_command_names_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network with a branch becomes several folders; the terminal and the README say what the host computes."""
     monkeypatch.setattr("quantkit.artifact.load_artifact", lambda *_, **__: residual()[0])
@@ -526,6 +529,12 @@ def test_the_command_names_what_it_leaves(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry["folder"] for entry in index["parts"]] == ["first", "left", "head"]
     assert (tmp_path / "rtl" / "left" / "policy_axis.v").is_file()
     assert "ReLU, add, ReLU, mean" in (tmp_path / "rtl" / "README.md").read_text()
+    shown = CliRunner().invoke(hwmodel_app, ["simulate", str(tmp_path / "rtl"), "--tool", "iverilog", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.output)
+    assert {name: one["cycles_max"] for name, one in found.items()} == {
+        entry["folder"]: entry["cycles"] for entry in index["parts"]
+    }
     with pytest.raises(HwError, match="several designs; give one of its folders: first, left, head"):
         read_network(tmp_path / "rtl")
 

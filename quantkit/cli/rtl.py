@@ -112,8 +112,7 @@ def _show_designs(output: Path, document: dict[str, Any], json: bool) -> None:
     print_table(title, columns, rows)
     left = outside(document)
     say(f"left to the host, in float32:\n{left}" if left else "nothing between input codes and last sums is left out")
-    first = document["designs"][0]["folder"]
-    say(f"prove it with: hwmodel simulate {output if first == '.' else output / first}")
+    say(f"prove it with: hwmodel simulate {output}")
 
 
 @app.command(
