@@ -5,7 +5,8 @@ python benchmarks/validate_hwmodel.py --units 40 --layers 15 --policies 10 --see
                                                   with _dsp is folded anew with its products in DSPs
 python benchmarks/validate_hwmodel.py --record    also keeps the errors in hwmodel/coeffs.toml, as the
                                                   bands that every estimate prints
-python benchmarks/validate_hwmodel.py --family ecp5 --name validation_ecp5    after place and route, with clocks
+python benchmarks/validate_hwmodel.py --family ecp5 --name validation_ecp5    after place and route, with clocks and
+                                                  a figure of both; under any other name the table alone
 python benchmarks/validate_hwmodel.py --units 0 --layers 0 --policies 0 --unrolled 8 --name validation_unrolled
 """
 
