@@ -6,15 +6,18 @@ No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized
 every time, the states that it visits join the ones seen before, the float policy labels them, and training goes on.
 A network that does not act is trained on the calibration set alone, the scales of attention's operands included.
 
-The loss is that of `quantkit.losses`. Where the checkpoint has Q-functions of squashed actions (SAC, TD3, DDPG, TQC),
-the error of part i of the action in a state s counts
+The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoint has Q-functions of squashed actions
+(SAC, TD3, DDPG, TQC), the error of part i of the action in a state s counts
 
     w_i(s) = 0.2 + 0.8 max(0, d_i(s)) / (mean of max(0, d) over the calibration set)
 
 with d_i(s) what they say that a part moved by 0.3 costs there (`critic.drops`): a few bits are spent where it matters.
 
 Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
-and of the model at the start and those at the end of every round the one whose loss on these is smallest is kept.
+and of the model at the start and those at the end of every round, one whose loss on these is not above the start's is
+kept: without visits that of the smallest loss; with them that whose own states are distributed most like the float
+policy's over the same episodes (`distance`; what a round visits in them is not trained on), as a small error at the
+wrong place ends an episode and a large one may not matter.
 """
 
 from __future__ import annotations
@@ -37,6 +40,22 @@ from quantkit.qlayers import Point, QLayer
 from quantkit.trainees import Operand, Trainee
 
 CHANGES = frozenset({"refined", "bias"})
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """How differently two samples of as many states are distributed: mean over features of the Wasserstein-1
+    distance in standard deviations of `a`; features that are constant in `a` in those of both together.
+
+    >>> distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [1.0]]))
+    1.0
+    """
+    n = min(len(a), len(b))
+    x, y = a[:n].flatten(1).double(), b[:n].flatten(1).double()
+    spread = x.std(dim=0, unbiased=False)
+    both = torch.cat([x, y]).std(dim=0, unbiased=False)
+    spread = torch.where(spread > 1e-3 * both, spread, both)
+    moved = (x.sort(dim=0).values - y.sort(dim=0).values).abs().mean(dim=0)
+    return float((moved / torch.where(spread > 0, spread, torch.ones_like(spread))).mean())
 
 
 Label = Callable[[Tensor], Tensor]
@@ -118,7 +137,8 @@ def apply(
     rounds: how often the policy acts to find states, `states` of them each time (1: never, only the calibration
     set is used, as for a network that cannot act). lr: of the latent weights, in grid units; it falls to zero along
     a cosine. slow: the rate of scales and biases, in units of lr. Returns the held-out loss before and after, both on
-    the final states, the round whose model was kept (0: the start), and how many states there were in the end.
+    the final states, the round whose model was kept (0: the start), with visits the distances of the docstring, and how
+    many states there were in the end.
     """
     layers = {
         n: part
@@ -147,12 +167,14 @@ def _distill(
 ) -> dict[str, float]:
     with torch.no_grad():
         teacher, start = float_twin(model), model.copy()
-        label, loss = _aim(teacher, calib.inputs)
-        pool = Pool.of(calib.inputs, label)
         visit = calib.visit if rounds > 1 else None
+        label, loss = _aim(teacher, calib.inputs, None if visit is None else model.critic)
+        pool = Pool.of(calib.inputs, label)
+        calm, own = calib.inputs, [calib.inputs]
         if visit is not None:
-            for actor in (teacher, start):
-                pool = pool.plus(Pool.of(visit(actor, states, 1), label))
+            calm, own = visit(teacher, states, 1), [visit(start, states, 1)]
+            for seen in (calm, own[0]):
+                pool = pool.plus(Pool.of(seen, label))
         student, trainees = _student(start, layers, pool)
     kinds: dict[str, list[nn.Parameter]] = {"V": [], "slow": [], "stage": []}
     for trainee in trainees.values():
@@ -171,28 +193,30 @@ def _distill(
         span = range(steps * number // rounds, steps * (number + 1) // rounds)
         with torch.enable_grad():
             train(student, pool, loss, optimizer, rate, span, batch, calib.generator)
-        candidates.append(_stored(start, trainees))
-        if visit is not None and number + 1 < rounds:
-            with torch.no_grad():
-                pool = pool.plus(Pool.of(visit(candidates[-1], states, number + 2), label))
+        current = _stored(start, trainees)
+        candidates.append(current)
+        if visit is not None:
+            own.append(visit(current, states, 1))
+            if number + 1 < rounds:
+                with torch.no_grad():
+                    pool = pool.plus(Pool.of(visit(current, states, number + 2), label))
     losses = [pool.loss(m.module, loss) for m in candidates]
-    usable = [i for i, value in enumerate(losses) if math.isfinite(value)]
-    chosen = min(usable, key=lambda i: losses[i], default=0)
+    ranks = losses if visit is None else [distance(calm, seen) for seen in own]
+    usable = [i for i, value in enumerate(losses) if math.isfinite(value) and value <= losses[0]]
+    chosen = min(usable, key=lambda i: ranks[i], default=0)
     _copy_into(model, candidates[chosen])
-    return {
-        "loss_before": losses[0],
-        "loss_after": losses[chosen],
-        "round": float(chosen),
-        "states": float(len(pool.train) + len(pool.held)),
-    }
+    report = {"loss_before": losses[0], "loss_after": losses[chosen], "round": float(chosen)}
+    if visit is not None:
+        report |= {"distance_before": ranks[0], "distance_after": ranks[chosen]}
+    return report | {"states": float(len(pool.train) + len(pool.held))}
 
 
-def _aim(teacher: Model, inputs: Tensor) -> tuple[Label, Loss]:
+def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Loss]:
     """What a state is labelled with, and the loss of the outputs there; `inputs` are the calibration set.
 
     The float outputs, and with a critic of squashed actions the weights of the docstring beside them.
     """
-    module, critic = teacher.module, teacher.critic
+    module = teacher.module
     head = module.head if isinstance(module, Policy) else None
     outputs = torch.cat([module(x) for x in inputs.split(1024)])
     if critic is None or head is None or not head.squash:
