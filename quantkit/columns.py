@@ -196,13 +196,13 @@ def aimed(site: Site, H: Tensor, samples: int, ridge: float) -> tuple[Tensor, Te
     """
     layer, (groups, columns, _) = site.layer, H.shape
     W = layer.weight.detach().float().flatten(1)
-    w, bias = W.reshape(groups, -1, columns), layer.bias.reshape(groups, -1, 1)
-    C, total, count = torch.zeros_like(w), torch.zeros(groups, columns, 1), 0
+    w, bias = W.reshape(groups, -1, columns), layer.bias.reshape(groups, 1, -1)
+    C, count = torch.zeros_like(w), 0
     for x, y in rows(site, samples, targets=True):
-        C.baddbmm_(y.mT, x)
-        total.baddbmm_(x.mT, x.new_ones(groups, x.shape[1], 1))
+        missing = torch.baddbmm(y, x, w.mT, alpha=-1).sub_(bias)
+        C.baddbmm_(missing.mT, x)
         count += x.shape[1]
-    C.sub_(bias @ total.mT).div_(count).sub_(torch.bmm(w, H))  # E[(y - b) x~^T] - W E[x~ x~^T], H being of the same x~
+    C.div_(count)
     mean = H.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
     damped = H + torch.eye(columns) * (ridge * mean)[:, None, None]
     L, info = torch.linalg.cholesky_ex(damped)
