@@ -17,10 +17,11 @@ on 8,192 answers of its own by KL to its logits where it answers; mean reward of
 `agreement_percent` those on which the answer is the float policy's, `to_absmean` paired by problem. After 300 steps the
 reward is float's within its error; the 40 of tequila_arithmetic_short tell the methods apart.
 
-Tequila's lambda is the paper's 1e-3 and its scale AbsMean's unless a row says so. "+ bias" trains a bias in every layer
-besides, which asks how much of the gain is just a bias. RTN rounds without training, at the ternary scale of least
-squared error. The seed sets the order of the batches. Standard errors are over documents or episodes; rows with seed
-"all" have the mean over seeds, with standard errors over seeds. `loss` is on the first four calibration batches.
+Lambda is the paper's 1e-3 and the quantizer the paper's, AbsMean, unless a row says so. "+ bias" trains a bias
+in every layer besides, which asks how much of the gain is just a bias. RTN rounds without training, at the ternary
+scale of least squared error. The seed sets the order of the batches. Standard errors are over documents or episodes;
+rows with seed "all" have the mean over seeds, with standard errors over seeds. `loss` is on the first four calibration
+batches.
 """
 
 from __future__ import annotations
@@ -48,15 +49,18 @@ from quantkit.tasks import episodes, perplexity, reward
 AGENTS = Path(__file__).parent / "agents"
 AGENT = AGENTS / "ppo" / "LunarLander-v3.zip"
 WINDOW, CUT = 64, 256
+PAPER: dict[str, Any] = {"biases": False, "quantizer": "absmean"}
 METHODS: dict[str, dict[str, Any]] = {
-    "Tequila": {"biases": False},
-    "AbsMean": {"biases": False, "reactivate": 0.0},
+    "Tequila": PAPER,
+    "AbsMean": PAPER | {"reactivate": 0.0},
     "TWN": {"biases": False, "reactivate": 0.0, "quantizer": "twn"},
     "LSQ": {"biases": False, "reactivate": 0.0, "quantizer": "lsq"},
     "Tequila on TWN": {"biases": False, "quantizer": "twn"},
-    "Tequila, lambda 0.1": {"biases": False, "reactivate": 0.1},
-    "AbsMean + bias": {"biases": True, "reactivate": 0.0},
-    "Tequila + bias": {"biases": True},
+    "Tequila on TWN, lambda 0.01": {"biases": False, "quantizer": "twn", "reactivate": 0.01},
+    "Tequila on TWN, lambda 0.03": {"biases": False, "quantizer": "twn", "reactivate": 0.03},
+    "Tequila, lambda 0.1": PAPER | {"reactivate": 0.1},
+    "AbsMean + bias": PAPER | {"biases": True, "reactivate": 0.0},
+    "Tequila + bias": PAPER | {"biases": True},
 }
 
 
@@ -199,7 +203,8 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return statistics.mean(r[name] for r in some)
 
         def error(name: str, some: list[dict[str, Any]] = some) -> float:
-            return statistics.stdev(r[name] for r in some) / len(some) ** 0.5
+            values = [r[name] for r in some]
+            return statistics.stdev(values) / len(some) ** 0.5 if all(map(math.isfinite, values)) else math.nan
 
         numbers = [k for k, v in some[0].items() if isinstance(v, float) and k not in ("lr", "float")]
         mixed = {k: round(mean(k), 4) for k in numbers}
