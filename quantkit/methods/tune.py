@@ -99,7 +99,7 @@ class Trainee(nn.Module):
             layer.set_weight(from_values(values, scale, q.fmt, q.granularity, q.shape, q.base))
 
 
-def apply(model: Model, calib: Calib, *, steps: int = 200, batch: int = 16, lr: float = 0.005) -> dict[str, float]:
+def apply(model: Model, calib: Calib, *, steps: int = 200, batch: int = 16, lr: float = 0.01) -> dict[str, float]:
     """Train the quantized weights of the model together.
 
     steps: of Adam, `batch` inputs each. lr: of V, in units of the grid; scales learn a fifth as fast; both are warmed
