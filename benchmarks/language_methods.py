@@ -9,9 +9,10 @@ token. `to_float` is the ratio of perplexities, or the difference of rewards, to
 document or problem.
 
 Decoder layers only: embedding and head stay in float. `bits` are those stored for them, per weight: codes, scales
-(32 bits for a row, 8 for a group or block, 16 where a baseline's paper says so), masks, and the biases
-that Tequila adds. PB-LLM and BiLLM are those of benchmarks/ptq161.py. Nothing here is tuned to a model but numbers of
-training steps, which are small: reports of single methods go further.
+(32 bits for a row, 8 for a group or block, 16 where a baseline's paper says so), masks, and the biases that Tequila and
+distill add; tune adds none. Tequila's quantizer is the paper's, AbsMean. PB-LLM and BiLLM are those of
+benchmarks/ptq161.py. Nothing here is tuned to a model but numbers of training steps, which are small: reports of single
+methods go further.
 
 Rows that reports/language/methods.csv holds already are not measured again; delete it to start anew. Several may run
 side by side.
@@ -60,6 +61,7 @@ FAMILIES = {
     "groups": ("#67a9cf", "^", "GPTQ, groups of 32, 8-bit scales"),
     "AdaRound": ("#1b9e77", "v", "AdaRound"),
     "distilled": ("#33691e", "P", "GPTQ with drift, distilled"),
+    "tuned": ("#e41a1c", "d", "GPTQ with drift, tuned"),
     "blocks": ("#e08214", "h", "GPTQ in MXFP4, NVFP4"),
     "ternary": ("#d6336c", "*", "ternary, trained"),
     "PTQ1.61": ("#7b3294", "X", "PTQ1.61"),
@@ -108,7 +110,12 @@ def methods(batch: int) -> dict[str, Method]:
     found |= {f"AdaRound int{b}": Method("AdaRound", f"int{b}", (("adaround", {"steps": 500}),)) for b in (2, 3, 4)}
     distilled = tuple((name, {**o, "batch": batch} if "batch" in o else o) for name, o in NETWORK_PRESETS["balanced"])
     found |= {f"GPTQ int{b}, distilled": Method("distilled", f"int{b}", distilled) for b in (2, 3)}
-    ternary = {"steps": 100, "batch": batch, "lr": 0.05}
+    tuned = (
+        ("gptq", {"act_order": True, "drift": True, "scale": "importance"}),
+        ("tune", {"steps": 100, "batch": batch}),
+    )
+    found |= {f"GPTQ int{b}, tuned": Method("tuned", f"int{b}", tuned) for b in (2, 3, 4)}
+    ternary = {"steps": 100, "batch": batch, "lr": 0.05, "quantizer": "absmean"}
     found |= {
         "Tequila": Method("ternary", "ternary", (("tequila", ternary),)),
         "TWN": Method("ternary", "ternary", (("tequila", {**ternary, "quantizer": "twn", "reactivate": 0.0}),)),
@@ -276,16 +283,18 @@ def main() -> None:
     for name, load in subjects.items():
         if args.subject not in (None, name):
             continue
+        missing = [m for m in ("float", *methods(1)) if (name, m) not in held and fnmatchcase(m, args.only)]
+        if not missing:
+            continue
         subject = load()
-        for label, method in {"float": None, **methods(subject.batch)}.items():
-            if (name, label) in held or not fnmatchcase(label, args.only):
-                continue
-            found = {"subject": name, **row(label, subject, method)}
+        table = {"float": None, **methods(subject.batch)}
+        for label in missing:
+            found = {"subject": name, **row(label, subject, table[label])}
             pd.DataFrame([found]).to_csv(TABLE, mode="a", header=not TABLE.is_file(), index=False)
             print(found, flush=True)
-    table = pd.read_csv(TABLE, comment="#").sort_values(["subject", "family", "method"], ascending=[False, True, True])
-    publish("language/methods", table.to_dict("records"), packages=("torch", "transformers"), title="methods")
-    figure(table, FIGURE)
+    rows = pd.read_csv(TABLE, comment="#").sort_values(["subject", "family", "method"], ascending=[False, True, True])
+    publish("language/methods", rows.to_dict("records"), packages=("torch", "transformers"), title="methods")
+    figure(rows, FIGURE)
 
 
 if __name__ == "__main__":
