@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """A tensor in a file."""
+    """A tensor in a file, its bare bytes."""
 
     path: Path
+    dtype: torch.dtype
+    shape: torch.Size
 
-    def read(self) -> Any:
-        return torch.load(self.path, weights_only=True)
+    def read(self) -> Tensor:
+        return torch.from_numpy(np.fromfile(self.path, np.uint8)).view(self.dtype).reshape(self.shape)
 
 
 class Store:
@@ -37,14 +41,21 @@ class Store:
             self.held += _size(value)
             return value
         path = self.folder / f"{next(self.numbers)}.pt"
-        _save(value, path)
-        return _OnDisk(path)
+        value.contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+        return _OnDisk(path, value.dtype, value.shape)
 
     def drop(self, kept: Any) -> None:
         if isinstance(kept, _OnDisk):
             kept.path.unlink()
         elif isinstance(kept, Tensor):
             self.held -= _size(kept)
+
+
+def give_back() -> None:
+    """Return what is freed to the system where the C library holds on to it, as glibc does to pieces below 32 MiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _size(value: Tensor) -> int:
@@ -138,11 +149,7 @@ class Stream:
         folder.mkdir()
         for node, kept in self.values.items():
             for i, value in enumerate(kept) if node.op not in ("placeholder", "get_attr") else ():
-                path = folder / f"{node.name}.{i}.pt"
-                if isinstance(value, _OnDisk):
-                    shutil.copyfile(value.path, path)
-                else:
-                    _save(value, path)
+                _save(_get(value), folder / f"{node.name}.{i}.pt")
 
     def load(self, folder: Path, before: int) -> None:
         """Take up what `save` wrote, in front of the node number `before`."""

@@ -34,7 +34,7 @@ from quantkit import __version__
 from quantkit.artifact import MARKER, TENSORS, TENSORS_META, entry, pack_layer, report, restore_layer, write_documents
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file
-from quantkit.language_store import Kept, Store, Stream
+from quantkit.language_store import Kept, Store, Stream, give_back
 from quantkit.loaders.hf import Weights, companions
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, one_thread
@@ -303,6 +303,7 @@ class _Run:
         self._specify(name)
         self._pack(name)
         self._release(name)
+        give_back()
 
     def _read(self, name: str) -> None:
         layer = self.layers[name]
