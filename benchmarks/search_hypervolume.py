@@ -5,8 +5,8 @@
 Uniform: binary, ternary, int2, 3, 4, 6, 8 for the weights and the same, int1 and int5 for the inputs of all layers: 63
 designs, all their episodes; those with int1 cannot be built, for the observations are signed. Searched:
 `quantkit.search` over the same formats for each layer, with the same methods (preset fast, or round to nearest), device
-and latency, and as many episodes. Both fronts are chosen by those episodes and then measured on fresh ones, so that no
-design profits from the episodes that chose it.
+and latency, and as many episodes: what it played beyond, to complete its front, is not counted. Both fronts are chosen
+by those episodes and then measured on fresh ones, so that no design profits from the episodes that chose it.
 
 Hypervolume: what a front dominates in the plane of LUTs and return, up to the LUTs of int8 x int8 (the design that one
 starts from), over the logarithm of LUTs, in which halving them counts the same everywhere, and over LUTs themselves.
@@ -19,6 +19,7 @@ each agent: lander and pendulum (of this repository), and of --data cheetah (SAC
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -97,10 +98,16 @@ def compare(
         rows_uniform = complete(uniform, tasks, work / "uniform", mapper)
     budget = sum(row.get("episodes", 0) for row in rows_uniform)
     study = open_study(work / "search", model, settings)
-    with workers(study) as mapper:
-        space = SearchSpace(WEIGHTS, ACTS, pipelines=(steps,))
-        rows_search = search(study, work / "search", space, mapper, designs=1000, episodes=budget, batch=8)
-    played = [budget, sum(row.get("played", 0) for row in read_rows(work / "search" / "rows.jsonl"))]
+    if not (ended := work / "search" / "ended").exists():
+        with workers(study) as mapper:
+            space = SearchSpace(WEIGHTS, ACTS, pipelines=(steps,))
+            search(study, work / "search", space, mapper, designs=1000, episodes=budget, batch=8)
+        ended.touch()
+    lines = read_rows(work / "search" / "rows.jsonl")
+    totals = list(itertools.accumulate(row.get("played", 0) for row in lines))
+    count = sum(total <= budget for total in totals)
+    rows_search = list({row["id"]: row for row in lines[:count]}.values())
+    played = [budget, totals[count - 1]]
     chosen = []
     for rows in (rows_uniform, rows_search):
         whole = [row for row in rows if row.get("episodes") == episodes]

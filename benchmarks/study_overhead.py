@@ -3,9 +3,10 @@
     python benchmarks/study_overhead.py [--designs 24] [--episodes 20]
 
 LunarLander (the agent of this repository). `machinery`: seconds of CPU in `quantkit.sweep.complete` beyond those in
-evaluating designs (claiming, writing and syncing rows, reading those of others), as a share of the latter. `speed`:
-designs a second against one process, all in this run; starting the processes is not counted, as a study does it once.
-On a machine that is busy with other work the second is that work's figure: load_1m tells.
+evaluating designs (claiming, writing and syncing rows, reading those of others), as a share of the latter. `start`:
+seconds until all processes are there, libraries loaded, and each has evaluated a design. `speed`: designs a second
+against one process, all in this run, without starting, as a study does that once. On a machine that is busy with other
+work seconds are that work's figure, load_1m tells; workers_cpu_s is not: CPU of the processes that evaluate.
 """
 
 from __future__ import annotations
@@ -55,6 +56,21 @@ def warm(mapper: Mapper, tasks: list[Task]) -> None:
         pass
 
 
+def workers_cpu() -> float:
+    """Seconds of CPU that this process and those that it started, directly or not, have used so far."""
+    found: dict[int, tuple[int, float]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        found[int(stat.parent.name)] = (int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+    family = [os.getpid()]
+    for parent in family:
+        family += [pid for pid, (of, _) in found.items() if of == parent]
+    return sum(found[pid][1] for pid in family if pid in found)
+
+
 def main(designs: int, episodes: int) -> None:
     """Measure and publish."""
     torch.set_num_threads(1)
@@ -66,17 +82,23 @@ def main(designs: int, episodes: int) -> None:
         rows.append(machinery(first, tasks, Path(folder) / "a"))
         for jobs in (1, 2):
             open_study(Path(folder) / f"j{jobs}", model, settings)
+            common = {"processes": jobs, "designs": len(tasks)}
             with workers(first, jobs) as mapper:
+                began, cpu = time.perf_counter(), workers_cpu()
                 warm(mapper, tasks[:jobs])
-                began = time.perf_counter()
+                middle, half = time.perf_counter(), workers_cpu()
+                rows.append({"what": "start", **common, "seconds": middle - began, "workers_cpu_s": half - cpu})
                 complete(first, tasks, Path(folder) / f"j{jobs}", mapper)
-                seconds = time.perf_counter() - began
-            rows.append({"what": "speed", "processes": jobs, "designs": len(tasks), "seconds": seconds})
-    single = rows[1]["seconds"]
+                rows.append({
+                    "what": "speed", **common,
+                    "seconds": time.perf_counter() - middle, "workers_cpu_s": workers_cpu() - half,
+                })  # fmt: skip
+    single = next(row["seconds"] for row in rows if row["what"] == "speed")
+    names = ("evaluating_cpu_s", "beside_cpu_s", "share", "workers_cpu_s")
     table = []
     for row in rows:
         speed = round(single / row["seconds"], 2) if row["what"] == "speed" else ""
-        numbers = {k: f"{row[k]:.4g}" if k in row else "" for k in ("evaluating_cpu_s", "beside_cpu_s", "share")}
+        numbers = {k: f"{row[k]:.4g}" if k in row else "" for k in names}
         common = {k: row[k] for k in ("what", "processes", "designs")} | {"seconds": round(row["seconds"], 2)}
         table.append(common | numbers | {"speed": speed, "load_1m": round(os.getloadavg()[0], 1)})
     (REPORTS / "studies").mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from quantkit.errors import InputError
 from quantkit.results import Row
 from quantkit.study import Study, Task, attempt
 
+_PRELOADED = ("quantkit.backends", "gymnasium")
 ANSWER_S = 5.0
 """A Ray address that takes longer than this to accept a connection counts as not there."""
 
@@ -69,8 +70,15 @@ def _here(study: Study, tasks: Iterator[Task]) -> Iterator[Outcome]:
 
 @contextmanager
 def _pool(study: Study, jobs: int) -> Iterator[Mapper]:
-    """Executors of one worker each: when one breaks, it is known which task broke it."""
-    context = multiprocessing.get_context("spawn")
+    """Executors of one worker each: when one breaks, it is known which task broke it.
+
+    They are forked from a process that has imported the libraries and does nothing else, so that these are loaded once
+    for all of them.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["__main__", *_PRELOADED])
 
     def start() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, context, _start_worker, (study,))
@@ -78,10 +86,13 @@ def _pool(study: Study, jobs: int) -> Iterator[Mapper]:
     idle, running = [start() for _ in range(jobs)], dict[Future[Row], tuple[ProcessPoolExecutor, Task]]()
 
     def mapper(tasks: Iterator[Task]) -> Iterator[Outcome]:
+        ready: list[Outcome] = []
         while True:
             while idle and (task := next(tasks, None)) is not None:
                 worker = idle.pop()
                 running[worker.submit(_work, task)] = (worker, task)
+            yield from ready  # what is done with them is done while the workers are busy
+            ready.clear()
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -92,7 +103,7 @@ def _pool(study: Study, jobs: int) -> Iterator[Mapper]:
                     worker.shutdown()
                     worker, outcome = start(), Died("its worker process died (out of memory?)")
                 idle.append(worker)
-                yield task, outcome
+                ready.append((task, outcome))
 
     with one_thread_per_process():
         try:
@@ -156,11 +167,14 @@ def _ray(study: Study, address: str) -> Iterator[Mapper]:
 
         def mapper(tasks: Iterator[Task]) -> Iterator[Outcome]:
             running: dict[Any, Task] = {}
+            ready: list[Outcome] = []
             try:
                 while True:
                     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
                     while len(running) < cpus and (task := next(tasks, None)) is not None:
                         running[work.remote(shared, task)] = task
+                    yield from ready
+                    ready.clear()
                     if not running:
                         return
                     done, _ = ray.wait(list(running), timeout=10.0)
@@ -170,7 +184,7 @@ def _ray(study: Study, address: str) -> Iterator[Mapper]:
                             outcome: Row | Died = ray.get(reference)
                         except ray.exceptions.RayError as error:
                             outcome = Died(f"its Ray worker died: {str(error).splitlines()[0]}")
-                        yield task, outcome
+                        ready.append((task, outcome))
             finally:
                 for reference in running:
                     ray.cancel(reference, force=True)

@@ -323,7 +323,7 @@ class _Guide:
     def affordable_now(self, rows: Mapping[str, Row], episodes: int | None) -> int:
         """How many more designs can be played, at as many episodes each as so far, and the front be completed then.
 
-        One more design is counted as owed, for completing returns may bring others to the front.
+        A quarter and one design more are counted as owed, for completing returns may bring others to the front.
         """
         if episodes is None:
             return self.batch
@@ -331,7 +331,7 @@ class _Guide:
         spent = sum(self._shown(row)[0] for row in played)
         whole = self.model.settings.episodes
         shown = [row | {"score": row["score"] | {"mean": self._shown(row)[1]}} for row in played]
-        owed = whole + sum(whole - self._shown(played[i])[0] for i in _on_fronts(self.model, shown, self.cost))
+        owed = whole + 1.25 * sum(whole - self._shown(played[i])[0] for i in _on_fronts(self.model, shown, self.cost))
         return int((episodes - spent - owed) / max(1.0, spent / max(1, len(played))))
 
     def ask(self, rows: Mapping[str, Row], most: int) -> list[Candidate]:
