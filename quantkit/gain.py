@@ -43,7 +43,7 @@ class Front:
         """The area that a design adds.
 
         >>> front = Front([(10, 3.0), (20, 9.0)], end=40, floor=1.0, top=5.0)
-        >>> round(front.area(), 2), round(front.gain(10, 5.0), 2), front.gain(30, 4.0)
+        >>> round(front.area(), 1), round(front.gain(10, 5.0), 1), front.gain(30, 4.0)
         (6.0, 2.0, 0.0)
         """
         edges = np.concatenate(([-math.inf], self.costs, [self.end]))
