@@ -6,7 +6,7 @@ import numpy as np
 
 from hwmodel import emit_layer
 from hwmodel.emit_layer import Rom
-from hwmodel.folding import Fold
+from hwmodel.folding import Fold, lead
 from hwmodel.formats import bits
 from hwmodel.gru import GATES, INDEX, N_RANGE, S_RANGE, G, Gru, sigmoid_table, tanh_table
 from hwmodel.layer import address_bits
@@ -75,18 +75,19 @@ module {name} (
     output [{out - 1}:0] results,
     output finished
 );
-  wire x_write, x_done, h_busy, h_write, h_done;
+  wire x_write, x_done, enough, h_busy, h_write, h_done;
   wire [{h_col - 1}:0] h_col;
   reg [{h.simd * b - 1}:0] h_acts;
   wire [{3 * x.acc_bits - 1}:0] x_results;
   wire [{3 * h.acc_bits - 1}:0] h_results;
   {name}x of_input (clk, rst, start, busy, col, acts, x_write, x_results, x_done);
-  {name}h of_state (clk, rst, x_done, h_busy, h_col, h_acts, h_write, h_results, h_done);
+  {name}h of_state (clk, rst, enough, h_busy, h_col, h_acts, h_write, h_results, h_done);
 
   reg [{hidden * b - 1}:0] state, old, next;
   always @(posedge clk) h_acts <= state[h_col*{h.simd * b} +: {h.simd * b}];
 
   reg [{unit - 1}:0] x_at, h_at;
+  assign enough = x_write & (x_at == {unit}'d{hidden - 1 - lead(x, h)});  // the state's sums come after the input's
   reg [{3 * x.acc_bits - 1}:0] kept [0:{hidden - 1}];
   reg [{3 * x.acc_bits - 1}:0] x_sums;
   reg [{3 * h.acc_bits - 1}:0] h_sums;
@@ -123,7 +124,7 @@ module {name} (
     else if (ended) state <= {made};
   end
 {chr(10).join(leaving)}
-  wire unused = &{{1'b0, h_busy, next[{b - 1}:0]}};
+  wire unused = &{{1'b0, x_done, h_busy, next[{b - 1}:0]}};
 endmodule
 """
     return "\n".join([top, *texts]), roms

@@ -162,7 +162,7 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 def gru_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
     """A GRU with `simd` columns of its input and `state_simd` of its state at once, all in LUTs.
 
-    The state's product follows the input's, and the gates follow the last unit of it.
+    The state's product starts `lead` units before the input's ends, and the gates follow the last unit of it.
     """
     kept, rows = spec.recurrence, 3 * spec.out_features
     _formats(spec)
@@ -179,8 +179,16 @@ def gru_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
     cost = x.cost + h.cost + gates_cost(spec)
     cost += operands(kept.state.bits, state_simd, h.column_folds, 1) * -1  # the state is its own buffer
     cost += Cost(luts=choice(h.column_folds) * state_simd * kept.state.bits, ffs=state_simd * kept.state.bits)
-    cycles = x.cycles + h.cycles - 2 + GATES + kept.coded + (spec.out is None)
+    cycles = x.cycles - lead(x, h) * x.column_folds + h.cycles - 2 + GATES + kept.coded + (spec.out is None)
     return Fold(spec, 1, simd, cost, cycles, x.weights, "gates", kept.state.bits, 1, parts=(x, h))
+
+
+def lead(x: Fold, h: Fold) -> int:
+    """Units whose input products are still to come when the first product with the state may start.
+
+    As many as let every unit's sum with the input be there a cycle before its sum with the state.
+    """
+    return min(x.row_folds - 1, (h.cycles - 2) // x.column_folds)
 
 
 @kept

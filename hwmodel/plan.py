@@ -6,7 +6,8 @@ know their exact arithmetic (`affine.solved`). The cycles of a layer are
     words + 1 (memory) + MAC stages + converter stages + results waiting per converter
 
 from the last input beat accepted to `out_valid`, summed over layers, because a layer starts when
-the one before it has delivered its last code.
+the one before it has delivered its last code. In a GRU the product with the state overlaps the one with the input
+(`folding.lead`), and the gates add theirs once.
 """
 
 from __future__ import annotations

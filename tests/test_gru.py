@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from hwmodel import emit, gru
+from hwmodel import emit, emit_gru, folding, gru
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
-from hwmodel.folding import Fold, gru_fold
+from hwmodel.folding import Fold, gru_fold, lead
 from hwmodel.formats import parse
 from hwmodel.network import Network, legal_codes, reference, sample_codes
 from hwmodel.plan import total_cycles
 from hwmodel.reference import to_units
-from hwmodel.simulate import Simulation
+from hwmodel.simulate import Simulation, SimulationError
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
@@ -209,3 +210,37 @@ def test_what_has_no_hardware_is_refused() -> None:
         replace(one, offsets=one.offsets[:11])
     with pytest.raises(HwError, match=r"a table of shape \(2, 256\)"):
         replace(one, out=parse("int4"), table=np.zeros((2, 256), np.int64))
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Folds found in the test are found anew behind it."""
+    yield
+    gru_fold.cache_clear()
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("simd", [(1, 6), (1, 3), (2, 6)])
+def test_the_states_product_starts_as_early_as_it_may(
+    simd: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slow, equal and fast input products all sums are there in time; one unit earlier some are not."""
+    one = cell(6, 6, "int4", "int4", "int8")
+    for early in (0, 1):
+        for module in (folding, emit_gru):
+            monkeypatch.setattr(module, "lead", lambda x, h, early=early: lead(x, h) + early)
+        gru_fold.cache_clear()
+        (tmp_path / str(early)).mkdir()
+        network, plan = written(one, simd, tmp_path / str(early))
+        codes = sample_codes(network, 8, seed=3)
+        assert lead(*plan.parts) < 5  # type: ignore[misc]
+        with Simulation(tmp_path / str(early), "iverilog") as rtl:
+            if early:
+                with pytest.raises(SimulationError, match="undefined"):
+                    rtl.run(codes)
+            else:
+                answer = rtl.run(codes)
+                assert np.array_equal(answer.sums, reference(network, codes))
+                assert set(answer.cycles.tolist()) == {plan.cycles}
