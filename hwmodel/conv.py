@@ -296,7 +296,8 @@ def depth(found: Stream, rest: int) -> int:
 
 WINDOW_LUTS = (5.34, 3.94, 2.7, -0.08, 3.03, 28.77)
 WINDOW_FFS = (5.23, 6.85, -1.14, 0.81, 3.5, 11.73)
-"""Cells for each of `window_bits`: benchmarks/conv_window.py fits them to Yosys' counts for 7 series."""
+"""Cells for each of `window_bits`: benchmarks/conv_window.py fits them to Yosys' counts for 7 series. ECP5 is priced
+with the same ones, which nobody has measured there."""
 
 
 def window_bits(spec: LayerSpec, found: Stream) -> tuple[int, ...]:
