@@ -1,4 +1,4 @@
-"""Verilog of a network of windows: convolutions, pools of sums and dense layers, each a stream of positions.
+"""Verilog of a network of windows: convolutions and dense layers, each a stream of positions.
 
 A stage is a window (`rtl/window.v`), the layer that a chain of linear layers has, too (`emit_layer`), and a queue of
 its results (`rtl/fifo.v`). Maps stream line by line, column by column, the channels of a position in consecutive beats.

@@ -189,6 +189,18 @@ def test_every_kind_of_format_is_exact(weights: str, acts: str, out: str | None,
     prove(tmp_path / "x", emitted(network, [layer_fold(network.specs[0], *fold)], tmp_path / "x"), n=4)
 
 
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", ["same", "groups", "depthwise"])
+def test_products_in_dsps_are_exact(name: str, tmp_path: Path) -> None:
+    """Rows that share DSPs read the window, too; a depthwise layer keeps its products in LUTs."""
+    window, rows, groups, fold = CASES[name]
+    network = convolution(window, rows, groups=groups, out="uint4")
+    plan = layer_fold(network.specs[0], *fold, port=25)
+    assert (plan.pack is None) == (name == "depthwise")
+    prove(tmp_path / "x", emitted(network, [plan], tmp_path / "x"))
+
+
 def chain(layers: list[tuple[Window, int, int]]) -> Network:
     """Layers in a row, uint4 between them."""
     made = []
