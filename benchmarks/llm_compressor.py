@@ -8,7 +8,8 @@ with a symmetric scale, columns by falling second moment with scales fitted befo
 there), damping 0.01, head and embeddings in float. Ours is `quantkit quantize`, once as it is and once with
 `--memory 64MiB` for the activations between layers, the rest of which then lies on disk. llm-compressor runs `oneshot`
 with the scheme W4A16 and its own defaults (scales by minimum and maximum; one sequence at a time, or `--batch`) in an
-interpreter of its own, as it wants other versions of transformers and compressed-tensors. Each run is a process with `--threads` threads; the two take turns.
+interpreter of its own, as it wants other versions of transformers and compressed-tensors. Each run is a process with
+`--threads` threads; they take turns.
 
 `wall` and `cpu` are seconds from the end of the imports to the written directory, the smaller of `--repeats` each;
 `import_wall` what the imports took before. `peak_mib` is the largest resident memory of the whole process, `import_mib`

@@ -95,7 +95,7 @@ def quantize_streamed(
         with torch.no_grad(), one_thread():
             run.walk(progress)
     except InputError:
-        if (folder / "job.json").is_file() and not run.blocks():
+        if run.begun:  # the same job would end here again
             shutil.rmtree(folder)
         raise
     model.meta["recipe"] = recipe.to_json()
@@ -153,6 +153,7 @@ class _Run:
         self.tied: dict[str, str] = {n: o for n, o in model.meta.get("tied", {}).items() if n in self.layers}
         self.moments: tuple[fx.Node | None, dict[int, Tensor]] = (None, {})  # of the inputs that a node makes
         self.waiting: str | None = None  # the layer whose specification waits for the next one's input
+        self.begun = False
         self.block: dict[str, Any] = {}
         self.arrays: dict[str, Any] = {}
 
@@ -177,6 +178,7 @@ class _Run:
         else:
             with new_directory(self.folder) as temporary:
                 (temporary / "job.json").write_text(json.dumps(job, indent=1) + "\n")
+        self.begun = True
         (self.folder / "spilled").mkdir()
         rest = {}
         assert isinstance(self.model.module, fx.GraphModule)

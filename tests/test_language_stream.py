@@ -156,13 +156,14 @@ def test_a_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
     assert "is no unfinished run" in line
 
 
-def test_a_weight_that_is_not_finite_leaves_no_folder(tmp_path: Path) -> None:
-    """The error names it; what was begun for nothing is gone."""
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.1.mlp.up_proj", "model.norm"])
+def test_a_weight_that_is_not_finite_leaves_no_folder(name: str, tmp_path: Path) -> None:
+    """The error names it, wherever it is; what was begun for nothing is gone, finished blocks included."""
     path = checkpoint(tmp_path)
-    change(path, lambda t: t["model.embed_tokens.weight"][3].__setitem__(5, float("inf")))
+    change(path, lambda t: t[f"{name}.weight"].view(-1).__setitem__(5, float("inf")))
     before = sorted(tmp_path.iterdir())
     line = error("quantize", path, "-o", tmp_path / "q", "--weights", "int4", "--acts", "float")
-    assert "'model.embed_tokens.weight' holds inf at [3, 5]" in line
+    assert f"'{name}.weight' holds inf at [{'5' if name == 'model.norm' else '0, 5'}]" in line
     assert sorted(tmp_path.iterdir()) == before
 
 
