@@ -69,7 +69,7 @@ Steps = Annotated[
         rich_help_panel=_NUM,
     ),
 ]
-_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; up to three minutes)"
+_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; up to a minute)"
 Exceptions = Annotated[
     list[str] | None,
     typer.Option(

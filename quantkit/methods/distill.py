@@ -2,8 +2,8 @@
 
 All layers are trained together through their quantizers (`quantkit.trainees`) on the float network's outputs; no reward
 is used. Rounds alternate (Ross, Gordon, Bagnell, "A Reduction of Imitation Learning and Structured Prediction to
-No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far acts, in episodes of its own
-every time, the states that it visits join the ones seen before, the float policy labels them, and training goes on.
+No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far acts, always in the same
+episodes, the states that it visits join the ones seen before, the float policy labels them, and training goes on.
 A network that does not act is trained on the calibration set alone, the scales of attention's operands included.
 
 The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoint has Q-functions of squashed actions
@@ -16,8 +16,8 @@ with d_i(s) what they say that a part moved by 0.3 costs there (`critic.drops`):
 Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
 and of the model at the start and those at the end of every round, one whose loss on these is not above the start's is
 kept: without visits that of the smallest loss; with them that whose own states are distributed most like the float
-policy's over the same episodes (`distance`; what a round visits in them is not trained on), as a small error at the
-wrong place ends an episode and a large one may not matter.
+policy's over the same episodes (`distance`), as a small error at the wrong place ends an episode and a large one may
+not matter.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _distill(
             own.append(visit(current, states, 1))
             if number + 1 < rounds:
                 with torch.no_grad():
-                    pool = pool.plus(Pool.of(visit(current, states, number + 2), label))
+                    pool = pool.plus(Pool.of(own[-1], label))
     losses = [pool.loss(m.module, loss) for m in candidates]
     ranks = losses if visit is None else [distance(calm, seen) for seen in own]
     usable = [i for i, value in enumerate(losses) if math.isfinite(value) and value <= losses[0]]
