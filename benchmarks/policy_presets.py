@@ -72,6 +72,7 @@ def known(folder: Path) -> dict[str, Row]:
 
 def main(data: Path, work: Path, agents: list[str], formats: list[tuple[str, str]], presets: list[str]) -> None:
     """Evaluate what is missing, agent by agent; each design is quantized once and plays the episodes of all seeds."""
+    work.mkdir(parents=True, exist_ok=True)
     for preset in presets:
         for weights, acts in formats:
             for agent in agents:
