@@ -43,7 +43,7 @@ def heap_luts(heights: Sequence[int], counters: Sequence[Counter]) -> float:
 
     >>> full_adder = [Counter((3,), (1, 1), 1)]
     >>> [heap_luts(heights, full_adder) for heights in ((2, 2), (3,), (6,))]
-    [0.0, 1.0, 3.0]
+    [0.0, 1.0, 2.0]
     """
     order = sorted(counters, key=lambda c: (-c.efficiency, -sum(c.takes)))
     heap, luts = list(heights), 0.0
