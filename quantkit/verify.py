@@ -82,8 +82,9 @@ class Agreement:
     mean, mean_torch: mean return of whole episodes on the same seeds through onnxruntime and torch,
     None without episodes. equal_returns: how many episodes returned exactly the same.
     ok: no unexplained state, at least 99 % equal actions, at most 5 % flips, and returns equal within
-    3 standard errors of their paired differences (of few episodes, a t test at 1 %); where nodes were compared, no wrong node. reason: one line that
-    says what is not ok. nodes: how many were compared one by one, exact_nodes: how many of them bit for bit.
+    3 standard errors of their paired differences (of few episodes, a t test at 1 %); where nodes were
+    compared, no wrong node. reason: one line that says what is not ok. nodes: how many were compared one
+    by one, exact_nodes: how many of them bit for bit.
     """
 
     n: int
@@ -469,8 +470,10 @@ def _returns(
 
 
 def _equal_means(returns: np.ndarray, reference: np.ndarray) -> bool:
-    """Whether paired returns are equal within 3 standard errors, of few episodes those of a t test at 1 %; one differing
-    episode alone is not."""
+    """Whether paired returns are equal within 3 standard errors, of few episodes those of a t test at 1 %.
+
+    One differing episode alone is not.
+    """
     difference = returns - reference
     if np.abs(difference).max() <= 1e-6 * max(1.0, float(np.abs(reference).max())):
         return True
