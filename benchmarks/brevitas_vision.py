@@ -26,9 +26,9 @@ same images, with the products of attention in float, too; of `ends` and `scales
 
 Each case runs in a process of its own: `seconds` is the wall time of quantizing alone, without imports and evaluation
 but with one float pass that looks for negative inputs (`cpu_seconds` the same in CPU time, for machines that are
-shared; it grows by a quarter or so under a load of 30), `peak_mib` the process's largest resident size up to then and `loaded_mib` the same before quantizing. A case
-that needs more than 15 minutes of CPU time is stopped and recorded so. Finished cases are kept in WORK/cases.csv; run
-again to go on.
+shared; it grows by a quarter or so under a load of 30), `peak_mib` the process's largest resident size up to then and
+`loaded_mib` the same before quantizing. A case that needs more than 15 minutes of CPU time is stopped and recorded so.
+Finished cases are kept in WORK/cases.csv; run again to go on.
 
 Run: python benchmarks/brevitas_vision.py --data ../shared/data/vision --work WORK [--network resnet8] [--publish]
 Learned rounding also needs `pip install accelerate`, which the example imports.
