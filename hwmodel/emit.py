@@ -9,7 +9,7 @@ is written and predicts its cycles.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import resources
@@ -294,28 +294,52 @@ def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device,
 
 
 def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
-    (folder / "rtl").mkdir()
-    for name, text in design_files(network, plans).items():
-        (folder / ("rtl" if name in library(network.recurrent) else ".") / name).write_text(text)
-    (folder / "policy_axis.v").write_text(stream_text(network, plans))
-    (folder / "testbench.v").write_text(testbench_text(network, plans))
-    (folder / "lint.vlt").write_text(LINT)
-    (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
-    (folder / "plan.json").write_text(json.dumps(summary(network, plans, device, clock_mhz), indent=1) + "\n")
     codes = sample_codes(network, VECTORS)
     first = np.arange(VECTORS) % EPISODE == 0
+    texts = {
+        **design_files(network, plans),
+        "policy_axis.v": stream_text(network, plans),
+        "testbench.v": testbench_text(network, plans),
+        "README.md": readme(network, plans, device, clock_mhz),
+    }
+    facts = summary(network, plans, device, clock_mhz)
     rows = np.column_stack([first, codes]) if network.recurrent else codes
-    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in rows))
-    sums = reference(network, codes, first)
-    (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in sums))
-    templates = [name[:-2] for name in library(network.recurrent)]
-    (folder / "synth.ys").write_text(yosys_script(plans, device, templates))
+    write_files(network, plans, folder, device, clock_mhz, texts, library(network.recurrent), facts)
+    write_vectors(folder, rows, reference(network, codes, first))
+
+
+def write_files(
+    network: Network,
+    plans: Sequence[Fold],
+    folder: Path,
+    device: Device,
+    clock_mhz: float,
+    texts: Mapping[str, str],
+    templates: Mapping[str, str],
+    facts: Mapping[str, Any],
+) -> None:
+    """`texts` by file name, those of `templates` in rtl/, and what every design has.
+
+    That is its network, its plan (`facts`) and the scripts of its family's flow.
+    """
+    (folder / "rtl").mkdir()
+    for name, text in texts.items():
+        (folder / ("rtl" if name in templates else ".") / name).write_text(text)
+    (folder / "lint.vlt").write_text(LINT)
+    (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
+    (folder / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "synth.ys").write_text(yosys_script(plans, device, [name[:-2] for name in templates]))
     if device.family == "ecp5":
         (folder / "place.sh").write_text(place_script(device, clock_mhz))
     else:
         (folder / "synth.tcl").write_text(vivado_script(device, clock_mhz, plans))
         (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
-    (folder / "README.md").write_text(readme(network, plans, device, clock_mhz))
+
+
+def write_vectors(folder: Path, rows: np.ndarray, results: np.ndarray) -> None:
+    """vectors.txt, which the testbench reads, and expected.txt, what must leave."""
+    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in rows))
+    (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in results))
 
 
 def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:

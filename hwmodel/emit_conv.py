@@ -7,7 +7,6 @@ The top `policy` has one valid/ready stream in and one out, `policy_axis` two AX
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -290,25 +289,17 @@ def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device,
 
 
 def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
-    (folder / "rtl").mkdir()
-    for name, text in design_files(network, plans).items():
-        (folder / ("rtl" if name in library() else ".") / name).write_text(text)
-    (folder / "policy_axis.v").write_text(stream_text(network, plans))
-    (folder / "testbench.v").write_text(testbench_text(network, plans))
-    (folder / "lint.vlt").write_text(emit.LINT)
-    (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
-    (folder / "plan.json").write_text(json.dumps(summary(network, plans, device, clock_mhz), indent=1) + "\n")
     codes = sample_codes(network, VECTORS)
-    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in codes))
-    results = reference(network, codes)
-    (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in results))
-    (folder / "synth.ys").write_text(emit.yosys_script(plans, device, tuple(name[:-2] for name in library())))
-    if device.family == "ecp5":
-        (folder / "place.sh").write_text(emit.place_script(device, clock_mhz))
-    else:
-        (folder / "synth.tcl").write_text(emit.vivado_script(device, clock_mhz, plans))
-        (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
-    (folder / "README.md").write_text(readme(network, plans, device, clock_mhz))
+    texts = {
+        **design_files(network, plans),
+        "policy_axis.v": stream_text(network, plans),
+        "testbench.v": testbench_text(network, plans),
+        "README.md": readme(network, plans, device, clock_mhz),
+    }
+    emit.write_files(
+        network, plans, folder, device, clock_mhz, texts, library(), summary(network, plans, device, clock_mhz)
+    )
+    emit.write_vectors(folder, codes, reference(network, codes))
 
 
 def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
