@@ -218,7 +218,7 @@ def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Labe
     """
     module = teacher.module
     head = module.head if isinstance(module, Policy) else None
-    outputs = torch.cat([module(x) for x in inputs.split(1024)])
+    outputs = torch.cat([module(x) for x in inputs.split(min(1024, portion(inputs)))])
     if critic is None or head is None or not head.squash:
         return module, loss_for(head, outputs)
 
