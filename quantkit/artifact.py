@@ -203,11 +203,6 @@ def _structure(model: Model) -> dict[str, Any]:
     return describe(model.module)
 
 
-def is_artifact(path: Path) -> bool:
-    """Whether `path` is a directory written by `save_artifact`."""
-    return (path / "quantkit.json").is_file()
-
-
 def load_artifact(path: Path, *, factory: str | None = None) -> Model:
     """The quantized model of a directory; InputError names the file that is missing or damaged.
 

@@ -28,7 +28,7 @@ from quantkit.qlayers import QLayer
 from quantkit.qtensor import encode
 from quantkit.rtl_export import Host, _act, _between, _line, _scaled, _step, _to_values, thresholds
 from quantkit.simulate import compile_policy
-from quantkit.specs import layer_specs
+from quantkit.specs import flows, layer_specs
 
 aten = torch.ops.aten
 Pads = tuple[int, int, int, int]
@@ -232,18 +232,7 @@ def _graph(model: Model) -> _Graph:
             layers[name] = _checked(name, step.module)
     if not layers:
         raise InputError("this network has no layers")
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Any:
-        return lambda _, args: shapes.update({name: tuple(args[0].shape[1:])})
-
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            model.module(model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    shapes = {name: tuple(inputs[1:]) for name, (inputs, _) in flows(model, layers).items()}
     return _Graph(steps, layers, shapes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -117,23 +118,30 @@ def _fmt(act: Any) -> Format | None:
     return None if act is None else act.fmt
 
 
-def _positions(model: Model) -> dict[str, int]:
-    found: dict[str, int] = {}
-    handles = []
-    for name, layer in model.layers().items():
-        outputs = shape_of(layer).outputs
+def flows(model: Model, layers: Mapping[str, nn.Module]) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Shapes of what goes into and comes out of each of the layers as the example runs through; those that ran only."""
+    found: dict[str, tuple[torch.Size, torch.Size]] = {}
 
-        def note(_m: nn.Module, _a: object, y: Tensor, name: str = name, outputs: int = outputs) -> None:
-            found[name] = max(1, y[0].numel() // outputs)
+    def note(name: str) -> Any:
+        return lambda _, inputs, output: found.update({name: (inputs[0].shape, output.shape)})
 
-        handles.append(layer.register_forward_hook(note))
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
         with torch.inference_mode():
             model.module(model.example)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: found.get(name, 1) for name in model.layers()}
+    return found
+
+
+def _positions(model: Model) -> dict[str, int]:
+    layers = model.layers()
+    shapes = {name: output for name, (_, output) in flows(model, layers).items()}
+    return {
+        name: max(1, shapes[name][1:].numel() // shape_of(layer).outputs) if name in shapes else 1
+        for name, layer in layers.items()
+    }
 
 
 def _activations(model: Model) -> dict[str, str]:
