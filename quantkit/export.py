@@ -54,7 +54,7 @@ from onnx import ModelProto, TensorProto, helper
 from torch import fx, nn
 
 import quantkit
-from quantkit import export_graph, export_qcdq, export_qonnx, stepwise
+from quantkit import export_graph, export_qcdq, export_qonnx, onnx_blocks, stepwise
 from quantkit.bands import Bands
 from quantkit.capture import captured
 from quantkit.errors import InputError
@@ -147,10 +147,7 @@ def check(model: Model, to: Target, postprocess: bool = False) -> Net:
         raise InputError("postprocess needs a policy: this module has no head that says what its outputs mean")
     for name, part in model.quantizers().items():
         if isinstance(part.act, BlockAct):
-            raise InputError(
-                f"layer {name!r}: inputs in {part.act.fmt} are scaled at run time, which no export carries yet; "
-                f"accepted: formats with one scale such as {part.act.fmt.elem} (weights may be in blocks)"
-            )
+            onnx_blocks.check(part.act, name, to)
     net = network_of(model, to)
     if isinstance(net, fx.GraphModule):
         export_graph.check(net)

@@ -15,6 +15,7 @@ from hwmodel import formats
 from quantkit import export_qcdq, export_qonnx
 from quantkit.bands import Bands
 from quantkit.errors import InputError
+from quantkit.onnx_blocks import block_quantizer
 from quantkit.onnx_formats import Graph, conv_attributes, quantizer, weight
 from quantkit.qlayers import ActQuant, BlockAct, MatMul, Point, QLayer
 
@@ -101,7 +102,7 @@ def _quantized(graph: Graph, x: str, layer: QLayer, name: str, to: Target) -> st
         factor = layer.in_scale.detach().numpy().reshape(-1, *tail)
         x = graph.op("Mul", [x, graph.constant(factor, f"{name}.in_scale")], f"{name}.scaled")
     if layer.act is not None:
-        x = _grid(graph, x, layer.act, f"{name}.input", to)
+        x = _grid(graph, x, layer.act, f"{name}.input", to, layer.axis, layer.in_channels)
     w = _weight(graph, layer, f"{name}.weight", to, real=real)
     bias = layer.bias.detach().numpy()
     kernel = layer.kernel()
@@ -154,9 +155,15 @@ def _lookup(graph: Graph, x: str, layer: QLayer, name: str, to: Target) -> str:
     return graph.op("Add", [graph.constant(layer.bias.detach().numpy(), f"{name}.bias"), x], f"{name}.out")
 
 
-def _grid(graph: Graph, x: str, act: ActQuant | BlockAct, name: str, to: Target) -> str:
-    """Quantize `x`: grid values for target qdq, real values for qdq-real and qcdq."""
-    assert isinstance(act, ActQuant)  # `export.check` has refused the others
+def _grid(
+    graph: Graph, x: str, act: ActQuant | BlockAct, name: str, to: Target, axis: int, channels: int | None
+) -> str:
+    """Quantize `x`: grid values for target qdq, real values for qdq-real and qcdq, and in blocks.
+
+    Blocks lie along a negative axis of so many channels, None if they are not known here.
+    """
+    if isinstance(act, BlockAct):
+        return block_quantizer(graph, x, act, name, axis=axis, channels=channels)
     if to == "qcdq":
         return export_qcdq.quantizer(graph, x, act, name)
     return quantizer(graph, x, act, name, real=to != "qdq")
@@ -166,18 +173,18 @@ def point_nodes(graph: Graph, x: str, point: Point, name: str, to: Target) -> st
     """Nodes of a quantizer that gives real values, such as the one of a recurrent state."""
     if point.act is None:
         return x
-    values, factor = _operand(graph, x, point, name, to)
+    values, factor = _operand(graph, x, point, name, to, None)
     return values if factor == 1 else graph.op("Mul", [values, graph.constant(factor, f"{name}.scale")], f"{name}.real")
 
 
-def _operand(graph: Graph, x: str, point: Point, name: str, to: Target) -> tuple[str, float]:
-    """A quantized operand and the factor that its values still lack."""
+def _operand(graph: Graph, x: str, point: Point, name: str, to: Target, channels: int | None) -> tuple[str, float]:
+    """A quantized operand and the factor that its values still lack; channels: numbers along the axis of its blocks."""
     if point.act is None:
         return x, 1.0
-    assert isinstance(point.act, ActQuant)
     if to == "qonnx" or to == "finn":
+        assert isinstance(point.act, ActQuant)  # `export.check` has refused blocks
         return export_qonnx.input_values(graph, x, point.act, name, to=to)
-    return _grid(graph, x, point.act, name, to), point.act.scale if to == "qdq" else 1.0
+    return _grid(graph, x, point.act, name, to, point.axis, channels), point.act.scale if to == "qdq" else 1.0
 
 
 def matmul_nodes(graph: Graph, a: str, b: str, layer: MatMul, name: str, to: Target, terms: int) -> str:
@@ -186,8 +193,8 @@ def matmul_nodes(graph: Graph, a: str, b: str, layer: MatMul, name: str, to: Tar
     Between Casts to float64 where both are quantized: no sum is rounded, and onnxruntime puts in no integer kernel.
     Target qcdq leaves this kernel in, as for layers, and qonnx casts only sums that may exceed 2^24.
     """
-    u, left = _operand(graph, a, layer.left, f"{name}.left", to)
-    v, right = _operand(graph, b, layer.right, f"{name}.right", to)
+    u, left = _operand(graph, a, layer.left, f"{name}.left", to, terms)
+    v, right = _operand(graph, b, layer.right, f"{name}.right", to, terms)
     acts = layer.left.act, layer.right.act
     wide = acts[0] is not None and acts[1] is not None and to != "qcdq"
     if wide and to == "qonnx":

@@ -199,7 +199,7 @@ def quantize_function(fmt: Float | Levels) -> FunctionProto:
 
     Equals `quantkit.rounding.round_to(x / scale, fmt)` on every float32; NaN stays NaN.
     """
-    body = _Body()
+    body = Body()
     u = body.op("Div", "x", "scale")
     if isinstance(fmt, Levels):  # binary
         zero = body.number(0.0)
@@ -221,14 +221,14 @@ def quantize_function(fmt: Float | Levels) -> FunctionProto:
 
 def dequantize_function(fmt: Float) -> FunctionProto:
     """`y = Dequantize<fmt>(codes, scale)`: the values of the bit patterns, times the broadcast scale."""
-    body = _Body()
+    body = Body()
     table = body.number([formats.decode(code, fmt) for code in range(2 ** formats.bits(fmt))])
     values = body.op("Gather", table, body.op("Cast", "codes", to=TensorProto.INT32))
     body.op("Mul", values, "scale", output="y")
     return body.function(function_name("Dequantize", fmt), ["codes", "scale"])
 
 
-class _Body:
+class Body:
     """The nodes of a model-local function with one output, `y`."""
 
     def __init__(self) -> None:
@@ -242,5 +242,10 @@ class _Body:
     def number(self, value: float | list[float]) -> str:
         return self.op("Constant", value=numpy_helper.from_array(np.asarray(value, np.float32)))
 
+    def integers(self, values: list[int]) -> str:
+        return self.op("Constant", value=numpy_helper.from_array(np.asarray(values, np.int64)))
+
     def function(self, name: str, inputs: list[str]) -> FunctionProto:
-        return helper.make_function(DOMAIN, name, inputs, ["y"], self.nodes, [helper.make_opsetid("", OPSET)])
+        used = [helper.make_opsetid("", OPSET)]
+        used += [helper.make_opsetid(DOMAIN, 1)] if any(node.domain for node in self.nodes) else []
+        return helper.make_function(DOMAIN, name, inputs, ["y"], self.nodes, used)

@@ -10,8 +10,11 @@ import gfloat
 import gfloat.formats
 import ml_dtypes
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 from small_policies import calib as policy_calib
 from small_policies import conv as conv_policy
@@ -44,6 +47,8 @@ from quantkit.errors import InputError
 from quantkit.export import export_onnx, open_session
 from quantkit.methods import act_scales
 from quantkit.model import Calib
+from quantkit.onnx_blocks import block_quantizer
+from quantkit.onnx_formats import DOMAIN, OPSET, Graph
 from quantkit.qlayers import BlockAct, LayerPlan, MatMul, QLayer
 from quantkit.qtensor import (
     base_of,
@@ -485,15 +490,83 @@ def test_simulation_equals_the_module(acts):
         assert np.array_equal(compile_policy(done.module)(x.numpy()), done.module(x).numpy())
 
 
-@pytest.mark.parametrize("target", ["qdq", "qcdq", "qonnx", "finn"])
+RUNTIME = [
+    ("mxfp8", "even"),
+    ("mxfp8e5m2", "floor"),
+    ("mxfp6", "ceil"),
+    ("mxfp4", "floor"),
+    ("mxfp4", "even"),
+    ("mxint8", "even"),
+    ("int3/e8m0x5", "absmax"),
+    ("ternary/e8m0x4", "ceil"),
+    ("binary/e8m0x4", "even"),
+    ("nvfp4", "absmax"),
+    ("int4/e4m3x16", "absmax"),
+]
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (3, 37), (2, 5, 48), (2, 37, 3, 4), (2, 32, 6)], ids=str)
+@pytest.mark.parametrize(("name", "rule"), RUNTIME)
+def test_exported_block_quantizers(name, rule, shape):
+    """In onnxruntime the values are `BlockAct.values`, bit for bit, on every axis, over all magnitudes of float32."""
+    fmt, axis = parse(name), 1 - len(shape) if len(shape) != 3 else -2
+    act = BlockAct(fmt, rule, None if fmt.scale == "e8m0" else 0.01)
+    graph = Graph()
+    y = block_quantizer(graph, "x", act, "q", axis=axis, channels=shape[axis])
+    facts = [helper.make_tensor_value_info(v, TensorProto.FLOAT, [None] * len(shape)) for v in ("x", y)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    proto = helper.make_model(
+        helper.make_graph(graph.nodes, "g", facts[:1], facts[1:], graph.initializers),
+        functions=list(graph.functions.values()),
+        opset_imports=opsets,
+        ir_version=10,
+    )
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    for spread in (0, 3, 124):
+        size = (*shape[:1], *np.where(np.arange(1, len(shape)) == len(shape) + axis, 1, shape[1:]))
+        x = np.ldexp(rng.standard_normal(shape), rng.integers(-spread, spread + 1, size)).astype(np.float32)
+        x[rng.random(size).repeat(shape[axis], len(shape) + axis) < 0.1] = 0.0
+        x.flat[:3] = np.inf, -(2.0**-149), 2.0**-127
+        (given,) = session.run(None, {"x": x})
+        wanted = act.values(torch.from_numpy(x), axis).numpy()
+        assert np.array_equal(given, wanted) and np.isfinite(given).all()
+
+
+@pytest.mark.parametrize("acts", ["mxfp8", "mxfp4", "mxint8", "nvfp4", "int4/e8m0x5"])
+@pytest.mark.parametrize("build", [lambda: mlp_policy((9, 16, 3)), conv_policy], ids=["mlp", "conv"])
+def test_inputs_in_blocks_are_exported(tmp_path, build, acts):
+    """Policies go to ONNX with scales found at run time: linear layers give the module's bits."""
+    model = build()
+    done = quantized(model, recipe("int4", acts), policy_calib(model))
+    for target in ("qdq", "qdq-real"):
+        export_onnx(done, tmp_path / target, to=target)
+        x = policy_calib(model, 50, seed=8).inputs
+        session = open_session(tmp_path / target)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.inference_mode():
+            wanted = done.module(x).numpy()
+        exact = target == "qdq" and "fc1" in dict(done.module.net.named_children())
+        assert np.array_equal(y, wanted) if exact else np.allclose(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["qcdq", "qonnx", "finn"])
 @pytest.mark.parametrize("build", [lambda: mlp_policy((8, 16, 3)), conv_policy], ids=["mlp", "conv"])
 def test_exports_refuse_inputs_in_blocks(tmp_path, build, target):
-    """No export carries scales found at run time: each says so and names the layer and the format."""
+    """Targets that know no scales found at run time say so and name the layer and the format."""
     model = build()
     done = quantized(model, recipe("int8", "mxfp8"), policy_calib(model))
-    with pytest.raises(InputError, match=r"layer .net\.(fc1|conv1).*mxfp8") as caught:
+    with pytest.raises(InputError, match=rf"layer .net\.(fc1|conv1).*mxfp8.*{target}.*accepted.*qdq"):
         export_onnx(done, tmp_path / "x.onnx", to=target)
-    assert "accepted" in str(caught.value)
+
+
+def test_a_searched_exponent_is_not_exported(tmp_path):
+    """Exponents by squared error depend on the order of a sum: they are refused with the rules that are accepted."""
+    model = mlp_policy((8, 16, 3))
+    done = quantized(model, recipe("int8", "mxfp8", "act_scales:block_rule=mse"), policy_calib(model))
+    with pytest.raises(InputError, match=r"net\.fc1.*mse.*floor"):
+        export_onnx(done, tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("weights", ["int4/e8m0x4", "e2m1/e4m3fnx4"])
