@@ -39,7 +39,7 @@ from quantkit.files import new_directory
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, Plain, QLayer, shape_of
-from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack
+from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack, within
 from quantkit.recipe import format_name, parse_format
 from quantkit.recurrent import has_loop
 from quantkit.specs import bits_per_weight, layer_specs, repeated, sqnr_db, weight_name
@@ -337,14 +337,15 @@ def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Te
     packed, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
     if shape != tuple(layer.weight.shape) or packed.numel() != -(-rows * columns * formats.bits(fmt) // 8):
         raise ValueError(f"{name} has another shape")
-    match layer.plan.granularity:
+    granularity = within(layer.plan.granularity, columns)
+    match granularity:
         case PerTensor():
             expected = (1, 1)
         case PerRow():
             expected = (rows, 1)
         case PerGroup(size):
             expected = (rows, columns // size)
-    base, scales = None, scale_format(layer.plan.granularity)
+    base, scales = None, scale_format(granularity)
     if scales is not None:
         base = _positive(record["weight"]["base"]) if isinstance(scales, Float) else None
         width = formats.scale_bits(scales)
@@ -354,6 +355,6 @@ def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Te
     if scale.shape != expected or not (torch.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"{name}.scale is not {expected} positive numbers")
     codes = unpack(packed.numpy(), formats.bits(fmt), (rows, columns))
-    q = QTensor(codes, scale, fmt, layer.plan.granularity, shape, base)
+    q = QTensor(codes, scale, fmt, granularity, shape, base)
     layer.set_weight(q)
     layer.weight.data = layer.effective_weight().clone()

@@ -32,7 +32,7 @@ from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
 from quantkit.observers import Gram, Site, one_thread, rows
 from quantkit.qlayers import QLayer
-from quantkit.qtensor import base_of, expand_scale, fit_groups, fit_scale, from_values, quantize, scale_format
+from quantkit.qtensor import base_of, expand_scale, fit_groups, fit_scale, from_values, quantize, scale_format, within
 from quantkit.rounding import all_finite, round_to, rounder
 
 
@@ -247,9 +247,9 @@ def round_layer(
     rule: how scales are fitted (`qtensor.fit_scale`). damp: as in `factorize`. first: weights (out, columns) of which
     the column that is rounded first is taken in place of W's.
     """
-    fmt, granularity = layer.plan.weight, layer.plan.granularity
+    fmt, (out, columns) = layer.plan.weight, W.shape
     assert fmt is not None
-    out, columns = W.shape
+    granularity = within(layer.plan.granularity, columns)
     groups, rows = layer.groups, out // layer.groups
     importance = None
     if H.numel() and rule["rule"] == "importance":

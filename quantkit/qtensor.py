@@ -121,7 +121,19 @@ def from_values(
 ) -> QTensor:
     """A QTensor of grid values (rows, columns); scales that have a format are rounded to it, in units of `base`."""
     scale = round_scale(scale.float(), scale_format(granularity), base)
-    return QTensor(encode(values, fmt), scale, fmt, granularity, shape, base)
+    return QTensor(encode(values, fmt), scale, fmt, within(granularity, values.shape[1]), shape, base)
+
+
+def within(granularity: Granularity, columns: int) -> Granularity:
+    """The granularity that a weight of so many columns has: a group is no longer than a row.
+
+    >>> str(within(PerGroup(32), 8)), str(within(PerGroup(32, "e8m0"), 8))
+    ('row', 'group8:e8m0')
+    """
+    match granularity:
+        case PerGroup(size, scale) if columns < size:
+            return PerRow() if scale is None else PerGroup(columns, scale)
+    return granularity
 
 
 def scale_format(granularity: Granularity) -> ScaleFormat | None:
@@ -213,7 +225,7 @@ def units_of(q: QTensor) -> np.ndarray:
 def grouped(matrix: Tensor, granularity: Granularity) -> Tensor:
     """A (rows, columns) matrix as (scale rows, scale columns, elements that share the scale)."""
     rows, columns = matrix.shape
-    match granularity:
+    match within(granularity, columns):
         case PerTensor():
             return matrix.reshape(1, 1, rows * columns)
         case PerRow():

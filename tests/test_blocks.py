@@ -429,8 +429,34 @@ def test_granularity_of_a_block_format():
 def test_size_that_does_not_divide():
     """Weights need whole blocks: the message names the layer, its columns and the size."""
     model, calib = MODELS["mlp"]()
-    with pytest.raises(InputError, match=r"layer 'first'.*groups of 32.*6 is not a multiple of 32"):
-        quantized(model, uniform("mxfp4", "float"), calib)
+    with pytest.raises(InputError, match=r"layer 'first'.*groups of 4.*6 is not a multiple of 4"):
+        quantized(model, uniform("e2m1/e8m0x4", "float"), calib)
+
+
+@pytest.mark.parametrize(
+    "step", ["rtn", "gptq", "gptq:act_order=true", "adaround:steps=20", "distill:steps=20,rounds=1"]
+)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int4/e8m0x32"])
+def test_rows_shorter_than_a_block(tmp_path, name, step):
+    """A row with fewer inputs than a block is one block: codes, artifact, cost and file are those of blocks as long."""
+    fmt = parse(name)
+    model, short = mlp_policy((8, fmt.size, 3)), Block(fmt.elem, 8, fmt.scale)
+    done = quantized(model, recipe(name, "int8", step), policy_calib(model))
+    made = Recipe((("net.fc1", make_plan(str(short), "int8")), ("*", make_plan(name, "int8"))), (parse_step(step),), 0)
+    same = quantized(model, made, policy_calib(model))
+    for a, b in zip(done.qlayers().values(), same.qlayers().values(), strict=True):
+        assert torch.equal(a.q.codes, b.q.codes) and torch.equal(a.q.scale, b.q.scale)
+        assert (a.q.granularity, a.q.base) == (b.q.granularity, b.q.base)
+    assert bits_per_weight(done) == bits_per_weight(same) and layer_specs(done) == layer_specs(same)
+    save_artifact(done, tmp_path / "q")
+    loaded = load_artifact(tmp_path / "q")
+    assert layer_specs(loaded) == layer_specs(done)
+    export_onnx(loaded, tmp_path / "x.onnx")
+    x = policy_calib(model, 50, seed=8).inputs
+    session = open_session(tmp_path / "x.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.inference_mode():
+        assert np.array_equal(y, done.module(x).numpy()) and np.array_equal(y, same.module(x).numpy())
 
 
 def test_rules_that_do_not_fit():
