@@ -6,7 +6,8 @@ Any module that `torch.export` can follow becomes a `torch.fx.GraphModule` of AT
   `nn.ConvTranspose2d` and `nn.Embedding` modules, under the name of the module that owned the weight,
 - products of two activations are `MatMul`, and fused attention is `Attention`,
 - layer and RMS normalization are `nn.LayerNorm` and `nn.RMSNorm`, so that rescaling finds their weights,
-- batch normalization behind a product is folded into it, and dropout is gone.
+- batch normalization behind a product is folded into it, weight and spectral norms are in the weights, and dropout is
+  gone.
 
 So a convolution with code around it, a functional call and a hand-written attention are all found, which replacing
 modules by their type cannot do. What cannot be followed keeps its module; layers are then found by type, and the
@@ -37,6 +38,7 @@ from quantkit import recurrent
 from quantkit.model import Model
 from quantkit.policy import Policy
 from quantkit.qlayers import Attention, MatMul, QLayer, op_of
+from quantkit.reparametrize import copied, merge
 
 aten = torch.ops.aten
 
@@ -49,7 +51,7 @@ def captured(model: Model, *, inplace: bool = False) -> Model:
     if isinstance(model.module, Policy | fx.GraphModule) or model.qlayers():
         return model.copy()
     meta = copy.deepcopy(model.meta)
-    module = (model.module if inplace else copy.deepcopy(model.module)).eval()
+    module = merge((model.module if inplace else copied(model.module)).eval())
     if getattr(getattr(module, "config", None), "use_cache", False):
         module.config.use_cache = False  # type: ignore[union-attr]
     cells = recurrent.substitute(module)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils as U
 from torch import Tensor, fx, nn
 
 from quantkit.capture import captured
@@ -250,3 +252,38 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
+
+
+class Normalized(nn.Module):
+    """Two layers wrapped by `wrap`; loop: a branch on values, which cannot be followed."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module], loop: bool) -> None:
+        super().__init__()
+        self.conv, self.fc, self.loop = wrap(nn.Conv1d(4, 8, 3)), wrap(nn.Linear(8, 3)), loop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu().amax(-1)
+        return self.fc(y if not self.loop or y.sum() > 0 else -y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "wrap", [U.parametrizations.weight_norm, U.parametrizations.spectral_norm, U.weight_norm, U.spectral_norm]
+)
+@pytest.mark.parametrize("loop", [False, True], ids=["followed", "by type"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_normalized_weights_are_plain(wrap: Callable[[nn.Module], nn.Module], loop: bool) -> None:
+    """Weight and spectral norms are merged: the function stays, and every layer is quantized under its own name."""
+    torch.manual_seed(0)
+    module = Normalized(wrap, loop)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    module.train()(torch.randn(16, 4, 12))  # a step of the power iteration
+    x = torch.randn(5, 4, 12)
+    expected = module.eval()(x)
+    model = captured(Model(module, x[:2]))
+    torch.testing.assert_close(model.module(x), expected)
+    torch.testing.assert_close(module(x), expected)
+    assert set(model.layers()) == {"conv", "fc"} and "float_layers" not in model.meta
+    assert ("untraced" in model.meta) == loop
+    assert set(quantize(model, uniform("int4", "int8"), Calib(x)).qlayers()) == {"conv", "fc"}
