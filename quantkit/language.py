@@ -7,6 +7,7 @@ caches of keys and values, `generate`, perplexity.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -24,8 +25,9 @@ from quantkit.tasks.generation import generate
 from quantkit.tasks.perplexity import Perplexity, Progress, encode, evaluate, read_documents
 
 WINDOW = 512
-OPERANDS = "*.attention.*"
-"""The points of a captured decoder: queries, keys, probabilities and values."""
+OPERANDS = ("*.attention.*", "*.matmul*.*")
+"""The points of a captured decoder, queries, keys, probabilities and values: of attention as one operation, and of
+attention as two products, which a family with soft-capped scores has."""
 
 
 def is_language(model: Model) -> bool:
@@ -60,7 +62,7 @@ def causal_lm(model: Model) -> nn.Module:
     if operands := quantized_operands(model):
         raise InputError(
             f"{len(operands)} operands of attention are quantized ({operands[0]}, ...), which transformers' class"
-            f" cannot hold; for a cache or for generating leave them in float: --layer '{OPERANDS}=float/float'"
+            f" cannot hold; for a cache or for generating leave them in float: {_in_float(operands[0])}"
         )
     module, qlayers = hf.skeleton(model.meta["config"], Path(str(model.meta.get("source")))), model.qlayers()
     tensors = {**dict(model.module.named_parameters(remove_duplicate=False)), **dict(model.module.named_buffers())}
@@ -86,6 +88,11 @@ def _standing_for(part: nn.Module, layer: QLayer) -> nn.Module:
     return layer
 
 
+def _in_float(operand: str) -> str:
+    """The option that leaves an operand and its like in float."""
+    return "--layer '" + next(p for p in OPERANDS if fnmatch.fnmatchcase(operand, p)) + "=float/float'"
+
+
 def quantized_operands(model: Model) -> list[str]:
     """Names of the points that quantize something."""
     return [name for name, point in model.points().items() if point.act is not None]
@@ -106,7 +113,7 @@ def with_defaults(recipe: Recipe, model: Model) -> Recipe:
     kept = [name for name, layer in layers.items() if shape_of(layer).op == "embedding" or name == "lm_head"]
     entries = [(name, LayerPlan()) for name in kept]
     if any(plan.act is not None for _, plan in recipe.plan):
-        entries.append((OPERANDS, LayerPlan()))
+        entries += [(p, LayerPlan()) for p in OPERANDS if fnmatch.filter(model.points(), p)]
     return Recipe((recipe.plan[0], *entries, *recipe.plan[1:]), recipe.steps, recipe.seed)
 
 

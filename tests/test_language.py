@@ -57,14 +57,18 @@ def quantized(model: Model, *plan: tuple[str, LayerPlan], steps: Any = ()) -> Mo
 
 
 ALL = (("*", make_plan("int4", "int8")), ("*.attention.*", FLOAT))
+SOFT_CAPPED = (("*", make_plan("int4", "int8")), ("*.matmul*.*", FLOAT))
+STEPS = (("smoothquant", {}), ("gptq", {}))
 HEAD = (("lm_head", make_plan("int8", "float")),)
+SLOW = ("granite", "mistral", "olmo2", "phi3", "qwen2", "smollm3")
 
 
 @pytest.mark.parametrize(
     ("kind", "plan", "steps"),
     [
-        *((kind, ALL, (("smoothquant", {}), ("gptq", {}))) for kind in hf.TYPES if kind != "mistral"),
-        pytest.param("mistral", ALL, (("smoothquant", {}), ("gptq", {})), marks=pytest.mark.slow),
+        *((kind, ALL, STEPS) for kind in ("gemma", "gemma3_text", "gpt2", "llama", "qwen3")),
+        ("gemma2", SOFT_CAPPED, STEPS),
+        *(pytest.param(kind, ALL, STEPS, marks=pytest.mark.slow) for kind in SLOW),
         ("gemma", HEAD, ()),
     ],
 )
@@ -89,9 +93,11 @@ def test_graph_class_and_directory_are_one_function(kind: str, plan: Any, steps:
     assert type(network) is type(made(kind))
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gpt2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["gemma", "gemma2", "gemma3_text", "gpt2", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)]
+)
 def test_a_quantized_network_decodes(kind: str, tmp_path: Path) -> None:
-    """With transformers' cache, token by token, the logits are those of one pass."""
+    """With transformers' cache, token by token and past a sliding window, the logits are those of one pass."""
     network = causal_lm(quantized(load_checkpoint(folder(tmp_path, kind)), ("*", INT4)))
     tokens, held = ids(2, 9), None
     with torch.inference_mode():
@@ -141,7 +147,7 @@ def test_a_shared_weight_is_stored_and_counted_once(tmp_path: Path) -> None:
 
 def test_what_stays_in_float(tmp_path: Path) -> None:
     """Embeddings, head and operands of attention do, unless a later entry names them."""
-    for kind in ("gpt2", "gemma"):
+    for kind in ("gpt2", "gemma", "gemma2"):
         model = captured(load_checkpoint(folder(tmp_path, kind)))
         recipe = with_defaults(uniform("int4", "int8"), model)
         done = quantize(model, recipe, Calib(ids(4, 8)))
@@ -160,15 +166,16 @@ def alone(module: Any, tokens: list[torch.Tensor]) -> float:
     return math.exp(sum(losses) / sum(len(t) - 1 for t in tokens))
 
 
-def test_perplexity_is_transformers_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text"])
+def test_perplexity_is_transformers_own(kind: str, tmp_path: Path) -> None:
     """Documents are split, those of one token dropped, others cut at the context: the commands' mean is by its loss."""
-    path = checkpoint(tmp_path)
+    path = checkpoint(tmp_path, kind)
     text, tokenizer = tmp_path / "t.txt", hf.read_tokenizer(path)
     tokens = [torch.tensor(tokenizer.encode(part).ids)[:64] for part in STORY.split("<|endoftext|>")]
     tokens = [t for t in tokens if len(t) > 1]
     assert [len(t) for t in tokens] == [6, 64]
     found = document("evaluate", path, "--text", text)
-    assert found["mean"] == pytest.approx(alone(made("llama"), tokens), rel=1e-5)
+    assert found["mean"] == pytest.approx(alone(made(kind), tokens), rel=1e-5)
     assert (found["metric"], found["n"], found["tokens"]) == ("perplexity", 2, 68)
     done = quantized(load_checkpoint(path), ("*", INT4))
     save_artifact(done, tmp_path / "q", files=hf.companions(path))
@@ -178,11 +185,12 @@ def test_perplexity_is_transformers_own(tmp_path: Path) -> None:
     assert cached["mean"] != found["mean"] and cached["kv_cache"].startswith("saq")
 
 
-def test_quantized_operands_are_never_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_quantized_operands_are_never_ignored(kind: str, tmp_path: Path) -> None:
     """Perplexity without a cache computes with them; where only transformers' class can be used it is refused."""
-    path = checkpoint(tmp_path)
+    path, inputs = checkpoint(tmp_path, kind), SOFT_CAPPED if kind == "gemma2" else ALL
     done = quantized(load_checkpoint(path), ("*", make_plan("int4", "int3")))
-    plain = quantized(load_checkpoint(path), ("*", make_plan("int4", "int3")), ("*.attention.*", FLOAT))
+    plain = quantized(load_checkpoint(path), ("*", make_plan("int4", "int3")), inputs[1])
     tokenizer, text = hf.read_tokenizer(path), tmp_path / "t.txt"
     assert perplexity(done, tokenizer, text).mean != pytest.approx(perplexity(plain, tokenizer, text).mean, rel=1e-6)
     save_artifact(done, tmp_path / "q", files=hf.companions(path))
@@ -190,7 +198,7 @@ def test_quantized_operands_are_never_ignored(tmp_path: Path) -> None:
         error("evaluate", tmp_path / "q", "--text", text, "--kv-cache", "kivi:bits=4,group=8"),
         error("generate", tmp_path / "q", "--prompt", "w3"),
     ):
-        assert "operands of attention are quantized" in line and "--layer" in line
+        assert "operands of attention are quantized" in line and f"--layer '{inputs[1][0]}=float/float'" in line
 
 
 def test_calibration_windows_are_the_documents_end_to_end(tmp_path: Path) -> None:

@@ -32,6 +32,17 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+OWN = {
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+"""What makes a family's small network differ from the others; windows shorter than the texts of the tests."""
 GPT2 = {
     "vocab_size": 53,
     "n_embd": 24,
@@ -46,7 +57,7 @@ GPT2 = {
 def made(kind: str):
     """A random model of a family."""
     torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[kind](**(GPT2 if kind == "gpt2" else SMALL))
+    config = transformers.CONFIG_MAPPING[kind](**(GPT2 if kind == "gpt2" else SMALL | OWN.get(kind, {})))
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -82,7 +93,7 @@ def test_a_family_loads(kind, options, tmp_path):
     assert not model.module.training and model.meta["algo"] == kind and len(model.meta["sha256"]) == 64
     assert model.meta["context"] == 64 and model.meta["vocabulary"] == 53
     linears = [m for m in model.layers().values() if isinstance(m, nn.Linear)]
-    per_layer = 4 if kind == "gpt2" else 7
+    per_layer = 4 if kind in ("gpt2", "phi3") else 7
     assert len(linears) == 2 * per_layer + 1
     assert all(p.dtype == torch.float32 for p in model.module.parameters())
 
@@ -140,6 +151,10 @@ def own_code(path):
 
 def quantized(path):
     edit(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def both_ways(path):
+    edit(path / "config.json", use_bidirectional_attention=True)
 
 
 def odd_sizes(path):
@@ -206,6 +221,7 @@ def broken_tokenizer(path):
         (near_type, "did you mean 'llama'"),
         (own_code, "auto_map.* is not run"),
         (quantized, "quantized already"),
+        (both_ways, "use_bidirectional_attention.*accepted: causal"),
         (odd_sizes, "config.json"),
         (no_weights, "has no model.safetensors"),
         (pickled, "pytorch_model.bin is a pickle"),

@@ -1,7 +1,7 @@
 """Loader of Hugging Face directories of causal language models: config.json and safetensors, nothing that runs.
 
-Llama, Qwen2, Qwen3, Mistral, Gemma and GPT-2 as transformers' own classes, in float32. Code that a checkpoint
-brings along (`auto_map`) is never run, pickled weights are never opened, and nothing is downloaded.
+The families of `TYPES` as transformers' own classes, in float32; of Gemma 3 the networks of text alone. Code that a
+checkpoint brings along (`auto_map`) is never run, pickled weights are never opened, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,20 @@ from quantkit.files import sha256_of
 from quantkit.model import Model
 from quantkit.rounding import all_finite
 
-TYPES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+TYPES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
@@ -217,6 +230,8 @@ def _config(record: dict[str, Any], file: Path) -> PreTrainedConfig:
         raise InputError(f"{file}: the weights are quantized already (quantization_config); load the float checkpoint")
     if record.get("is_encoder_decoder") or record.get("add_cross_attention"):
         raise InputError(f"{file}: not a decoder alone; accepted: causal language models")
+    if record.get("use_bidirectional_attention"):
+        raise InputError(f"{file}: tokens look at later ones (use_bidirectional_attention); accepted: causal models")
     try:
         return CONFIG_MAPPING[kind].from_dict({k: v for k, v in record.items() if k != "auto_map"})
     except Exception as error:  # transformers' validators raise many types
