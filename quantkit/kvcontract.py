@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from quantkit.errors import InputError
 from quantkit.kvgrid import Axis
@@ -40,6 +42,33 @@ class PackedLayer(CacheLayerMixin):
             self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
 
+class WindowLayer(DynamicSlidingWindowLayer):
+    """The last tokens of a layer with a sliding window, in 16 bits: they are few, and never grow old."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens (batch, heads, tokens, dim); what they look at in the model's dtype, rounded to 16 bits."""
+        dtype = key_states.dtype
+        half = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+        keys, values = super().update(key_states.to(half), value_states.to(half), *args, **kwargs)
+        self.keys, self.values = self.keys.clone(), self.values.clone()  # not views of all there was
+        return keys.to(dtype), values.to(dtype)
+
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values in the window."""
+        if not self.is_initialized:
+            return 0
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def room(self) -> int:
+        """No bound: nothing is rounded later than on entry."""
+        return sys.maxsize
+
+
 class PackedCache(Cache):
     """A transformers cache of packed layers, to be given as `past_key_values`."""
 
@@ -54,15 +83,26 @@ class PackedCache(Cache):
         return min(layer.room() for layer in self.layers)
 
 
-def attention_shape(config: PreTrainedConfig, cache: str) -> tuple[int, int, int]:
-    """(layers, key-value heads, channels of a head); InputError when a layer is not plain full attention."""
+def attention_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """(key-value heads, channels of a head)."""
     config = config.get_text_config(decoder=True)
-    odd = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention"}
-    if odd:
-        raise InputError(f"{cache}: cannot cache layers of type {', '.join(sorted(odd))}; accepted: full_attention")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, dim
+    return heads, dim
+
+
+def packed_cache(config: PreTrainedConfig, cache: str, packed: Callable[[], PackedLayer]) -> PackedCache:
+    """A layer of `packed` for each that looks at all tokens, a `WindowLayer` for each with a sliding window.
+
+    Raises InputError for layers of other kinds, and where every layer slides, so that there is nothing to pack.
+    """
+    kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    odd = set(kinds) - {"full_attention", "sliding_attention"}
+    if odd or "full_attention" not in kinds:
+        named = ", ".join(sorted(odd)) if odd else "sliding_attention alone"
+        raise InputError(f"{cache}: cannot cache layers of type {named}; accepted: some of full_attention")
+    windows = [option.get("sliding_window") for option in options]
+    return PackedCache(layers=[packed() if w is None else WindowLayer(w) for w in windows])
 
 
 def value_width(axis: Axis, group: int, heads: int, dim: int, cache: str) -> int:

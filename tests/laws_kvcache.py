@@ -253,6 +253,59 @@ def test_16_bits_are_the_identity(dtype, beams):
     assert torch.equal(ours, theirs)
 
 
+def gemma(kind, dtype=torch.float32):
+    """A random network in which every other layer, from the first or the second, has a window of 7 tokens."""
+    torch.manual_seed(0)
+    types = ["sliding_attention", "full_attention"] * 2
+    sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "head_dim": 8}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": 7}
+    types = types if kind == "gemma2" else types[::-1]
+    options = sizes | {"layer_types": types, "eos_token_id": None, "bos_token_id": 1}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **options)).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 12
+        layer.self_attn.v_proj.weight.data *= 12
+    return model.to(dtype)
+
+
+both = pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+
+
+@both
+@pytest.mark.parametrize("beams", [1, 3])
+def test_16_bits_beside_windows_are_the_identity(kind, beams):
+    """Far past the window, a 16-bit network generates what it does with transformers' own cache."""
+    model, prompts = gemma(kind, torch.bfloat16), tokens(2, 19)
+    options = {"max_new_tokens": 40, "num_beams": beams, "do_sample": False, "attention_mask": torch.ones_like(prompts)}
+    ours = model.generate(prompts, past_key_values=make_cache(EXACT, model.config), **options)
+    theirs = model.generate(prompts, past_key_values=transformers.DynamicCache(config=model.config), **options)
+    assert torch.equal(ours, theirs)
+
+
+@both
+@pytest.mark.parametrize("text", [CACHES[2], CACHES[5]])
+def test_windows_stay_in_16_bits(kind, text):
+    """Layers with a window hold its tokens but one in 2 bytes a number, and pieces of `room()` change no logit."""
+    model, ids = gemma(kind, torch.float64), tokens(2, 60)
+    with torch.inference_mode():
+        cache = make_cache(text, model.config)
+        stepped = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(60)], 1)
+        windows = [layer for layer in cache.layers if layer.is_sliding]
+        assert [layer.is_sliding for layer in cache.layers] == [t[0] == "s" for t in model.config.layer_types]
+        assert [layer.bytes_held() for layer in windows] == [2 * 2 * (2 * 6 * 2 * 8)] * 2
+        assert cache.bytes_held() == sum(layer.bytes_held() for layer in cache.layers)
+        assert all(t.untyped_storage().nbytes() == 2 * t.numel() for w in windows for t in (w.keys, w.values))
+        cache, first, pieces = make_cache(text, model.config), 0, []
+        while first < 60:
+            last = min(first + cache.room(), 60)
+            pieces.append(model(ids[:, first:last], past_key_values=cache).logits)
+            first = last
+        at_once = model(ids, past_key_values=make_cache(text, model.config)).logits
+    near = 1e-5 if kind == "gemma2" else 1e-9  # whose softmax is float32
+    torch.testing.assert_close(torch.cat(pieces, 1), stepped, rtol=0, atol=near * float(stepped.abs().max()))
+    assert (at_once - stepped).abs().max() > 100 * near * stepped.abs().max()
+
+
 def test_sabotage_a_forgotten_tensor_is_caught(monkeypatch):
     """Reordering that leaves the metadata behind, and a view in place of a copy, break laws."""
     keep = lambda self, batch: replace(self, codes=self.codes[batch])  # noqa: E731

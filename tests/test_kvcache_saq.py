@@ -171,8 +171,8 @@ def test_bad_options_are_named(text, says):
         make_cache(f"saq:{text}", config())
 
 
-def test_layers_that_forget_are_refused():
-    """Sliding-window layers are named, not silently cached in full."""
+def test_networks_of_windows_alone_are_refused():
+    """Where every layer has a sliding window there is nothing to pack."""
     sliding = transformers.MistralConfig(num_hidden_layers=2, sliding_window=16)
-    with pytest.raises(InputError, match="sliding_attention"):
+    with pytest.raises(InputError, match="sliding_attention alone; accepted: some of full_attention"):
         make_cache("saq:levels=16-8-4", sliding)

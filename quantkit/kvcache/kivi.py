@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from quantkit.errors import InputError
-from quantkit.kvcontract import PackedCache, PackedLayer, attention_shape, value_width
+from quantkit.kvcontract import PackedCache, PackedLayer, attention_shape, packed_cache, value_width
 from quantkit.kvgrid import BITS, Axis, Packed, concat, dequantize, grouped, quantize, ungrouped
 
 
@@ -31,19 +31,19 @@ def make(
     group: int = 32,
     values: Literal["token", "heads"] = "token",
 ) -> PackedCache:
-    """An empty cache for a model of `config`.
+    """An empty cache for a model of `config`; layers with a sliding window keep it in 16 bits.
 
     bits: of old keys and values: 8, 4 or 2. residual: keys that gather before they are quantized, a
     multiple of group, and values kept in 16 bits. group, values: see `saq.make`.
     Raises InputError naming the option and what is accepted.
     """
-    layers, heads, dim = attention_shape(config, "kivi")
+    heads, dim = attention_shape(config)
     width = value_width(values, group, heads, dim, "kivi")
     if bits not in BITS:
         raise InputError(f"kivi: bits={bits}; accepted: {', '.join(map(str, BITS))}")
     if residual < 1 or residual % group:
         raise InputError(f"kivi: residual={residual} is not a multiple of group={group}")
-    return PackedCache(layers=[KiviLayer(bits, residual, group, values, width) for _ in range(layers)])
+    return packed_cache(config, "kivi", lambda: KiviLayer(bits, residual, group, values, width))
 
 
 class KiviLayer(PackedLayer):

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from quantkit.errors import InputError
-from quantkit.kvcontract import PackedCache, PackedLayer, attention_shape, value_width
+from quantkit.kvcontract import PackedCache, PackedLayer, attention_shape, packed_cache, value_width
 from quantkit.kvgrid import BITS, Axis, Packed, concat, demote, dequantize, grouped, quantize, ungrouped
 
 
@@ -46,7 +46,7 @@ def make(
     sink: int = 0,
     values: Literal["token", "heads"] = "token",
 ) -> PackedCache:
-    """An empty cache for a model of `config`.
+    """An empty cache for a model of `config`; layers with a sliding window keep it in 16 bits.
 
     levels: bits by age, falling from 16, of 16, 8, 4, 2. block: tokens between two demotions, a
     multiple of group. group: keys, or values, that share a scale and a minimum: tokens of one channel, or channels of
@@ -55,13 +55,13 @@ def make(
     Raises InputError naming the option and what is accepted.
     """
     bits = parse_levels(levels)
-    layers, heads, dim = attention_shape(config, "saq")
+    heads, dim = attention_shape(config)
     width = value_width(values, group, heads, dim, "saq")
     if block < 1 or block % group:
         raise InputError(f"saq: block={block} is not a multiple of group={group}")
     if sink < 0:
         raise InputError(f"saq: sink={sink} is negative")
-    return PackedCache(layers=[SaqLayer(bits, block, group, sink, values, width) for _ in range(layers)])
+    return packed_cache(config, "saq", lambda: SaqLayer(bits, block, group, sink, values, width))
 
 
 def parse_levels(text: str) -> tuple[int, ...]:
