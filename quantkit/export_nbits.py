@@ -43,13 +43,32 @@ from quantkit.onnx_formats import Graph
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import QTensor
 
-FAMILIES = ("gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 FILE = "model.onnx"
 LEVELS = (1, 4)
 OPSET = 24  # has Attention, RotaryEmbedding and RMSNormalization
 _MS = "com.microsoft"
 _LARGEST = 2**31 - 2**24  # of one protobuf file, with room for the graph itself
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+_GEMMAS = ("gemma", "gemma2", "gemma3_text")  # norms multiply with 1 + w, embeddings with the root of their width
+_OUTSIDE = ("post_attention_layernorm", "post_feedforward_layernorm")
+_INSIDE = ("input_layernorm", "post_attention_layernorm")
+_AROUND = (("input_layernorm", "pre_feedforward_layernorm"), _OUTSIDE)
+_NORMS = {"gemma2": _AROUND, "gemma3_text": _AROUND, "olmo2": (("", ""), _OUTSIDE)}
+"""Norms (in front of, behind) attention and perceptron where they are not those of Llama, (_INSIDE, ("", ""))."""
 
 
 def check(decoder: Decoder) -> None:
@@ -77,14 +96,21 @@ def check(decoder: Decoder) -> None:
     act = activation(config)
     if act not in _ACTIVATIONS:
         raise InputError(f"activation {act!r} is not exported to onnx-nbits; accepted: {', '.join(_ACTIVATIONS)}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(
-            f"rotary positions {kind!r} are not exported; accepted: default, linear, llama3, of all channels"
-        )
+    for rope in ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError(
+                f"rotary positions {kind!r} are not exported; accepted: default, linear, llama3, of all channels"
+            )
     if decoder.family == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
         raise InputError("attention with a scale of its own is not exported; accepted: GPT-2's default")
+
+
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The parameters of rotary positions: none of GPT-2, of Gemma 3 those of each kind of layer, else one."""
+    found = getattr(config, "rope_parameters", None) or {}
+    each = [rope for rope in found.values() if isinstance(rope, dict)]
+    return each or ([found] if found else [])
 
 
 def check_level(level: int) -> None:
@@ -166,8 +192,10 @@ class Builder:
         """The whole model."""
         self._places()
         h = self._gpt2() if self.of.family == "gpt2" else self._llama()
-        logits = self.linear(h, "lm_head")
-        self.op("Identity", [logits], "logits")
+        logits = self.scaled(
+            self.linear(h, "lm_head"), 1 / getattr(self.config, "logits_scaling", 1.0), "logits.scaled"
+        )
+        self.op("Identity", [self.capped(logits)], "logits")
         dims: list[Any] = ["batch", self.of.kv_heads, "past", self.of.head_dim]
         value = helper.make_tensor_value_info
         inputs = [value("input_ids", TensorProto.INT64, ["batch", "n"])]
@@ -217,39 +245,93 @@ class Builder:
             near = self.op("Greater", [key, oldest], "near")
             self.masks[window] = self.op("And", [self.masks[None], near], "mask.near")
 
-    # Llama, Mistral, Qwen2, Qwen3, Gemma
+    # Llama and its kin
 
     def _llama(self) -> str:
         """Final hidden states, (batch, n, hidden)."""
         self._rotations()
         h = self.gathered("model.embed_tokens", "input_ids")
-        if self.of.family == "gemma":
+        if self.of.family in _GEMMAS:
             h = self.op("Mul", [h, self.constant(self.config.hidden_size**0.5, "embedding_scale")], "embedded")
+        h = self.scaled(h, getattr(self.config, "embedding_multiplier", 1.0), "embedded")
+        inside, outside = _NORMS.get(self.of.family, (_INSIDE, ("", "")))
         added = ""
         for number in range(self.config.num_hidden_layers):
             at = f"model.layers.{number}"
-            x, h = self.rms(h, added, f"{at}.input_layernorm")
-            q, k, v = (self.linear(x, f"{at}.self_attn.{p}_proj") for p in "qkv")
-            if self.of.family == "qwen3":
-                q = self.head_norm(q, f"{at}.self_attn.q_norm", self.config.num_attention_heads)
-                k = self.head_norm(k, f"{at}.self_attn.k_norm", self.of.kv_heads)
-            q = self.rotated(q, f"{at}.self_attn.q", self.config.num_attention_heads)
-            k = self.rotated(k, f"{at}.self_attn.k", self.of.kv_heads)
-            y = self.attention(q, k, v, number, at)
-            x, h = self.rms(h, self.linear(y, f"{at}.self_attn.o_proj"), f"{at}.post_attention_layernorm")
-            gate = self.activate(self.linear(x, f"{at}.mlp.gate_proj"), f"{at}.mlp.act")
-            up = self.op("Mul", [gate, self.linear(x, f"{at}.mlp.up_proj")], f"{at}.mlp.gated")
-            added = self.linear(up, f"{at}.mlp.down_proj")
+            for part, before, behind in zip((self.attended, self.perceived), inside, outside, strict=True):
+                if before:
+                    x, h = self.rms(h, added, f"{at}.{before}")
+                else:
+                    x = h = self.op("Add", [h, added], f"{at}.in") if added else h
+                added = part(x, number, at)
+                if behind:
+                    added = self.normalized(added, f"{at}.{behind}")
+                added = self.scaled(added, getattr(self.config, "residual_multiplier", 1.0), f"{at}.added")
         return self.rms(h, added, "model.norm")[0]
 
+    def attended(self, x: str, number: int, at: str) -> str:
+        """What attention makes of its inputs."""
+        at = f"{at}.self_attn"
+        heads = {"q": self.config.num_attention_heads, "k": self.of.kv_heads, "v": self.of.kv_heads}
+        if self.of.family == "phi3":
+            widths = [count * self.of.head_dim for count in heads.values()]
+            made = dict(zip(heads, self.split(self.linear(x, f"{at}.qkv_proj"), widths, at, list(heads)), strict=True))
+        else:
+            made = {part: self.linear(x, f"{at}.{part}_proj") for part in heads}
+        for part in "qk":
+            if self.of.family in ("qwen3", "gemma3_text"):
+                made[part] = self.head_norm(made[part], f"{at}.{part}_norm", heads[part])
+            elif self.of.family == "olmo2":
+                made[part] = self.normalized(made[part], f"{at}.{part}_norm")
+            if self.of.family != "smollm3" or self.config.no_rope_layers[number]:
+                made[part] = self.rotated(made[part], f"{at}.{part}", heads[part], number)
+        y = self.attention(made["q"], made["k"], made["v"], number, at.removesuffix(".self_attn"))
+        return self.linear(y, f"{at}.o_proj")
+
+    def perceived(self, x: str, number: int, at: str) -> str:
+        """What the gated perceptron makes of its inputs."""
+        at = f"{at}.mlp"
+        if self.of.family == "phi3":
+            widths = [self.config.intermediate_size] * 2
+            gate, up = self.split(self.linear(x, f"{at}.gate_up_proj"), widths, at, ["gate", "up"])
+            return self.linear(self.op("Mul", [self.activate(gate, f"{at}.act"), up], f"{at}.gated"), f"{at}.down_proj")
+        gate = self.activate(self.linear(x, f"{at}.gate_proj"), f"{at}.act")
+        up = self.op("Mul", [gate, self.linear(x, f"{at}.up_proj")], f"{at}.gated")
+        return self.linear(up, f"{at}.down_proj")
+
+    def split(self, x: str, widths: list[int], at: str, names: list[str]) -> list[str]:
+        """Channels apart."""
+        parts, sizes = [f"{at}.{n}.apart" for n in names], self.constant(widths, f"{at}.widths", TensorProto.INT64)
+        self.graph.nodes.append(helper.make_node("Split", [x, sizes], parts, name=f"{at}.split", axis=2))
+        return parts
+
+    def scaled(self, x: str, factor: float, name: str) -> str:
+        """x times a constant, x itself where that is 1."""
+        return x if factor == 1 else self.op("Mul", [x, self.constant(factor, f"{name}.factor")], name)
+
+    def capped(self, logits: str) -> str:
+        """cap tanh(logits / cap), where the family caps them."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap is None:
+            return logits
+        height = self.constant(cap, "cap")
+        squashed = self.op("Tanh", [self.op("Div", [logits, height], "logits.small")], "logits.squashed")
+        return self.op("Mul", [squashed, height], "logits.capped")
+
     def _rotations(self) -> None:
-        """Cosines and sines of all positions, computed when the file is loaded."""
-        inv_freq = self.of.tensor("model.rotary_emb.inv_freq").float()
+        """Cosines and sines of all positions by the prefix of their frequencies' name, computed at loading."""
         ends = [self.constant(np.float32(v), f"positions.{v}") for v in (0, self.config.max_position_embeddings, 1)]
         positions = self.op("Range", ends, "positions")
         column = self.op("Unsqueeze", [positions, self.constant([1], "column", TensorProto.INT64)], "positions.column")
-        angles = self.op("Mul", [column, self.constant(inv_freq.numpy(), "inv_freq")], "angles")
-        self.cos, self.sin = self.op("Cos", [angles], "cos"), self.op("Sin", [angles], "sin")
+        self.turns: dict[str, list[str]] = {}
+        for prefix in sorted({self._prefix(n) for n in range(self.config.num_hidden_layers)}):
+            inv_freq = self.of.tensor(f"model.rotary_emb.{prefix}inv_freq").float()
+            angles = self.op("Mul", [column, self.constant(inv_freq.numpy(), f"{prefix}inv_freq")], f"{prefix}angles")
+            self.turns[prefix] = [self.op(kind, [angles], f"{prefix}{kind.lower()}") for kind in ("Cos", "Sin")]
+
+    def _prefix(self, number: int) -> str:
+        """What the name of a layer's rotary frequencies starts with: its kind, where kinds turn differently."""
+        return f"{self.config.layer_types[number]}_" if self.of.family == "gemma3_text" else ""
 
     def rms(self, h: str, added: str, name: str) -> tuple[str, str]:
         """(the normalized sum h + added, the sum itself)."""
@@ -260,7 +342,7 @@ class Builder:
     def normalized(self, x: str, name: str) -> str:
         """x divided by its root mean square and multiplied with a weight."""
         weight = self.of.tensor(f"{name}.weight").float()
-        gamma = self.constant((weight + 1 if self.of.family == "gemma" else weight).numpy(), f"{name}.weight")
+        gamma = self.constant((weight + 1 if self.of.family in _GEMMAS else weight).numpy(), f"{name}.weight")
         return self.op("RMSNormalization", [x, gamma], f"{name}.out", axis=-1, epsilon=float(self.config.rms_norm_eps))
 
     def head_norm(self, x: str, name: str, heads: int) -> str:
@@ -270,9 +352,9 @@ class Builder:
         x = self.normalized(self.op("Reshape", [x, apart], f"{name}.in"), name)
         return self.op("Reshape", [x, together], f"{name}.flat")
 
-    def rotated(self, x: str, name: str, heads: int) -> str:
+    def rotated(self, x: str, name: str, heads: int, number: int) -> str:
         """Each head's channels turned by the angles of their positions."""
-        return self.op("RotaryEmbedding", [x, self.cos, self.sin, self.places], name, num_heads=heads)
+        return self.op("RotaryEmbedding", [x, *self.turns[self._prefix(number)], self.places], name, num_heads=heads)
 
     # GPT-2
 
@@ -311,8 +393,14 @@ class Builder:
         )
         name = f"{at}.attention"
         inputs = [q, k, v, self.masks[self._window(number)], *past]
-        heads = {"q_num_heads": self.config.num_attention_heads, "kv_num_heads": self.of.kv_heads}
-        self.graph.nodes.append(helper.make_node("Attention", inputs, [name, *present], name=name, **heads))
+        options: dict[str, Any] = {"q_num_heads": self.config.num_attention_heads, "kv_num_heads": self.of.kv_heads}
+        if self.of.family in ("gemma2", "gemma3_text"):
+            options["scale"] = float(self.config.query_pre_attn_scalar) ** -0.5
+        elif self.of.family == "granite":
+            options["scale"] = float(self.config.attention_multiplier)
+        if self.of.family == "gemma2" and self.config.attn_logit_softcapping is not None:
+            options["softcap"] = float(self.config.attn_logit_softcapping)
+        self.graph.nodes.append(helper.make_node("Attention", inputs, [name, *present], name=name, **options))
         return name
 
     def _window(self, number: int) -> int | None:
@@ -321,7 +409,7 @@ class Builder:
         kinds = getattr(self.config, "layer_types", None)
         if window is None or (kinds is not None and kinds[number] != "sliding_attention"):
             return None
-        return int(window) if kinds is not None or self.of.family == "mistral" else None
+        return int(window) if kinds is not None or self.of.family in ("mistral", "phi3") else None
 
     def activate(self, x: str, name: str) -> str:
         """The perceptron's activation."""

@@ -19,6 +19,7 @@ from tiny_lm import transformers  # noqa: E402
 from quantkit.language import causal_lm  # noqa: E402
 from quantkit.loading import load_checkpoint  # noqa: E402
 
+SLOW = ("gemma", "gemma2", "gemma3_text", "gpt2", "granite", "olmo2", "phi3", "smollm3")
 LAYERS = ["--weights", "int4", "--acts", "float"]
 
 
@@ -28,7 +29,7 @@ def quantized(tmp_path: Path, kind: str = "llama", *options: str, **config) -> P
     return tmp_path / "q"
 
 
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gemma", "gpt2"))])
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
 def test_generate_is_the_same_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     """The text that `generate` makes with the ONNX file is the text that it makes with the directory."""
     directory, out = quantized(tmp_path, kind), tmp_path / "out"

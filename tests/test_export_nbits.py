@@ -34,7 +34,7 @@ def runner(model, tmp_path: Path, level: int = 1) -> OnnxDecoder:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_transformers(family: str, tmp_path: Path) -> None:
     """A prompt of 9 tokens, then 6 one by one, gives transformers' logits of all 15, longer than a sliding window."""
-    model, plain = rounded(network(family), "int4", where="layers" if family == "gemma" else "")
+    model, plain = rounded(network(family), "int4", where="layers" if family.startswith("gemma") else "")
     decoder, x = runner(model, tmp_path), ids(3, 15)
     parts = [decoder.step(x[:, :9].numpy()), *(decoder.step(x[:, n : n + 1].numpy()) for n in range(9, 15))]
     assert apart(np.concatenate(parts, axis=1), logits_of(plain, x)) < 3e-6
@@ -42,10 +42,10 @@ def test_logits_are_transformers(family: str, tmp_path: Path) -> None:
     assert apart(decoder.step(x[:1, :3].numpy()), logits_of(plain, x[:1, :3])) < 3e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
 def test_padding_on_either_side_changes_no_logit(family: str, tmp_path: Path) -> None:
     """Rows of a padded batch give the logits that they give alone."""
-    model, plain = rounded(network(family), "int8")
+    model, plain = rounded(network(family), "int8", where="layers" if family.startswith("gemma") else "")
     decoder, long, short = runner(model, tmp_path), ids(1, 8), ids(1, 5, seed=1)
     for left in (True, False):
         x, mask = torch.cat([long, long]), torch.ones(2, 8, dtype=torch.int64)
@@ -87,9 +87,10 @@ def test_widths_are_the_narrowest() -> None:
         assert (width.bits if width else None) == (fits[0] if fits else None), name
 
 
-def test_greedy_tokens_are_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_greedy_tokens_are_transformers(family: str, tmp_path: Path) -> None:
     """At level 1 `generate` gives transformers' greedy tokens for six prompts, and stops where it is told to."""
-    model, plain = rounded(network(), "ternary")
+    model, plain = rounded(network(family), "ternary", where="layers")
     decoder = runner(model, tmp_path)
     for seed in range(6):
         x = ids(1, 3 + seed, seed)
@@ -237,10 +238,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     refused("layers.1.self_attn.v_proj': its input is quantized to int8.*--acts float", model)
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
     refused("'yarn' are not exported; accepted: default", network(rope_parameters=yarn))
+    split = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": yarn}
+    refused("'yarn' are not exported; accepted: default", network("gemma3", rope_parameters=split))
     refused("activation 'relu'.*accepted: silu", network(hidden_act="relu"))
     other = network()
     other.config.model_type = "opt"
-    refused("'opt' is not exported.*accepted: gemma, gpt2, llama", other)
+    refused("'opt' is not exported.*accepted: gemma, gemma2, gemma3_text", other)
     with pytest.raises(InputError, match="accuracy level 0; accepted: 1"):
         export_nbits.build(decoder_of(network(), network().config), level=0)
 

@@ -26,6 +26,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GLOBAL_FIRST = ["full_attention", "sliding_attention"]
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+}
 FAMILIES = {
     "llama": {},
     "llama3": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
@@ -33,8 +38,26 @@ FAMILIES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0},
+    "gemma3": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 9, "layer_types": GLOBAL_FIRST},
+    "gemma3_linear": {
+        "head_dim": 16,
+        "sliding_window": 5,
+        "rope_parameters": TWO_ROPES,
+        "final_logit_softcapping": 2.0,
+    },
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    },
+    "olmo2": {},
+    "phi3": {"sliding_window": 5},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5},
     "gpt2": {},
 }
+TYPES = {"llama3": "llama", "gemma3": "gemma3_text", "gemma3_linear": "gemma3_text"}
 
 
 def network(family: str = "llama", layers: int = 2, hidden: int = 48, **options):
@@ -46,8 +69,7 @@ def network(family: str = "llama", layers: int = 2, hidden: int = 48, **options)
     else:
         sizes |= {"hidden_size": hidden, "intermediate_size": hidden - 8, "num_hidden_layers": layers}
         sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        kind = family.rstrip("3") if family == "llama3" else family
-        config = transformers.AutoConfig.for_model(kind, **(sizes | FAMILIES[family] | options))
+        config = transformers.AutoConfig.for_model(TYPES.get(family, family), **(sizes | FAMILIES[family] | options))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():  # biases, norms and sharp attention that a fresh network has not
         parameter.data = parameter.data + 0.1 * torch.randn_like(parameter) if parameter.dim() == 1 else 5 * parameter
