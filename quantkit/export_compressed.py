@@ -37,7 +37,19 @@ from quantkit.files import new_directory
 from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, scale_codes, values_of
 
-FAMILIES = ("gemma", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 ACCEPTED = "int2 to int8, ternary, binary, e4m3fn per tensor, row or group, and mxfp4, mxfp6, mxfp8, nvfp4"
 FILE = "model.safetensors"
 _E2M1, _E2M3, _E4M3 = Float(2, 1), Float(2, 3), Float(4, 3, "fn")
@@ -47,7 +59,8 @@ _BLOCKS = {
     (_E4M3, PerGroup(32, "e8m0")): "mxfp8-quantized",
     (_E2M1, PerGroup(16, _E4M3)): "nvfp4-pack-quantized",
 }
-_BIAS_FLAGS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+_BIAS_FLAGS: dict[str, tuple[str, ...]] = dict.fromkeys(("granite", "llama", "smollm3"), ("attention_bias", "mlp_bias"))
+_BIAS_FLAGS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "qwen3"), ("attention_bias",))
 
 
 def stored_as(layer: QLayer) -> str | None:
