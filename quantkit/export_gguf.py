@@ -13,7 +13,9 @@ blocks of a fixed size in a row, and a coarser scale of ours is repeated for the
 
 Ternary weights whose rows are no multiple of 256 become Q4_0; integers whose rows no block divides become F16, as
 llama.cpp's own quantizer has it. What stays float is F32. llama.cpp rounds a layer's
-inputs to 8 bits in blocks: logits of random networks are within 2 % of the largest (llama-cpp-python 0.3.36).
+inputs to 8 bits in blocks: logits of random networks are within 2 % of the largest (llama-cpp-python 0.3.36). Gemma 2
+and 3 have been read back by transformers' reader of GGUF, not run in llama.cpp, which has their windows, scales and
+local rotary base in its code: what differs from those is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from quantkit.gguf_tokens import add_tokenizer
 from quantkit.qlayers import Plain, QLayer
 from quantkit.qtensor import QTensor, dequantize, scale_codes, values_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where llama.cpp's is another
 ACCEPTED = "ternary, binary, int2 to int8 per tensor, row or group of a multiple of 32, and mxfp4"
 _SIZES = {"TQ2_0": 256, "Q4_0": 32, "Q8_0": 32, "MXFP4": 32}
 _PLAIN = ("F32", "F16")
@@ -55,6 +58,13 @@ _NORMS = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
 }
+_GEMMA_NORMS = _NORMS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GEMMAS = {"gemma2": (2, 46), "gemma3_text": (6, 62)}
+"""Every how many layers one sees all tokens, and the layers of the network that scales queries by hidden / heads."""
 _BIASED = {"llama": tuple(_LAYERS), "mistral": tuple(_LAYERS), "qwen2": tuple(_LAYERS)[:3]}
 
 
@@ -86,7 +96,9 @@ def check(decoder: Decoder) -> None:
     if decoder.family not in FAMILIES:
         raise InputError(f"{decoder.family!r} is not exported to gguf; accepted: {', '.join(FAMILIES)}")
     refuse_inputs(decoder, "gguf")
-    rope = decoder.config.rope_parameters or {}
+    if decoder.family in _GEMMAS:
+        _check_gemma(decoder)
+    rope = _rope(decoder)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
         raise InputError(f"rotary positions {rope['rope_type']!r} are not exported; accepted: default, linear, llama3")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -120,6 +132,40 @@ def check(decoder: Decoder) -> None:
             )
 
 
+def _check_gemma(decoder: Decoder) -> None:
+    """InputError for a Gemma 2 or 3 that is not as llama.cpp's code has it."""
+    config, (every, largest) = decoder.config, _GEMMAS[decoder.family]
+    width = decoder.head_dim
+    if config.num_hidden_layers == largest:
+        width = config.hidden_size // config.num_attention_heads
+    pattern = ["sliding_attention" if (n + 1) % every else "full_attention" for n in range(config.num_hidden_layers)]
+    facts: list[tuple[str, Any, Any]] = [
+        ("layer_types", list(config.layer_types), pattern),
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, width),
+        ("hidden_activation", config.hidden_activation, "gelu_pytorch_tanh"),
+    ]
+    if decoder.family == "gemma3_text":
+        local = config.rope_parameters["sliding_attention"]
+        facts.append(("rotary base of sliding layers", (local["rope_type"], local["rope_theta"]), ("default", 10000.0)))
+    for name, here, there in facts:
+        if here != there:
+            raise InputError(
+                f"{name} is {here}, which llama.cpp's {decoder.family} has no place for; accepted: {there}"
+            )
+    if decoder.family == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        raise InputError(
+            "scores or logits that are not capped have no place in llama.cpp's gemma2; accepted: both caps"
+        )
+    if decoder.family == "gemma2" and not decoder.tied():
+        raise InputError("llama.cpp's gemma2 has no head of its own; accepted: lm_head and embedding in float")
+
+
+def _rope(decoder: Decoder) -> dict[str, Any]:
+    """The parameters of rotary positions, of Gemma 3 those of the layers that see all tokens."""
+    found: dict[str, Any] = decoder.config.rope_parameters or {}
+    return found["full_attention"] if "full_attention" in found else found
+
+
 def scale_error(q: QTensor) -> float:
     """The largest relative error of scales in float16, or of whole weights; 0 of MXFP4, whose scales fit."""
     kind = stored_as(q)
@@ -142,7 +188,7 @@ def export(decoder: Decoder, path: Path, *, force: bool = False) -> dict[str, An
         import gguf
     except ImportError:
         raise InputError("exporting to gguf needs the package: pip install 'quantkit[lm]'") from None
-    arch = "llama" if decoder.family == "mistral" else decoder.family
+    arch = _NAMES.get(decoder.family, decoder.family)
     with new_file(path, force=force) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         kinds: dict[str, str] = {}
@@ -172,10 +218,19 @@ def export(decoder: Decoder, path: Path, *, force: bool = False) -> dict[str, An
 
 def _add_facts(writer: Any, decoder: Decoder) -> None:
     """The configuration in llama.cpp's names."""
-    config, rope = decoder.config, decoder.config.rope_parameters or {}
+    config, rope = decoder.config, _rope(decoder)
     writer.add_name(str(decoder.meta.get("source", "")) or decoder.family)
-    windows = [w for w in (getattr(config, "sliding_window", None),) if w is not None]
-    writer.add_context_length(min([config.max_position_embeddings, *windows]))
+    window = getattr(config, "sliding_window", None)
+    context = config.max_position_embeddings
+    if decoder.family in _GEMMAS:
+        writer.add_sliding_window(window)
+    elif window is not None:
+        context = min(context, window)
+    writer.add_context_length(context)
+    if decoder.family == "gemma2":
+        writer.add_attn_logit_softcapping(float(config.attn_logit_softcapping))
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        writer.add_final_logit_softcapping(float(config.final_logit_softcapping))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -217,13 +272,13 @@ def _tensors(decoder: Decoder, kinds: dict[str, str]) -> dict[str, Stored]:
         at, to = f"model.layers.{number}", f"blk.{number}"
         for part, target in _LAYERS.items():
             add(f"{at}.{part}", f"{to}.{target}", rotated.get(part, 0))
-        for part, target in _NORMS.items():
+        for part, target in (_GEMMA_NORMS if decoder.family in _GEMMAS else _NORMS).items():
             if f"{at}.{part}.weight" in decoder.tensors:
                 found[f"{to}.{target}.weight"] = _norm(decoder, f"{at}.{part}.weight")
     found["output_norm.weight"] = _norm(decoder, "model.norm.weight")
     if not decoder.tied():
         add("lm_head", "output")
-    rope = decoder.config.rope_parameters or {}
+    rope = _rope(decoder)
     if rope.get("rope_type") == "llama3":
         exponents = torch.arange(0, decoder.head_dim, 2).double() / decoder.head_dim
         factors = float(rope["rope_theta"]) ** -exponents / decoder.tensor("model.rotary_emb.inv_freq").double()
@@ -232,7 +287,8 @@ def _tensors(decoder: Decoder, kinds: dict[str, str]) -> dict[str, Stored]:
 
 
 def _norm(decoder: Decoder, name: str) -> Stored:
-    return Stored(decoder.tensor(name).float().numpy(), "F32")
+    weight = decoder.tensor(name).float()
+    return Stored((weight + 1 if decoder.family in _GEMMAS else weight).numpy(), "F32")
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

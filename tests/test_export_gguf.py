@@ -23,6 +23,7 @@ gguf = pytest.importorskip("gguf", reason="not installed: pip install 'quantkit[
 
 from tiny_decoders import VOCABULARY, apart, ids, logits_of, network, put, rounded  # noqa: E402
 
+LLAMA_CPPS = {"query_pre_attn_scalar": 16, "layer_types": None}  # of a Gemma, as llama.cpp's code has them
 LAYERS = [
     ("ternary", PerRow(), 256, "TQ2_0"),
     ("ternary", PerGroup(256), 512, "TQ2_0"),
@@ -73,14 +74,14 @@ def test_gguf_decodes_our_weights(name: str, granularity, columns: int, kind: st
         assert torch.equal(got, want) if exact else bool(((got - want).abs() <= 2.0**-11 * want.abs()).all())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_transformers_reads_the_file(family: str, tmp_path: Path) -> None:
     """What transformers' own reader of GGUF makes of the file gives the logits of the network, up to float16 scales."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     sizes = {"layers": 2, "hidden": 96, "intermediate_size": 64, "head_dim": 16}
-    options = {"sliding_window": 64} if family == "mistral" else {}
-    model, plain = rounded(network(family, **(sizes | options)), "int8", where="layers")
+    options = {"mistral": {"sliding_window": 64}, "gemma2": LLAMA_CPPS, "gemma3": LLAMA_CPPS | {"layers": 6}}
+    model, plain = rounded(network(family, **(sizes | options.get(family, {}))), "int8", where="layers")
     file = tmp_path / "model.gguf"
     found = export_gguf.export(decoder_of(model, model.config), file)
     assert found["bytes"] == file.stat().st_size
@@ -93,6 +94,13 @@ def test_transformers_reads_the_file(family: str, tmp_path: Path) -> None:
     assert there.load_state_dict(read["tensors"], strict=False).missing_keys == sorted(tied)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         assert read["config"][key] == getattr(model.config, key)
+    fields = gguf.GGUFReader(file).fields
+    if family.startswith("gemma"):
+        assert read["config"]["sliding_window"] == 5 and read["config"]["max_position_embeddings"] == 64
+        assert read["config"]["head_dim"] == 16
+    if family == "gemma2":
+        assert fields["gemma2.attn_logit_softcapping"].contents() == 3.0
+        assert fields["gemma2.final_logit_softcapping"].contents() == 30.0
     if family == "llama3":
         freqs = torch.from_numpy(
             next(t for t in gguf.GGUFReader(file).tensors if t.name == "rope_freqs.weight").data.copy()
@@ -200,7 +208,14 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     refused("q_proj': e4m3 per row.*accepted: ternary, binary, int2 to int8", wide("e4m3"))
     refused("q_proj': uint4 per row", wide("uint4"))
     refused("q_proj': int4 per group16, in rows of 96", wide("int4", PerGroup(16)))
-    refused("'gpt2' is not exported to gguf; accepted: llama, mistral", network("gpt2"))
+    refused("'gpt2' is not exported to gguf; accepted: gemma2, gemma3_text, llama", network("gpt2"))
+    other = LLAMA_CPPS | {"hidden": 96}
+    refused("query_pre_attn_scalar is 9, which.*gemma2 has no place for; accepted: 16", network("gemma2"))
+    refused("layer_types is .*; accepted: .'sliding_attention'", network("gemma3", query_pre_attn_scalar=16))
+    refused("rotary base .* 100.0.*10000.0", network("gemma3_linear", **LLAMA_CPPS))
+    refused("not capped have no place", network("gemma2", **other, attn_logit_softcapping=None))
+    refused("no head of its own", network("gemma2", **other, tie_word_embeddings=False))
+    refused("hidden_activation is silu", network("gemma2", **other, hidden_activation="silu"))
     refused("'yarn' are not exported", network(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
     model = wide("int4")
     layer = model.model.layers[0].self_attn.q_proj
