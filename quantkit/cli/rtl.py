@@ -65,6 +65,7 @@ def rtl(
         with new_directory(output, force=force, marker="network.json") as folder:
             targets: Any = {"latency_us": latency_us, "luts": luts, "clock_mhz": clock_mhz, "dsp": dsp}
             document = write_designs(model, folder, part, **targets)
+            _name_origin(folder, directory, output)
         _show_designs(output, document, json)
         return
     network, _ = network_of(model)
@@ -76,6 +77,7 @@ def rtl(
         plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
     with new_directory(output, force=force, marker="network.json") as folder:
         emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
+        _name_origin(folder, directory, output)
     document = emit.summary(network, plans, part, clock_mhz)
     if json:
         print_json({"output": str(output), **document})
@@ -85,7 +87,18 @@ def rtl(
     columns = {"layer": "left"} | dict.fromkeys(("PE", "SIMD", *keys[3:]), "right")
     title = f"{output}: {document['latency_us']:g} us at {clock_mhz:g} MHz, about {document['luts']:,} LUTs"
     print_table(title, columns, rows)
-    say(f"prove it with: hwmodel simulate {output}, or quantkit rtl-episodes {directory} {output}")
+    env = "ENV" if model.env is None else model.env.id
+    say(f"prove it with: hwmodel simulate {output}, and over episodes: hwmodel simulate {output} --env {env}")
+
+
+def _name_origin(folder: Path, policy: Path, output: Path) -> None:
+    """Say in a design that is to lie in `output` where its policy is, for `hwmodel simulate --env`."""
+    import json
+    import os
+
+    from hwmodel.simulate import ORIGIN
+
+    (folder / ORIGIN).write_text(json.dumps({"policy": os.path.relpath(policy.resolve(), output.resolve())}) + "\n")
 
 
 def _show_designs(output: Path, document: dict[str, Any], json: bool) -> None:
@@ -158,7 +171,8 @@ def rtl_episodes(
         print_json(asdict(flight) | {"env": spec.id})
     elif flight.difference is None:
         say(
-            f"{spec.id} in {flight.tool}: {episodes} episodes, {flight.decisions:,} decisions, each as in Python; "
+            f"{spec.id} in {flight.tool}: {episodes} episode{'s' * (episodes > 1)}, {flight.decisions:,} decisions, "
+            f"every action equals the Python reference; "
             f"{flight.cycles_min}..{flight.cycles_max} cycles a decision; "
             f"mean return {sum(flight.returns) / len(flight.returns):.2f}"
         )
