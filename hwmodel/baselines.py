@@ -154,8 +154,10 @@ def compare_network(specs: Sequence[LayerSpec], folds: Sequence[tuple[int, int, 
     """LUTs of folded layers by the published models, unscaled; folds: (PE, SIMD, accumulator bits) of each."""
     found = {"FINN": 0.0, "EBOPs": 0.0, "BOPs": 0.0}
     for spec, (pe, simd, acc_bits) in zip(specs, folds, strict=True):
-        if spec.op == "gru":
-            raise HwError(f"layer {spec.name!r} is a GRU, which no published model prices; leave out --compare")
+        if spec.recurrence is not None:
+            raise HwError(
+                f"layer {spec.name!r} is recurrent ({spec.op}), which no published model prices; leave out --compare"
+            )
         assert spec.weight is not None and spec.act is not None
         unit = finn(bits(spec.weight), bits(spec.act), spec.out_features, spec.in_features, pe, simd, acc_bits)
         found["FINN"] += unit.luts

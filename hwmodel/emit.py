@@ -1,9 +1,9 @@
 """Verilog of a whole quantized network: layers folded PE x SIMD, one after the other, one inference at a time.
 
-A layer (`emit_layer`, `emit_gru`) is operands (`rtl/operands.v`), a sequencer, a weight memory, PE
+A layer (`emit_layer`, `emit_cell`) is operands (`rtl/operands.v`), a sequencer, a weight memory, PE
 multiply-accumulates in LUTs or packed into DSPs, and converters: thresholds or arithmetic, as the estimate chose, or
-the gates of a GRU. The top gives the layers a valid/ready stream, `policy_axis` two AXI4-Streams. `plan` prices what
-is written and predicts its cycles.
+the gates of a recurrent cell. The top gives the layers a valid/ready stream, `policy_axis` two AXI4-Streams. `plan`
+prices what is written and predicts its cycles.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from hwmodel.cell import Cell
 from hwmodel.devices import Device, part_option
-from hwmodel.emit_gru import gru_text
+from hwmodel.emit_cell import cell_text
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
 from hwmodel.fabric import FAMILIES, pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
-from hwmodel.gru import INDEX, Gru
+from hwmodel.gates import INDEX
 from hwmodel.layer import address_bits
 from hwmodel.network import Network, reference, sample_codes
 from hwmodel.plan import layer_costs, total, total_cycles
@@ -90,7 +91,7 @@ def top_text(network: Network, plans: Sequence[Fold]) -> str:
         col = address_bits(plan.column_folds)
         write, codes = ("accept", "in_codes") if i == 0 else (f"write{i - 1}", f"results{i - 1}")
         start = "start0" if i == 0 else f"finished{i - 1}"
-        clear = "clear, " if isinstance(layer, Gru) else ""
+        clear = "clear, " if isinstance(layer, Cell) else ""
         lines += [
             f"  wire busy{i}, write{i}, finished{i};",
             f"  wire [{col - 1}:0] col{i};",
@@ -267,19 +268,19 @@ LIBRARY = (
 
 
 @cache
-def library(recurrent: bool = False) -> dict[str, str]:
-    """The templates that designs instantiate, by file name."""
-    source, names = resources.files("hwmodel").joinpath("rtl"), [*LIBRARY, *["gru_gates"] * recurrent]
+def library(cells: frozenset[str] = frozenset()) -> dict[str, str]:
+    """The templates that designs instantiate, by file name; cells: the kinds of recurrent cells among their layers."""
+    source, names = resources.files("hwmodel").joinpath("rtl"), [*LIBRARY, *(f"{kind}_gates" for kind in sorted(cells))]
     return {f"{name}.v": source.joinpath(f"{name}.v").read_text() for name in names}
 
 
 def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     """All of `policy` by file name: `network.v`, memories, and the templates."""
-    texts, files = [top_text(network, plans)], dict(library(network.recurrent))
+    texts, files = [top_text(network, plans)], dict(library(network.cells))
     beside_dsps = total(plans).dsps > 0
     for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
-        if isinstance(layer, Gru):
-            text, roms = gru_text(index, layer, plan, beside_dsps=beside_dsps)
+        if isinstance(layer, Cell):
+            text, roms = cell_text(index, layer, plan, beside_dsps=beside_dsps)
         else:
             text, roms = layer_text(index, layer, plan, beside_dsps=beside_dsps)
         texts += [text, *(rom_text(memory) for memory in roms)]
@@ -304,7 +305,7 @@ def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device
     }
     facts = summary(network, plans, device, clock_mhz)
     rows = np.column_stack([first, codes]) if network.recurrent else codes
-    write_files(network, plans, folder, device, clock_mhz, texts, library(network.recurrent), facts)
+    write_files(network, plans, folder, device, clock_mhz, texts, library(network.cells), facts)
     write_vectors(folder, rows, reference(network, codes, first))
 
 
@@ -409,22 +410,22 @@ def vivado_script(device: Device, clock_mhz: float, plans: Sequence[Fold]) -> st
 
 
 def _size(plan: Fold) -> str:
-    """Rows x columns; of a GRU units and inputs."""
+    """Rows x columns; of a recurrent cell units and inputs."""
     rows, columns = plan.spec.out_features, plan.spec.in_features
-    return f"{rows} x {columns}" if plan.parts is None else f"GRU of {rows}, {columns} inputs"
+    return f"{rows} x {columns}" if plan.parts is None else f"{plan.spec.op.upper()} of {rows}, {columns} inputs"
 
 
 def _simd(plan: Fold) -> str:
-    """Columns at once; of a GRU those of the input and of the state."""
+    """Columns at once; of a recurrent cell those of the input and of the state."""
     return str(plan.simd) if plan.parts is None else f"{plan.simd}, state {plan.parts[1].simd}"
 
 
 EPISODES = f"""\
 - The network keeps a state from vector to vector. `rst` clears it, and so does `in_first` (AXI: `tuser`), high with \
 any beat of a vector: that vector is the first of an episode.
-- Inside a GRU something is: it counts in fixed point, its sigmoid and tanh are tables of {1 << INDEX} entries and its \
-state has steps of a power of two. There the Verilog equals `hwmodel.gru.step` bit for bit, and the float simulation \
-nearly; the truth of the whole is `hwmodel.network.reference`.
+- Inside a GRU or an LSTM something is: it counts in fixed point, its sigmoid and tanh are tables of {1 << INDEX} \
+entries and its state has steps of a power of two. There the Verilog equals `step` of `hwmodel.gru` or `hwmodel.lstm` \
+bit for bit, and the float simulation nearly; the truth of the whole is `hwmodel.network.reference`.
 """
 
 

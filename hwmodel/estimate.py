@@ -178,8 +178,8 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
 def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     """Kind and 90th percentile of the error to expect: of whole designs where they were judged, else of the MACs.
 
-    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables, and GRUs.
-    Nothing was judged by published counters: None.
+    Whole designs were judged as the emitter writes them: linear layers without scales per group or tables, and
+    recurrent cells. Nothing was judged by published counters: None.
     """
     if published():
         return "published counters", None

@@ -18,19 +18,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from hwmodel import conv
+from hwmodel import conv, gru, lstm
 from hwmodel.accumulator import type_bound
 from hwmodel.convert import converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import kept
 from hwmodel.formats import Block, Format, bits
-from hwmodel.gru import GATES, gates_cost
 from hwmodel.layer import choice, elements, frame, operands, slack_beside, stream_ends
 from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
 from hwmodel.packing import Packing, divisors, packed_cost, packing
-from hwmodel.spec import LayerSpec, PerGroup
+from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup
 
 BRAM_IN_LUTS = 288
 """LUT6 that hold the bits of one 18 Kb block RAM: only for choosing between converters."""
@@ -42,7 +41,7 @@ class Fold:
 
     units: converters, each serving pe / units elements in turn. pack: how products share DSPs whose wide port has
     `port` bits; None where they are made of LUTs. unrolled: weights are in the logic (`hwmodel.unroll`). parts: of a
-    GRU the products with its input, whose SIMD this one has, and with its state, for one unit of the state at a time.
+    recurrent cell the products with its input, whose SIMD this one has, and with its state, for one unit at a time.
     """
 
     spec: LayerSpec
@@ -140,8 +139,8 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 
     With DSPs only those whose rows at once fill them: as many products share each DSP as the formats allow.
     """
-    if spec.op == "gru":
-        return tuple(gru_fold(spec, x, h) for h in divisors(spec.out_features) for x in divisors(spec.in_features))
+    if spec.recurrence is not None:
+        return tuple(cell_fold(spec, x, h) for h in divisors(spec.out_features) for x in divisors(spec.in_features))
     columns = spec.in_features
     if isinstance(spec.granularity, PerGroup):
         if columns % spec.granularity.size:
@@ -159,12 +158,13 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 
 
 @kept
-def gru_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
-    """A GRU with `simd` columns of its input and `state_simd` of its state at once, all in LUTs.
+def cell_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
+    """A GRU or an LSTM with `simd` columns of its input and `state_simd` of its state at once, all in LUTs.
 
     The state's product starts `lead` units before the input's ends, and the gates follow the last unit of it.
     """
-    kept, rows = spec.recurrence, 3 * spec.out_features
+    kept, gates = spec.recurrence, CELL_GATES[spec.op]
+    rows, kind = gates * spec.out_features, lstm if spec.op == "lstm" else gru
     _formats(spec)
     assert kept is not None
     sides = (
@@ -174,12 +174,12 @@ def gru_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
     products = []
     for name, (columns, at_once, act, width) in zip(("input", "state"), sides, strict=True):
         product = LayerSpec(f"{spec.name}.{name}", "linear", rows, columns, weight=spec.weight, act=act, acc_bits=width)
-        products.append(layer_fold(product, 3, at_once, units=3))
+        products.append(layer_fold(product, gates, at_once, units=gates))
     x, h = products
-    cost = x.cost + h.cost + gates_cost(spec)
+    cost = x.cost + h.cost + kind.gates_cost(spec)
     cost += operands(kept.state.bits, state_simd, h.column_folds, 1) * -1  # the state is its own buffer
     cost += Cost(luts=choice(h.column_folds) * state_simd * kept.state.bits, ffs=state_simd * kept.state.bits)
-    cycles = x.cycles - lead(x, h) * x.column_folds + h.cycles - 2 + GATES + kept.coded + (spec.out is None)
+    cycles = x.cycles - lead(x, h) * x.column_folds + h.cycles - 2 + kind.GATES + kept.coded + (spec.out is None)
     return Fold(spec, 1, simd, cost, cycles, x.weights, "gates", kept.state.bits, 1, parts=(x, h))
 
 

@@ -1,8 +1,8 @@
 """A whole quantized network in integers: what `emit` turns into hardware, and its exact reference.
 
 Plain numpy and JSON, so that a network can be emitted and simulated without torch. A layer is a product (`Layer`) or
-a GRU with a state (`hwmodel.gru`); of a network with states, inference follows inference in time. Behind a product
-stand thresholds: `thresholds[r][k]` is the smallest sum of row r whose next code is
+a GRU or an LSTM with a state (`hwmodel.cell`); of a network with states, inference follows inference in time. Behind a
+product stand thresholds: `thresholds[r][k]` is the smallest sum of row r whose next code is
 above the k-th level of the output format. They hold scale, bias, activation and rounding of
 whatever float pipeline they were searched in, so the integers say exactly what it says.
 """
@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from hwmodel import gru, lstm
 from hwmodel.accumulator import signed_bits, unit_range
+from hwmodel.cell import NOUNS, Cell, codes_of
 from hwmodel.cost import HwError
 from hwmodel.formats import Block, Format, bits, decode, encode, levels
-from hwmodel.gru import Gru, codes_of, step
 from hwmodel.reference import to_units
-from hwmodel.spec import LayerSpec, PerGroup
+from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup
 
 FORMAT_VERSION = 1
 MAX_ACC_BITS = 53
@@ -114,7 +115,7 @@ class Layer:
 class Network:
     """Layers in order; `host` tells in JSON what is done in float before the first and after the last."""
 
-    layers: tuple[Layer | Gru, ...]
+    layers: tuple[Layer | Cell, ...]
     host: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,29 +151,35 @@ class Network:
 
     @property
     def products(self) -> tuple[Layer, ...]:
-        """The layers, `HwError` if one of them is a GRU."""
+        """The layers, `HwError` if one of them is recurrent."""
         found = tuple(layer for layer in self.layers if isinstance(layer, Layer))
         if len(found) < len(self.layers):
-            name = next(layer.name for layer in self.layers if isinstance(layer, Gru))
+            cell = next(layer for layer in self.layers if isinstance(layer, Cell))
             raise HwError(
-                f"layer {name!r} is a GRU, whose weights stay in memories: it is neither unrolled nor streamed"
+                f"layer {cell.name!r} is {NOUNS[cell.kind]}, whose weights stay in memories: it is neither "
+                "unrolled nor streamed"
             )
         return found
 
     @property
     def recurrent(self) -> bool:
         """Whether a layer keeps a state."""
-        return any(isinstance(layer, Gru) for layer in self.layers)
+        return any(isinstance(layer, Cell) for layer in self.layers)
+
+    @property
+    def cells(self) -> frozenset[str]:
+        """Kinds of recurrent cells among the layers: "gru", "lstm"."""
+        return frozenset(layer.kind for layer in self.layers if isinstance(layer, Cell))
 
     def states(self, n: int) -> list[np.ndarray]:
-        """The states (n, hidden) before a first step, all zero, of every GRU."""
-        return [np.zeros((n, layer.hidden), np.int64) for layer in self.layers if isinstance(layer, Gru)]
+        """The states (n, numbers) before a first step, all zero, of every recurrent cell."""
+        return [np.zeros((n, layer.numbers), np.int64) for layer in self.layers if isinstance(layer, Cell)]
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON values; `from_json` is its inverse."""
         layers = [
-            {"gru": layer.to_json()}
-            if isinstance(layer, Gru)
+            {layer.kind: layer.to_json()}
+            if isinstance(layer, Cell)
             else {
                 "spec": layer.spec.to_json(),
                 "codes": layer.codes.tolist(),
@@ -187,8 +194,8 @@ class Network:
     def from_json(cls, record: dict[str, Any]) -> Network:
         """Inverse of `to_json`."""
         layers = tuple(
-            Gru.from_json(entry["gru"])
-            if "gru" in entry
+            Cell.from_json({"kind": kind} | entry[kind])
+            if (kind := next(iter(entry.keys() & CELL_GATES.keys()), None))
             else Layer(
                 LayerSpec.from_json(entry["spec"]),
                 np.array(entry["codes"], dtype=np.int64),
@@ -286,14 +293,14 @@ def reference(network: Network, codes: np.ndarray, first: np.ndarray | None = No
 def trace(network: Network, codes: np.ndarray, states: list[np.ndarray] | None = None) -> list[np.ndarray]:
     """The input codes of every layer after the first, and last what leaves: one step from `states`.
 
-    states: one (n, hidden) a GRU, replaced by those after the step; None: all zero.
+    states: one (n, numbers) a recurrent cell, replaced by those after the step; None: all zero.
     """
     current = check_codes(network, codes)
     kept, at = network.states(len(current)) if states is None else states, 0
     found: list[np.ndarray] = []
     for layer in network.layers:
-        if isinstance(layer, Gru):
-            kept[at] = step(layer, to_units(current, layer.act), kept[at])
+        if isinstance(layer, Cell):
+            kept[at] = (lstm if layer.kind == "lstm" else gru).step(layer, to_units(current, layer.act), kept[at])
             current = codes_of(layer, kept[at])
             at += 1
             found.append(current)

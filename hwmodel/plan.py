@@ -6,8 +6,8 @@ know their exact arithmetic (`affine.solved`). The cycles of a layer are
     words + 1 (memory) + MAC stages + converter stages + results waiting per converter
 
 from the last input beat accepted to `out_valid`, summed over layers, because a layer starts when
-the one before it has delivered its last code. In a GRU the product with the state overlaps the one with the input
-(`folding.lead`), and the gates add theirs once.
+the one before it has delivered its last code. In a recurrent cell the product with the state overlaps the
+one with the input (`folding.lead`), and the gates add theirs once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plan_network(
 
 def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int | None]:
     """The `port` of `layer_fold` for each layer; `HwError` for a name that no layer has."""
-    able = {spec.name for spec in specs if spec.op != "gru"}
+    able = {spec.name for spec in specs if spec.recurrence is None}
     names = able if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
     if unknown := sorted(names - able):
         known = ", ".join(spec.name for spec in specs if spec.name in able)

@@ -125,11 +125,12 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:
-    """What hardware needs to know of a GRU beside the product with its input (`hwmodel.gru`).
+    """What hardware needs to know of a GRU or an LSTM beside the product with its input (`hwmodel.cell`).
 
-    state: format of the state, whose products with the weights take sums of `acc_bits` bits and whose steps are
+    state: format of h, whose products with the weights take sums of `acc_bits` bits and whose steps are
     2^-state_fraction. factor_bits: of what a unit of a sum counts. bits: of a gate's input, which counts 2^-fraction.
     columns: bits of the units' constants that differ from each other. coded: a table makes the output's codes.
+    memory: format of an LSTM's c, whose steps are 2^-memory_fraction; None of a GRU.
     """
 
     state: Int
@@ -140,6 +141,12 @@ class Recurrence:
     state_fraction: int
     columns: int
     coded: bool
+    memory: Int | None = None
+    memory_fraction: int = 0
+
+
+CELL_GATES = {"gru": 3, "lstm": 4}
+"""Rows that each product of a recurrent cell has for one number of its state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +154,8 @@ class LayerSpec:
     """One matrix product of a network and what follows it, in the terms of hardware.
 
     name: dotted name of the layer.
-    op: "linear", "conv2d" or "gru", which has both its products in one spec: `out_features` are the numbers of its
-        state, each with a row for every gate, and `acc_bits` those of the product with the input.
+    op: "linear", "conv2d", or "gru" or "lstm", which has both its products in one spec: `out_features` are the numbers
+        of its state h, each with a row for every gate, and `acc_bits` those of the product with the input.
     out_features, in_features: rows and columns of the matrix one output position needs; for a
         convolution the columns are `in_channels / groups * kernel_height * kernel_width`.
     positions: output positions per inference (1 for a linear layer, height * width for a convolution).
@@ -166,11 +173,11 @@ class LayerSpec:
     rescale: the arithmetic that reproduces what follows the sums exactly; None: not known, `hwmodel.convert`
         assumes what is usual.
     window: the map that the layer reads position by position; None: the whole input at once, or not known.
-    recurrence: of a GRU, and only of it.
+    recurrence: of a GRU or an LSTM, and only of them.
     """
 
     name: str
-    op: Literal["linear", "conv2d", "gru"]
+    op: Literal["linear", "conv2d", "gru", "lstm"]
     out_features: int
     in_features: int
     positions: int = 1
@@ -191,8 +198,8 @@ class LayerSpec:
     @property
     def macs(self) -> int:
         """Multiply-accumulates per inference."""
-        if self.op == "gru":
-            return 3 * self.out_features * (self.in_features + self.out_features)
+        if self.op in CELL_GATES:
+            return CELL_GATES[self.op] * self.out_features * (self.in_features + self.out_features)
         return self.out_features * self.in_features * self.positions
 
     def to_json(self) -> dict[str, Any]:
@@ -206,7 +213,10 @@ class LayerSpec:
         if self.recurrence is None:
             del record["recurrence"]
         else:
-            record["recurrence"] = asdict(self.recurrence) | {"state": str(self.recurrence.state)}
+            formats = {"state": str(self.recurrence.state)}
+            if self.recurrence.memory is not None:
+                formats["memory"] = str(self.recurrence.memory)
+            record["recurrence"] = asdict(self.recurrence) | formats
         return record
 
     @classmethod
@@ -223,11 +233,15 @@ class LayerSpec:
                 key: tuple(value) if isinstance(value, list) else value for key, value in values["window"].items()
             }
             values["window"] = Window(**entries)
-        if (values.get("recurrence") is not None) != (values["op"] == "gru"):
-            raise ValueError(f"layer {values['name']!r}: a recurrence goes with op gru")
+        if (values.get("recurrence") is not None) != (values["op"] in CELL_GATES):
+            raise ValueError(f"layer {values['name']!r}: a recurrence goes with op gru or lstm")
         if values.get("recurrence") is not None:
-            state = parse(values["recurrence"]["state"])
-            if not isinstance(state, Int):
-                raise ValueError(f"layer {values['name']!r}: a GRU's state is an integer, not {state}")
-            values["recurrence"] = Recurrence(**values["recurrence"] | {"state": state})
+            record = values["recurrence"]
+            found = {k: parse(record[k]) for k in ("state", "memory") if record.get(k) is not None}
+            for fmt in found.values():
+                if not isinstance(fmt, Int):
+                    raise ValueError(f"layer {values['name']!r}: a cell's state is an integer, not {fmt}")
+            if ("memory" in found) != (values["op"] == "lstm"):
+                raise ValueError(f"layer {values['name']!r}: a format of c goes with op lstm")
+            values["recurrence"] = Recurrence(**record | found)
         return cls(**values)

@@ -5,8 +5,8 @@ rounding) is a step function of the integer sum. `thresholds` finds every step b
 that very float32 arithmetic, so the hardware's codes equal the simulator's, whatever the activation, if
 only it ascends; where the sums are few enough to try all of them, that is proved by trying them.
 
-A recurrent network is taken one step at a time (`quantkit.stepwise`). Its GRU cells become fixed point and tables
-(`hwmodel.gru`), which do differ from the float simulation: there the truth is `hwmodel.network.reference`.
+A recurrent network is taken one step at a time (`quantkit.stepwise`). Its GRU and LSTM cells become fixed point and
+tables (`hwmodel.cell`), which do differ from the float simulation: there the truth is `hwmodel.network.reference`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 from hwmodel.affine import solved
+from hwmodel.cell import MEMORY_BITS, NOUNS
+from hwmodel.cell import Cell as Integers
 from hwmodel.cost import HwError
-from hwmodel.formats import Format, bits, levels, unit
-from hwmodel.gru import INDEX, G, Gru
+from hwmodel.formats import Format, Int, bits, levels, unit
+from hwmodel.gates import INDEX, G
 from hwmodel.network import Layer, Network
 from hwmodel.spec import LayerSpec
 from quantkit.bands import Bands
@@ -32,7 +34,7 @@ from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import encode
-from quantkit.recurrent import GRUCell
+from quantkit.recurrent import Cell, GRUCell, LSTMCell
 from quantkit.rounding import rounder
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
@@ -43,7 +45,7 @@ Step = Callable[[np.ndarray], np.ndarray]
 ENUMERATED = 1 << 23
 """Sums of one layer up to which thresholds are proved by trying every one."""
 FACTOR_BITS = 9
-"""Bits, one more or less, of the factors that bring the sums of a GRU to one scale."""
+"""Bits, one more or less, of the factors that bring the sums of a recurrent cell to one scale."""
 NEAR = 32
 """Sums tried on both sides of each threshold where there are more."""
 
@@ -75,20 +77,20 @@ class Host:
 def network_of(model: Model) -> tuple[Network, Host]:
     """The integers of a quantized MLP, linear or recurrent policy; InputError names the layer that has none."""
     stage, head, modules = _chain(model)
-    places = [i for i, (_, m) in enumerate(modules) if isinstance(m, QLayer | nn.Linear | nn.Conv2d | GRUCell)]
+    places = [i for i, (_, m) in enumerate(modules) if isinstance(m, QLayer | nn.Linear | nn.Conv2d | Cell)]
     if not places:
         raise InputError("this policy has no layers")
     for i in places:
         _check_part(*modules[i])
     specs = {spec.name: spec for spec in layer_specs(model)}
     parts = [[m for _, m in modules[a + 1 : b]] for a, b in pairwise([*places, len(modules)])]
-    layers: list[Layer | Gru] = []
+    layers: list[Layer | Integers] = []
     try:
         for n, i in enumerate(places):
             name, layer = modules[i]
             following = None if n + 1 == len(places) else _entry(modules[places[n + 1]][1])
-            if isinstance(layer, GRUCell):
-                cell = gru_of(layer, name)[0]
+            if isinstance(layer, Cell):
+                cell = cell_of(layer, name)[0]
                 layers.append(cell if following is None else _coded(cell, parts[n], following))
                 continue
             assert isinstance(layer, QLayer) and layer.q is not None
@@ -115,7 +117,7 @@ def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
     if is_recurrent(model.module):
         try:
             return network_of(model)[0].specs
-        except InputError:  # float sides, LSTM cells: their products still have specs
+        except InputError:  # float sides: their products still have specs
             pass
     return layer_specs(model)
 
@@ -126,7 +128,9 @@ def _chain(model: Model) -> tuple[InputStage, Head | None, list[tuple[str, nn.Mo
     if isinstance(policy, Policy):
         return policy.stage, policy.head, [(f"net.{name}", m) for name, m in policy.net.named_children()]
     if not is_recurrent(policy):
-        raise InputError("this network is not a policy; hardware is written for chains of linear layers and GRU cells")
+        raise InputError(
+            "this network is not a policy; hardware is written for chains of linear layers and cells of GRU and LSTM"
+        )
     return InputStage(), None, chain_of(model)
 
 
@@ -140,12 +144,12 @@ def _activation(modules: list[nn.Module]) -> Any:
 
 def _entry(part: nn.Module) -> QLayer:
     """The layer whose quantizer a part's input meets."""
-    layer = part.ih if isinstance(part, GRUCell) else part
+    layer = part.ih if isinstance(part, Cell) else part
     assert isinstance(layer, QLayer)
     return layer
 
 
-def _coded(cell: Gru, modules: list[nn.Module], following: QLayer) -> Gru:
+def _coded(cell: Integers, modules: list[nn.Module], following: QLayer) -> Integers:
     """The cell with the table of codes that the next layer reads for every state."""
     b = cell.state.bits
     patterns = np.arange(1 << b)
@@ -156,25 +160,28 @@ def _coded(cell: Gru, modules: list[nn.Module], following: QLayer) -> Gru:
     return replace(cell, out=_act(following), table=table[:1] if (table == table[0]).all() else table)
 
 
-def gru_of(cell: GRUCell, name: str = "gru") -> tuple[Gru, Step]:
-    """The integers of a quantized GRU cell, and inputs (n, inputs) float32 to the integers that it reads.
+def cell_of(cell: Cell, name: str = "cell") -> tuple[Integers, Step]:
+    """The integers of a quantized GRU or LSTM cell, and inputs (n, inputs) float32 to the integers that it reads.
 
-    Differs from `GRUCell` in what follows the products: fixed point and tables (`hwmodel.gru`), and a state in steps of
-    a power of two, the next above the simulator's scale. InputError for a side in float.
+    Differs from the cell in what follows the products: fixed point and tables (`hwmodel.gates`), and states in steps of
+    a power of two, the next above the simulator's scale; of c at most 1. InputError for a side in float.
     """
     _check_part(name, cell)
     ih, hh = cell.ih, cell.hh
     assert isinstance(ih, QLayer) and isinstance(hh, QLayer) and ih.q is not None and hh.q is not None
     state, kept, hidden = _act(hh), _state_fraction(cell), cell.hidden
+    kind: Any = "gru" if isinstance(cell, GRUCell) else "lstm"
     biases = [layer.bias.detach().numpy().astype(np.float64) for layer in (ih, hh)]
     gains = [np.broadcast_to(np.asarray(layer.kernel().gain, np.float64), biases[0].shape) for layer in (ih, hh)]
     steps = [_step(ih), _step(hh) / hh.act.scale / unit(state) * 2.0**-kept]  # type: ignore[union-attr]
-    offsets = np.concatenate([(biases[0] + biases[1])[: 2 * hidden], biases[0][2 * hidden :], biases[1][2 * hidden :]])
+    offsets = biases[0] + biases[1]
+    if kind == "gru":  # n has one beside either sum
+        offsets = np.concatenate([offsets[: 2 * hidden], biases[0][2 * hidden :], biases[1][2 * hidden :]])
     assert ih.uniform is not None and hh.uniform is not None
     if ih.uniform.fmt != hh.uniform.fmt or hh.in_scale is not None:
         raise InputError(
-            f"layer {name}: a GRU in hardware has one format of weights, and no factors on its state as smoothquant "
-            "puts them"
+            f"layer {name}: {NOUNS[kind]} in hardware has one format of weights, and no factors on its state as "
+            "smoothquant puts them"
         )
     act = cell.state.act
     if act is None or act.fmt != state:
@@ -185,17 +192,30 @@ def gru_of(cell: GRUCell, name: str = "gru") -> tuple[Gru, Step]:
     fraction = max(INDEX, FACTOR_BITS - int(np.floor(np.log2(min(float(np.median(s)) for s in slopes)))))
     x_factors, h_factors, fixed = (np.rint(v * 2.0**fraction).astype(np.int64) for v in (*slopes, offsets))
     try:
-        found = Gru(
-            name, ih.uniform.fmt, _act(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction, kept
-        )  # type: ignore[arg-type]
+        found = Integers(
+            kind, name, ih.uniform.fmt, _act(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction, kept,
+            **_memory(cell, name),
+        )  # type: ignore[arg-type]  # fmt: skip
     except HwError as error:
         raise InputError(str(error)) from None
     values, smallest = _to_input(ih), unit(_act(ih))
     return found, lambda x: np.rint(values(np.asarray(x, np.float32)) / smallest).astype(np.int64)
 
 
+def _memory(cell: Cell, name: str) -> dict[str, Any]:
+    """Format of an LSTM's c and the exponent M of its step 2^-M, by their names in `Integers`; of a GRU nothing."""
+    if not isinstance(cell, LSTMCell):
+        return {}
+    act = cell.cell.act
+    if act is None or not isinstance(act.fmt, Int):
+        stored = "float" if act is None else act.fmt
+        raise InputError(f"layer {name}: its c is stored as {stored}; hardware is written for int2..int{MEMORY_BITS}")
+    steps = int(np.floor(-np.log2(act.scale * unit(act.fmt))))  # type: ignore[union-attr]
+    return {"memory": act.fmt, "memory_fraction": max(0, min(G, steps))}
+
+
 def _check_part(name: str, part: nn.Module) -> None:
-    if isinstance(part, GRUCell):
+    if isinstance(part, Cell):
         _check_part(f"{name}.ih", part.ih)
         _check_part(f"{name}.hh", part.hh)
         return
@@ -270,7 +290,7 @@ def _to_values(layer: QLayer, modules: list[nn.Module], following: QLayer) -> St
 
 def _to_outputs(part: nn.Module, modules: list[nn.Module]) -> Step:
     between = _between(modules)
-    if isinstance(part, GRUCell):
+    if isinstance(part, Cell):
         step = 2.0 ** -_state_fraction(part)
         return lambda states: between((states * step).astype(np.float32))
     assert isinstance(part, QLayer)
@@ -278,8 +298,8 @@ def _to_outputs(part: nn.Module, modules: list[nn.Module]) -> Step:
     return lambda sums: between(scaled(sums))
 
 
-def _state_fraction(cell: GRUCell) -> int:
-    """The exponent S of a state's step 2^-S, which is 1 to 2 times the calibrated one, or 2^-(B-1) if that is less."""
+def _state_fraction(cell: Cell) -> int:
+    """The exponent S of the step 2^-S of a state h: 1 to 2 times the calibrated one, or 2^-(B-1) if that is less."""
     assert isinstance(cell.hh, QLayer) and cell.hh.act is not None
     fmt = _act(cell.hh)
     least = bits(fmt) - 1
@@ -355,7 +375,7 @@ def _facts(
     """What the host computes, in JSON."""
     assert entry.act is not None
     stage = {key: getattr(first, key).tolist() for key in ("mean", "std", "low", "high")}
-    if isinstance(last, GRUCell):
+    if isinstance(last, Cell):
         step, gain, bias = 2.0 ** -_state_fraction(last), np.ones(last.hidden), np.zeros(last.hidden)
     else:
         assert isinstance(last, QLayer)

@@ -141,28 +141,31 @@ def chain_of(model: Model) -> list[tuple[str, nn.Module]]:
     for n in gm.graph.nodes:
         if n.op in ("placeholder", "output") or not _depends(n, last):
             continue
-        if n.op == "call_module" and list(n.args) in ([last], [last, *states[:1]]):
-            chain.append((str(n.target), gm.get_submodule(str(n.target))))
+        if n.op == "call_module" and list(n.args) == [last, *states[: len(n.args) - 1]]:
+            part = gm.get_submodule(str(n.target))
+            chain.append((str(n.target), part.cell if isinstance(part, _Joined) else part))  # type: ignore[arg-type]
             states = states[len(n.args) - 1 :]
         elif n.target in _ACTIVATIONS and n.args[0] is last:
             chain.append((n.name, _ACTIVATIONS[n.target](*n.args[1:])))
         elif not (n.target in _SHAPES and _depends(n, last)):
             raise InputError(
                 f"node {n.name!r}: {n.target} has no place in a chain; hardware of a recurrent network is written for "
-                f"linear layers, GRU cells and between them {', '.join(sorted({m.__name__ for m in _MODULES}))}"
+                "linear layers, cells of GRU and LSTM and between them "
+                f"{', '.join(sorted({m.__name__ for m in _MODULES}))}"
             )
         last = n
     if results[0] is not last or states:
         raise InputError("the output of this network is not that of its last layer; hardware is written for chains")
 
     def over(x: Tensor) -> Tensor:
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Any] = {}
         found = []
         with torch.no_grad():
             for y in x.unbind(1):
                 for name, part in chain:
-                    if isinstance(part, GRUCell):
-                        y = kept[name] = part(y, kept.get(name))
+                    if isinstance(part, Cell):
+                        kept[name] = part(y, kept.get(name))
+                        y = part.output(kept[name])
                     else:
                         y = part(y)
                 found.append(y)
@@ -311,6 +314,30 @@ class _LeafCell(GRUCell):
         return result
 
 
+class _LeafPair(LSTMCell):
+    """A whole LSTM cell as a leaf, which gives h and c joined."""
+
+    def __init__(self, name: str, cell: LSTMCell) -> None:
+        super().__init__(cell.ih, cell.hh)
+        self.leaf, self.units = _Leaf(name, 2 * cell.hidden), cell.hidden
+
+    def forward(self, x: Tensor, hc: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        assert hc is not None
+        both: Tensor = self.leaf(x, *hc)
+        return both[..., : self.units], both[..., self.units :]
+
+
+class _Joined(nn.Module):
+    """(x, h, c) -> h' and c' joined, of an LSTM cell: what `_LeafPair` stands for."""
+
+    def __init__(self, cell: LSTMCell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        return torch.cat(self.cell(x, (h, c)), dim=-1)
+
+
 @cache
 def _leaf() -> Any:
     @torch.library.custom_op("quantkit::leaf", mutates_args=())
@@ -339,7 +366,7 @@ def _with_leaves(module: nn.Module, box: _Box, whole: bool) -> nn.Module:
             case GRUCell() if whole:
                 new = _LeafCell(name, part)
             case LSTMCell() if whole:
-                raise InputError(f"layer {name!r} is an LSTM cell; hardware is written for GRU cells so far")
+                new = _LeafPair(name, part)
             case _:
                 continue
         setattr(root.get_submodule(owner), leaf, new)
@@ -361,5 +388,6 @@ def _restored(gm: fx.GraphModule, exported_: nn.Module, module: nn.Module) -> fx
             call.meta = dict(n.meta)
             n.replace_all_uses_with(call)
             gm.graph.erase_node(n)
-            used[str(name)] = module.get_submodule(str(name))
+            part = module.get_submodule(str(name))
+            used[str(name)] = _Joined(part) if isinstance(part, LSTMCell) else part
     return modularized(gm, exported_, used)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from hwmodel import emit, emit_gru, folding, gru
+from hwmodel import emit, emit_cell, folding, gates, gru
+from hwmodel.cell import Cell
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
-from hwmodel.folding import Fold, gru_fold, lead
+from hwmodel.folding import Fold, cell_fold, lead
 from hwmodel.formats import parse
 from hwmodel.network import Network, legal_codes, reference, sample_codes
 from hwmodel.plan import total_cycles
@@ -28,25 +29,25 @@ from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.recipe import quantize, uniform
 from quantkit.recurrent import GRUCell, substitute
-from quantkit.rtl_export import gru_of
+from quantkit.rtl_export import cell_of
 
 DEVICE = find_device("xc7a35t")
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 
 
-def cell(inputs: int, hidden: int, weight: str, act: str, state: str, steps: int = 0, seed: int = 1) -> gru.Gru:
+def cell(inputs: int, hidden: int, weight: str, act: str, state: str, steps: int = 0, seed: int = 1) -> Cell:
     """Random codes; factors and offsets that reach the curved parts of the tables and beyond; steps: S - (B - 1)."""
     rng = np.random.default_rng(seed)
     fmt, kept = parse(weight), parse(state)
     x, h = (rng.choice(legal_codes(fmt), (3 * hidden, n)) for n in (inputs, hidden))
     factors = [rng.integers(0, 60, 3 * hidden) for _ in range(2)]
     offsets = rng.integers(-20000, 20000, 4 * hidden)
-    return gru.Gru("g", fmt, parse(act), kept, x, h, *factors, offsets, 14, kept.bits - 1 + steps)  # type: ignore[arg-type, union-attr]
+    return Cell("gru", "g", fmt, parse(act), kept, x, h, *factors, offsets, 14, kept.bits - 1 + steps)  # type: ignore[arg-type, union-attr]
 
 
-def written(one: gru.Gru, simd: tuple[int, int], folder: Path) -> tuple[Network, Fold]:
+def written(one: Cell, simd: tuple[int, int], folder: Path) -> tuple[Network, Fold]:
     """The network of the cell alone, and its fold; its Verilog in `folder`."""
-    network, plan = Network((one,)), gru_fold(one.spec, *simd)
+    network, plan = Network((one,)), cell_fold(one.spec, *simd)
     emit.write(network, (plan,), folder, DEVICE)
     return network, plan
 
@@ -102,10 +103,10 @@ def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
         folder = tmp_path / str(rows)
         folder.mkdir()
         coded = replace(one, out=parse("uint5") if rows else None, table=table)
-        text, roms = emit.gru_text(0, coded, gru_fold(coded.spec, 2, 1))
+        text, roms = emit.cell_text(0, coded, cell_fold(coded.spec, 2, 1))
         (folder / "layer.v").write_text("\n".join([text, *map(emit.rom_text, roms)]))
         (folder / "lint.vlt").write_text(emit.LINT.replace("network.v", "layer.v"))
-        for name, template in emit.library(recurrent=True).items():
+        for name, template in emit.library(frozenset({"gru"})).items():
             (folder / name).write_text(template)
         names = sorted(path.name for path in folder.glob("*.v"))
         command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", *names]
@@ -115,7 +116,7 @@ def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def scalar_step(one: gru.Gru, x: list[int], h: list[int]) -> list[int]:
+def scalar_step(one: Cell, x: list[int], h: list[int]) -> list[int]:
     """The next state by Python's integers and `math`, one unit after the other: the slow truth."""
 
     def even(value: int, shift: int) -> int:
@@ -162,7 +163,7 @@ def test_integers_follow_the_real_cell() -> None:
     r, z = (1 / (1 + np.exp(-(t_x[:, s] + t_h[:, s]))) for s in (slice(4), slice(4, 8)))
     n = np.tanh(t_x[:, 8:] + r * t_h[:, 8:])
     real = n + z * (h / 128 - n)
-    sigmoid, tanh = gru.table_error()
+    sigmoid, tanh = gates.table_error()
     reach = np.abs(t_h[:, 8:]).max()
     bound = tanh + sigmoid * (2 + reach) + 1 / 128
     assert np.abs(gru.step(one, x, h) / 128 - np.clip(real, -1, 127 / 128)).max() < bound
@@ -180,7 +181,7 @@ def quantized_cell(weights: str = "int8", acts: str = "int8") -> tuple[Model, GR
 def test_a_quantized_cell_becomes_integers() -> None:
     """States of the integers stay near those of quantkit's simulation over whole sequences."""
     model, one = quantized_cell()
-    integers, entered = gru_of(one)
+    integers, entered = cell_of(one)
     x = torch.randn(1, 30, 6)
     with torch.no_grad():
         want = model.module(x)[0][0].numpy()
@@ -193,14 +194,14 @@ def test_a_quantized_cell_becomes_integers() -> None:
 
 def test_what_has_no_hardware_is_refused() -> None:
     """Float sides, minifloat states, wrong shapes and steps: one line each."""
-    with pytest.raises(InputError, match=r"layer gru\.ih is in float"):
-        gru_of(substitute(nn.GRUCell(3, 4))[""])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"layer cell\.ih is in float"):
+        cell_of(substitute(nn.GRUCell(3, 4))[""])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="input is an integer"):
-        gru_of(quantized_cell(acts="e4m3")[1])
+        cell_of(quantized_cell(acts="e4m3")[1])
     odd = quantized_cell()[1]
     odd.state.act = None
     with pytest.raises(InputError, match="stored as float, but the product with it reads int8"):
-        gru_of(odd)
+        cell_of(odd)
     one = cell(4, 3, "int4", "int4", "int8")
     with pytest.raises(HwError, match="has 9 rows"):
         replace(one, x_codes=one.x_codes[:6])
@@ -216,7 +217,7 @@ def test_what_has_no_hardware_is_refused() -> None:
 def forgotten() -> Iterator[None]:
     """Folds found in the test are found anew behind it."""
     yield
-    gru_fold.cache_clear()
+    cell_fold.cache_clear()
 
 
 @pytest.mark.sim
@@ -229,9 +230,9 @@ def test_the_states_product_starts_as_early_as_it_may(
     """With slow, equal and fast input products all sums are there in time; one unit earlier some are not."""
     one = cell(6, 6, "int4", "int4", "int8")
     for early in (0, 1):
-        for module in (folding, emit_gru):
+        for module in (folding, emit_cell):
             monkeypatch.setattr(module, "lead", lambda x, h, early=early: lead(x, h) + early)
-        gru_fold.cache_clear()
+        cell_fold.cache_clear()
         (tmp_path / str(early)).mkdir()
         network, plan = written(one, simd, tmp_path / str(early))
         codes = sample_codes(network, 8, seed=3)

