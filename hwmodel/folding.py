@@ -140,7 +140,9 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
     With DSPs only those whose rows at once fill them: as many products share each DSP as the formats allow.
     """
     if spec.recurrence is not None:
-        return tuple(cell_fold(spec, x, h) for h in divisors(spec.out_features) for x in divisors(spec.in_features))
+        return tuple(
+            cell_fold(spec, x, h, port) for h in divisors(spec.out_features) for x in divisors(spec.in_features)
+        )
     columns = spec.in_features
     if isinstance(spec.granularity, PerGroup):
         if columns % spec.granularity.size:
@@ -158,8 +160,8 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 
 
 @kept
-def cell_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
-    """A GRU or an LSTM with `simd` columns of its input and `state_simd` of its state at once, all in LUTs.
+def cell_fold(spec: LayerSpec, simd: int, state_simd: int, port: int | None = None) -> Fold:
+    """A GRU or an LSTM with `simd` columns of its input and `state_simd` of its state at once.
 
     The state's product starts `lead` units before the input's ends, and the gates follow the last unit of it.
     """
@@ -174,7 +176,7 @@ def cell_fold(spec: LayerSpec, simd: int, state_simd: int) -> Fold:
     products = []
     for name, (columns, at_once, act, width) in zip(("input", "state"), sides, strict=True):
         product = LayerSpec(f"{spec.name}.{name}", "linear", rows, columns, weight=spec.weight, act=act, acc_bits=width)
-        products.append(layer_fold(product, gates, at_once, units=gates))
+        products.append(layer_fold(product, gates, at_once, port, gates))
     x, h = products
     cost = x.cost + h.cost + kind.gates_cost(spec)
     cost += operands(kept.state.bits, state_simd, h.column_folds, 1) * -1  # the state is its own buffer

@@ -56,11 +56,10 @@ def plan_network(
 
 def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int | None]:
     """The `port` of `layer_fold` for each layer; `HwError` for a name that no layer has."""
-    able = {spec.name for spec in specs if spec.recurrence is None}
-    names = able if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
-    if unknown := sorted(names - able):
-        known = ", ".join(spec.name for spec in specs if spec.name in able)
-        raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {known}")
+    known = [spec.name for spec in specs]
+    names = set(known) if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
+    if unknown := sorted(names - set(known)):
+        raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {', '.join(known)}")
     return [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
 
 

