@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,7 +142,7 @@ def _opened(line: int, row_start: list[int], stride: int, top: int, lines: int) 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What `chain_cycles` needs of a stage: its window and stream; `tail` cycles from a position's last word to its
+    """What `flow` needs of a stage: its window and stream; `tail` cycles from a position's last word to its
     last result on offer; `folds` row folds of `share` beats each; room for `depth` results."""
 
     window: Window
@@ -154,57 +153,7 @@ class Stage:
     depth: int
 
 
-def chain_cycles(stages: Sequence[Stage], units: Sequence[int]) -> tuple[int, int]:
-    """Cycles of stages in a row from the beat that completes the first window to the last result; from there until
-    the last beat that nothing reads has gone.
-
-    units: results a beat of each stage. Exact: the registers that decide what moves, cycle by cycle, jumping over
-    cycles in which nothing does.
-    """
-    states = [_State(stage) for stage in stages]
-    groups = [math.gcd(u, s.stream.codes) for u, s in zip(units, stages[1:], strict=False)]
-    splits = [u // g for u, g in zip(units, groups, strict=False)]
-    collects = [s.stream.codes // g for g, s in zip(groups, stages[1:], strict=True)]
-    split, collect = [0] * len(groups), [0] * len(groups)
-    left = stages[-1].window.out_height * stages[-1].window.out_width * stages[-1].stream.beats
-    first = states[0]
-    lead = schedule(stages[0].window, first.stream.words, first.stream.lines, first.stream.period, 1).lead
-    at = begin = end = 0
-    while left or not all(state.done for state in states):
-        starts = [state.starts(at) for state in states]
-        accepts = [state.open for state in states]
-        moved = False
-        taken = [False] * len(states)
-        for i in range(len(groups)):  # between stages
-            after = states[i + 1]
-            if not states[i].offers(at):
-                continue
-            last = collect[i] == collects[i] - 1
-            if last and not accepts[i + 1]:
-                continue
-            moved = True
-            collect[i] = 0 if last else collect[i] + 1
-            if last:
-                after.accept()
-            taken[i] = split[i] == splits[i] - 1
-            split[i] = 0 if taken[i] else split[i] + 1
-        if accepts[0]:
-            first.accept()
-            moved = True
-            if first.total == lead:
-                begin = at
-        if states[-1].offers(at):
-            taken[-1] = moved = True
-            left -= 1
-            end = at
-        for state, start, gone in zip(states, starts, taken, strict=True):
-            state.step(at, start, gone)
-            moved |= start
-        at = at + 1 if moved else min((t for state in states for t in state.waits(at)), default=at + 1)
-    return end - begin, at - end
-
-
-class _State:
+class State:
     """The registers of `rtl/window.v` and `rtl/fifo.v` that decide what moves, for one map."""
 
     def __init__(self, stage: Stage) -> None:

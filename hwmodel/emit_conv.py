@@ -1,34 +1,37 @@
-"""Verilog of a network of windows: convolutions and dense layers, each a stream of positions.
+"""Verilog of a network of windows: convolutions and dense layers, sums and means of maps, each a stream of positions.
 
 A stage is a window (`rtl/window.v`), the layer that a chain of linear layers has, too (`emit_layer`), and a queue of
-its results (`rtl/fifo.v`). Maps stream line by line, column by column, the channels of a position in consecutive beats.
-The top `policy` has one valid/ready stream in and one out, `policy_axis` two AXI4-Streams.
+its results (`rtl/fifo.v`); of a sum or a mean `rtl/add.v` or `rtl/mean.v`, converters and that queue. Stages read each
+other as `flow` says. Maps stream line by line, column by column, the channels of a position in consecutive beats. The
+top `policy` has one valid/ready stream in and one out, `policy_axis` two AXI4-Streams.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hwmodel import emit
-from hwmodel.conv import chain_cycles, depthwise, ring
+from hwmodel.conv import depthwise, ring
 from hwmodel.devices import Device
-from hwmodel.emit_layer import layer_text, mem_text, rom_text
+from hwmodel.emit_layer import Rom, converter_lines, layer_text, mem_text, rom_text
 from hwmodel.fabric import pricing
+from hwmodel.flow import flow, queue_depths
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
+from hwmodel.joint import lanes_of, operands, queue, widened
 from hwmodel.layer import address_bits
 from hwmodel.network import Layer, Network, reference, sample_codes
 from hwmodel.plan import layer_costs, total, total_cycles
 
 VECTORS = 8
 ZERO = "1'b0"
-LIBRARY = ("window", "steps", "fifo", "regroup")
+LIBRARY = ("window", "steps", "fifo", "regroup", "branch", "queue", "credit", "add", "mean")
 
 
 @cache
@@ -100,6 +103,69 @@ endmodule
 """
 
 
+def joint_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
+    """The module `stageN` of a sum or a mean, and the memories of its converters."""
+    spec, window, pe, acc = layer.spec, layer.spec.window, plan.pe, layer.acc_bits
+    assert window is not None
+    lane = widened(layer, pe)
+    stages, lines, roms = converter_lines(index, lane, replace(plan, spec=lanes_of(spec, pe)), 1)
+    reads, leaving = operands(spec), pe * result_bits(layer)
+    ports, head = [], []
+    if spec.op == "add":
+        for name, fmt in zip("ab", reads, strict=True):
+            ports += [f"    input {name}_valid,", f"    output {name}_ready,"]
+            ports += [f"    input [{pe * bits(fmt) - 1}:0] {name}_codes,"]
+        facts = [f".PE({pe})", f".ACC({acc})"]
+        for name, fmt, factor in zip("AB", reads, map(int, layer.units[0]), strict=True):
+            facts += [f".{name}_BITS({bits(fmt)})", f".{name}_SIGNED({int(fmt.signed)})"]
+            facts += [f".{name}_SHIFT({factor.bit_length() - 1})"]
+        head += [
+            "  wire accept = a_valid & b_valid & room;",
+            "  wire book = accept;",
+            "  assign a_ready = b_valid & room;",
+            "  assign b_ready = a_valid & room;",
+            f"  add #({', '.join(facts)}) adders (clk, a_codes, b_codes, values);",
+        ]
+    else:
+        (fmt,) = reads
+        ports += ["    input in_valid,", "    output in_ready,", f"    input [{pe * bits(fmt) - 1}:0] in_codes,"]
+        facts = [f".PE({pe})", f".ACC({acc})", f".BITS({bits(fmt)})", f".SIGNED({int(fmt.signed)})"]
+        facts += [f".WORDS({spec.out_features // pe})", f".COUNT({spec.in_features})"]
+        head += [
+            "  wire closing;",
+            "  wire accept = in_valid & room;",
+            "  wire book = accept & closing;",
+            "  assign in_ready = room;",
+            f"  mean #({', '.join(facts)}) totals (clk, rst, accept, in_codes, closing, values);",
+        ]
+    if any(" row" in line or " next" in line for line in lines):
+        head += ["  wire [0:0] row = 1'b0, next = 1'b0;"]
+    text = [
+        f"// {spec.name}: {spec.op} of {window.channels} x {window.height} x {window.width}, {pe} channels a beat",
+        f"module stage{index} (",
+        "    input clk,",
+        "    input rst,",
+        *ports,
+        "    output out_valid,",
+        "    input out_ready,",
+        f"    output [{leaving - 1}:0] out_results",
+        ");",
+        "  wire room, write;",
+        f"  wire [{pe * acc - 1}:0] values;",
+        f"  wire [{leaving - 1}:0] results;",
+        "  wire take = out_valid & out_ready;",
+        *head,
+        f"  credit #(.DEPTH({plan.depth})) rooms (clk, rst, book, take, room);",
+        f"  delay #(.N({stages + 1}), .BITS(1)) through (clk, rst, book, write);",
+        *lines,
+        f"  fifo #(.BITS({leaving}), .DEPTH({plan.depth})) "
+        "leaving (clk, rst, write, results, out_valid, take, out_results);",
+        "endmodule",
+        "",
+    ]
+    return "\n".join(text), roms
+
+
 def top_text(network: Network, plans: Sequence[Fold]) -> str:
     """The module `policy`: the stages in a row."""
     first, last = plans[0], plans[-1]
@@ -123,24 +189,67 @@ endmodule
 
 
 def _chain(network: Network, plans: Sequence[Fold]) -> list[str]:
-    """The stages of the top, with `rtl/regroup.v` between them."""
-    lines = []
-    for i, plan in enumerate(plans):
-        source = "in_valid, in_ready, in_codes" if i == 0 else f"valid{i}, ready{i}, codes{i}"
-        sink = "out_valid, out_ready, out_results" if i + 1 == len(plans) else f"gives{i}, takes{i}, results{i}"
-        if i:
-            before, width = plans[i - 1], bits(network.products[i].formats[1])
+    """The stages of the top, and what brings each the results that it reads."""
+    lines, links, depths = [], network.links, queue_depths(plans)
+    readers = {
+        i: [reader for reader, sources in enumerate(links) for s in sources if s == i] for i in range(-1, len(plans))
+    }
+    given = {-1: ("in_valid", "in_ready", "in_codes")}
+    left = {i: 0 for i in readers}
+
+    def parted(source: int) -> None:
+        if len(readers[source]) > 1:
+            name, count = "s" if source < 0 else source, len(readers[source])
+            valid, ready, _ = given[source]
+            lines.extend(
+                [
+                    f"  wire [{count - 1}:0] offers{name}, taken{name};",
+                    f"  branch #(.N({count})) parts{name} (clk, rst, {valid}, {ready}, offers{name}, taken{name});",
+                ]
+            )
+
+    def offered(source: int) -> tuple[str, str, str]:
+        if len(readers[source]) == 1:
+            return given[source]
+        name, at = "s" if source < 0 else source, left[source]
+        left[source] += 1
+        return f"offers{name}[{at}]", f"taken{name}[{at}]", given[source][2]
+
+    parted(-1)
+    for i, (layer, plan) in enumerate(zip(network.products, plans, strict=True)):
+        ports: list[str] = []
+        for slot, (source, act) in enumerate(zip(links[i], (layer.formats[1], layer.spec.second), strict=False)):
+            assert act is not None
+            if i == 0:
+                ports += offered(source)
+                continue
+            tag, width = f"{i}" + "ab"[slot] * (layer.spec.op == "add"), bits(act)
+            units = plans[0].lanes if source < 0 else plans[source].units
+            wide = f"[{plan.lanes * width - 1}:0]"
             lines += [
-                f"  wire valid{i}, ready{i};",
-                f"  wire [{plan.lanes * width - 1}:0] codes{i};",
-                f"  regroup #(.BITS({width}), .IN({before.units}), .OUT({plan.lanes}), "
-                f".PART({math.gcd(before.units, plan.lanes)}))",
-                f"    beats{i} (clk, rst, gives{i - 1}, takes{i - 1}, results{i - 1}, valid{i}, ready{i}, codes{i});",
+                f"  wire valid{tag}, ready{tag};",
+                f"  wire {wide} codes{tag};",
+                f"  regroup #(.BITS({width}), .IN({units}), .OUT({plan.lanes}), .PART({math.gcd(units, plan.lanes)}))",
+                f"    beats{tag} (clk, rst, {', '.join(offered(source))}, valid{tag}, ready{tag}, codes{tag});",
             ]
+            names = (f"valid{tag}", f"ready{tag}", f"codes{tag}")
+            if depths[i] and depths[i][slot]:
+                words = depths[i][slot]
+                block = int(queue(plan.lanes * width, words).kind == "bram")
+                lines += [
+                    f"  wire has{tag}, gets{tag};",
+                    f"  wire {wide} word{tag};",
+                    f"  queue #(.BITS({plan.lanes * width}), .DEPTH({words}), .BLOCK({block}))",
+                    f"    waits{tag} (clk, rst, {', '.join(names)}, has{tag}, gets{tag}, word{tag});",
+                ]
+                names = (f"has{tag}", f"gets{tag}", f"word{tag}")
+            ports += names
+        sink = ("out_valid", "out_ready", "out_results")
         if i + 1 < len(plans):
-            leaving = plan.units * result_bits(network.products[i])
-            lines += [f"  wire gives{i}, takes{i};", f"  wire [{leaving - 1}:0] results{i};"]
-        lines.append(f"  stage{i} part{i} (clk, rst, {source}, {sink});")
+            sink = given[i] = (f"gives{i}", f"takes{i}", f"results{i}")
+            lines += [f"  wire gives{i}, takes{i};", f"  wire [{plan.units * result_bits(layer) - 1}:0] results{i};"]
+            parted(i)
+        lines.append(f"  stage{i} part{i} (clk, rst, {', '.join([*ports, *sink])});")
     return lines
 
 
@@ -213,7 +322,7 @@ def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     width, leaving = bits(network.products[0].formats[1]), result_bits(layer)
     found = first.schedule
     sign = "signed " if layer.spec.out is None else ""
-    quiet = chain_cycles([plan.stage for plan in plans], [plan.units for plan in plans])[1] if len(plans) > 1 else 4
+    quiet = flow(tuple(plans)).quiet if len(plans) > 1 else 4
     limit = 10 * sum(plan.cycles for plan in plans) + 10 * found.input_beats + 1000
     return f"""// In: {network.inputs} hexadecimal codes per vector on standard input. Out: results and cycles.
 // Cycles are counted from the input beat that completes the first window to the last result;
@@ -276,8 +385,12 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     """All of `policy` by file name: `network.v`, memories, and the templates."""
     texts, files = [top_text(network, plans)], dict(library())
     for index, (layer, plan) in enumerate(zip(network.products, plans, strict=True)):
-        text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
-        texts += [stage_text(index, layer, plan), text, *(rom_text(memory) for memory in roms)]
+        if layer.spec.joint:
+            text, roms = joint_text(index, layer, plan)
+        else:
+            text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
+            text = "\n".join([stage_text(index, layer, plan), text])
+        texts += [text, *(rom_text(memory) for memory in roms)]
         files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
     return files | {"network.v": "\n".join(texts)}
 
@@ -320,9 +433,10 @@ def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: 
             "lead": p.schedule.lead,
             "stalls": p.schedule.stalls,
             "cycles": p.cycles,
+            "queues": list(waits),
         }
         | asdict(one)
-        for p, one in zip(plans, costs, strict=True)
+        for p, one, waits in zip(plans, costs, queue_depths(plans), strict=True)
     ]
     cycles = total_cycles(plans)
     return {
@@ -350,7 +464,8 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
         if last.spec.out is None
         else f"codes of `{last.spec.out}`, bit for bit those of the Python simulator"
     )
-    rows = "\n".join(_row(entry, plan) for entry, plan in zip(facts["layers"], plans, strict=True))
+    depths = queue_depths(plans)
+    rows = "\n".join(_row(*one) for one in zip(facts["layers"], plans, depths, strict=True))
     names = ", ".join(spec.name for spec in network.specs)
     header = "| layer | input | kernel, stride | padding | output | weight x input | PE | SIMD | converters | lines | "
     header += "period | LUTs | BRAM18 |"
@@ -367,7 +482,7 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
 {rows}
 
 Maps are channels x height x width; padding is above, below, left, right; `lines` of the input are kept; a position
-takes `period` cycles.
+takes `period` cycles. Words in a `queue` wait for the other operand of an add: as many as no pause can exceed.
 
 ## Contract
 - In: {facts["input_beats"]} beat(s) of {plans[0].lanes} codes of `{first.spec.act}` ({bits(first.formats[1])} bits \
@@ -386,10 +501,21 @@ each, first lowest), valid/ready: line by line, column by column, the channels o
 """
 
 
-def _row(entry: dict[str, Any], plan: Fold) -> str:
+def _row(entry: dict[str, Any], plan: Fold, depths: Sequence[int]) -> str:
     """A layer's line in the README."""
     spec, window = plan.spec, plan.spec.window
     assert window is not None
+    if spec.joint:
+        reads = " + ".join(str(fmt) for fmt in (spec.act, spec.second) if fmt is not None)
+        waits = [str(words) for words in depths if words]
+        size = f"{window.channels} x {window.height} x {window.width}"
+        leaves = f"{spec.out_features} x {window.out_height} x {window.out_width}"
+        queued = f", queue {' and '.join(waits)}" if waits else ""
+        cells = (
+            *(spec.name, size, spec.op + queued, "", leaves, reads, entry["pe"], "", entry["converters"], ""),
+            *(entry["period"], f"{entry['luts']:g}", f"{entry['bram18']:g}"),
+        )
+        return f"| {' | '.join(map(str, cells))} |"
     kind = ", depthwise" if depthwise(spec) else f", {spec.groups} groups" if spec.groups > 1 else ""
     cells = (
         spec.name,

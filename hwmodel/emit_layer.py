@@ -249,7 +249,7 @@ def layer_text(index: int | str, layer: Layer, plan: Fold, *, beside_dsps: bool 
         unused += ["row", "next"]
     else:
         rows = plan.spec.out_features // plan.units
-        stages, wires, found = _converters(index, layer, plan, row)
+        stages, wires, found = converter_lines(index, layer, plan, row)
         roms += found
         lines += [
             f"  delay #(.N({stages}), .BITS(2)) through (clk, rst, {{fire, fire & closing}}, {{write, finished}});",
@@ -264,7 +264,7 @@ def layer_text(index: int | str, layer: Layer, plan: Fold, *, beside_dsps: bool 
     return "\n".join([*lines, "endmodule", ""]), roms
 
 
-def _converters(index: int | str, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
+def converter_lines(index: int | str, layer: Layer, plan: Fold, row: int) -> tuple[int, list[str], list[Rom]]:
     """What turns `values` into `results`: stages, Verilog, memories. row: bits of a row's number."""
     return (_thresholds if plan.converter == "thresholds" else _arithmetic)(index, layer, plan, row)
 
@@ -299,7 +299,7 @@ def _unrolled(index: int | str, layer: Layer, plan: Fold) -> tuple[str, list[Rom
     if layer.thresholds is None:
         ends = ["  assign results = values;", "  assign write = fire;", "  assign finished = fire;"]
         return "\n".join([*head, *sums, *ends, *tail]), []
-    after, lines, roms = _converters(index, layer, plan, 1)
+    after, lines, roms = converter_lines(index, layer, plan, 1)
     ends = [
         f"  delay #(.N({after}), .BITS(1)) through (clk, rst, fire, write);",
         "  assign finished = write;",

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hwmodel import conv, gru, lstm
+from hwmodel import conv, gru, joint, lstm
 from hwmodel.accumulator import type_bound
 from hwmodel.convert import converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
@@ -29,7 +29,7 @@ from hwmodel.layer import choice, elements, frame, operands, slack_beside, strea
 from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
 from hwmodel.packing import Packing, divisors, packed_cost, packing
-from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup
+from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup, links
 
 BRAM_IN_LUTS = 288
 """LUT6 that hold the bits of one 18 Kb block RAM: only for choosing between converters."""
@@ -71,16 +71,20 @@ class Fold:
     @property
     def lanes(self) -> int:
         """Input codes read at once: SIMD, or PE where every row has a channel of its own."""
-        return self.pe if conv.depthwise(self.spec) else self.simd
+        return self.pe if self.spec.joint or conv.depthwise(self.spec) else self.simd
 
     @property
     def stream(self) -> conv.Stream:
         """How the window of the layer streams."""
+        if self.spec.joint:
+            return joint.stream(self.spec, self.pe)
         return conv.stream(self.spec, self.pe, self.simd, self.units)
 
     @property
     def schedule(self) -> conv.Schedule:
         """When the positions of the layer's window start."""
+        if self.spec.joint:
+            return conv.Schedule(1, 0, joint.beats(self.spec, self.pe))
         found, window = self.stream, self.spec.window
         assert window is not None
         return conv.schedule(window, found.words, found.lines, found.period, self.share)
@@ -88,13 +92,15 @@ class Fold:
     @property
     def depth(self) -> int:
         """Results of a layer with a window that wait at most."""
+        if self.spec.joint:
+            return self.cycles - self.schedule.input_beats + 1
         found = self.stream
         rest = self.cycles - self.schedule.stalls - self.spec.positions * found.period - conv.waits(self.spec)
         return conv.depth(found, rest)
 
     @property
     def stage(self) -> conv.Stage:
-        """The layer with its window as a stage of `conv.chain_cycles`."""
+        """The layer with its window as a stage of `flow`."""
         found, window = self.stream, self.spec.window
         assert window is not None
         tail = self.cycles - self.schedule.stalls - self.spec.positions * found.period - 1
@@ -139,6 +145,8 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
 
     With DSPs only those whose rows at once fill them: as many products share each DSP as the formats allow.
     """
+    if spec.joint:
+        return tuple(joint_fold(spec, pe) for pe in divisors(spec.out_features))
     if spec.recurrence is not None:
         return tuple(
             cell_fold(spec, x, h, port) for h in divisors(spec.out_features) for x in divisors(spec.in_features)
@@ -183,6 +191,15 @@ def cell_fold(spec: LayerSpec, simd: int, state_simd: int, port: int | None = No
     cost += Cost(luts=choice(h.column_folds) * state_simd * kept.state.bits, ffs=state_simd * kept.state.bits)
     cycles = x.cycles - lead(x, h) * x.column_folds + h.cycles - 2 + kind.GATES + kept.coded + (spec.out is None)
     return Fold(spec, 1, simd, cost, cycles, x.weights, "gates", kept.state.bits, 1, parts=(x, h))
+
+
+@kept
+def joint_fold(spec: LayerSpec, pe: int) -> Fold:
+    """An "add" or a "mean" with `pe` channels a beat."""
+    width = acc_bits(spec)
+    found, cost = min(joint.options(spec, pe, width), key=lambda one: one[1].luts + BRAM_IN_LUTS * one[1].bram18)
+    cycles = joint.beats(spec, pe) + joint.depth(found) - 1
+    return Fold(spec, pe, 1, cost, cycles, Memory("none", 0, 0, ZERO), found.method, width, pe)
 
 
 def lead(x: Fold, h: Fold) -> int:
@@ -265,11 +282,7 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
     the layers are no such chain.
     """
     if all(fold.spec.window is not None for fold in chosen):
-        beats = [
-            conv.regroup_cost(bits(_formats(after.spec)[1]), before.units, after.lanes)
-            for before, after in pairwise(chosen)
-        ]
-        return [ZERO, *beats]
+        return _between_windows(chosen)
     if not _chained([fold.spec for fold in chosen]):
         return [ZERO] * len(chosen)
     found = [
@@ -279,6 +292,32 @@ def stream_costs(chosen: Sequence[Fold]) -> list[Cost]:
     found[-1] += _ends(chosen[0], chosen[-1].spec, chosen[-1].acc_bits)
     slack = max(slack_beside(fold.converter, fold.acc_bits) for fold in chosen)
     return [more + _relaxed(fold, slack) for more, fold in zip(found, chosen, strict=True)]
+
+
+def _between_windows(chosen: Sequence[Fold]) -> list[Cost]:
+    """What brings each layer its input from the layers that it reads, and the parting of what several read."""
+    reads = links([fold.spec for fold in chosen])
+    readers = [sum(found.count(source) for found in reads) for source in range(-1, len(chosen))]
+    costs = [ZERO for _ in chosen]
+    for i, (sources, fold) in enumerate(zip(reads, chosen, strict=True)):
+        for source, act in zip(sources, (fold.spec.act, fold.spec.second), strict=False):
+            assert act is not None
+            given = chosen[0].lanes if source < 0 else chosen[source].units
+            costs[i] += conv.regroup_cost(bits(act), given, fold.lanes) if i or source >= 0 else ZERO
+        for source in {*sources}:
+            first = next(j for j, found in enumerate(reads) if source in found)
+            costs[i] += joint.branch_cost(readers[source + 1]) if first == i else ZERO
+    return costs
+
+
+def queues_of(chosen: Sequence[Fold], depths: Sequence[Sequence[int]]) -> list[Cost]:
+    """What the queues of these `depths` (`flow.Flow`) take of each layer."""
+    found = []
+    for fold, words in zip(chosen, depths, strict=True):
+        acts = (fold.spec.act, fold.spec.second)
+        each = [joint.queue_cost(fold.lanes * bits(a), n) for a, n in zip(acts, words, strict=False) if a is not None]
+        found.append(sum(each, ZERO))
+    return found
 
 
 def _relaxed(fold: Fold, slack_ns: float) -> Cost:
@@ -307,7 +346,7 @@ def _ends(first: Fold, last: LayerSpec, width: int) -> Cost:
 
 
 def predict(chosen: Sequence[Fold]) -> tuple[Cost, ...]:
-    """Each layer's cost in the network, the buffers and streams between the layers included."""
+    """Each layer's cost in the network, the buffers and streams between the layers included, but queues before adds."""
     return tuple(fold.cost + more for fold, more in zip(chosen, stream_costs(chosen), strict=True))
 
 

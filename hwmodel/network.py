@@ -23,7 +23,7 @@ from hwmodel.cell import NOUNS, Cell, codes_of
 from hwmodel.cost import HwError
 from hwmodel.formats import Block, Format, bits, decode, encode, levels
 from hwmodel.reference import to_units
-from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup
+from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup, links
 
 FORMAT_VERSION = 1
 MAX_ACC_BITS = 53
@@ -55,6 +55,8 @@ class Layer:
         check_window(self.spec)
         if isinstance(self.spec.granularity, PerGroup):
             raise HwError(f"layer {name!r}: scales per group have no hardware here; accepted: tensor, row")
+        if (self.spec.second is None) == (self.spec.op == "add"):
+            raise HwError(f"layer {name!r}: a second input goes with op add")
         if self.codes.shape != shape:
             raise HwError(f"layer {name!r}: weight codes of shape {self.codes.shape}, not {shape}")
         low, high = self.sum_range
@@ -106,14 +108,18 @@ class Layer:
     @property
     def sum_range(self) -> tuple[np.ndarray, np.ndarray]:
         """Smallest and largest sum of each row, whatever the input: Python integers (rows,)."""
-        low, high = unit_range(self.formats[1])
+        acts = [self.formats[1], *([] if self.spec.second is None else [self.spec.second])]
+        low, high = (np.array(ends, object) for ends in zip(*map(unit_range, acts), strict=True))
         units = self.units.astype(object)
         return np.minimum(units * low, units * high).sum(axis=1), np.maximum(units * low, units * high).sum(axis=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Network:
-    """Layers in order; `host` tells in JSON what is done in float before the first and after the last."""
+    """Layers in order, each reading the one before it or those that its spec names; only the last one's results leave.
+
+    host: in JSON what is done in float before the first and after the last.
+    """
 
     layers: tuple[Layer | Cell, ...]
     host: dict[str, Any] = field(default_factory=dict)
@@ -121,13 +127,23 @@ class Network:
     def __post_init__(self) -> None:
         if not self.layers:
             raise HwError("a network has at least one layer")
-        for before, after in zip(self.layers, self.layers[1:], strict=False):
-            if before.spec.out is None or before.spec.out != after.spec.act:
-                raise HwError(f"layer {after.spec.name!r} reads {after.spec.act}, but gets {before.spec.out}")
-            if outputs_of(before.spec) != inputs_of(after.spec):
-                raise HwError(
-                    f"layer {after.spec.name!r} has {inputs_of(after.spec)} inputs, but gets {outputs_of(before.spec)}"
-                )
+        try:
+            links = self.links
+        except ValueError as error:
+            raise HwError(str(error)) from None
+        for layer, sources in zip(self.layers, links, strict=True):
+            spec = layer.spec
+            if len(sources) != 1 + (spec.op == "add"):
+                raise HwError(f"layer {spec.name!r} reads {len(sources)} layers; an add reads two, any other one")
+            for source, reads in zip(sources, (spec.act, spec.second), strict=False):
+                gives = self.layers[0].spec.act if source < 0 else self.layers[source].spec.out
+                if gives is None or gives != reads:
+                    raise HwError(f"layer {spec.name!r} reads {reads}, but gets {gives}")
+                size = inputs_of(self.layers[0].spec) if source < 0 else outputs_of(self.layers[source].spec)
+                if size != inputs_of(spec):
+                    raise HwError(f"layer {spec.name!r} has {inputs_of(spec)} inputs, but gets {size}")
+        if unread := sorted(set(range(len(self.layers) - 1)) - {s for sources in links for s in sources}):
+            raise HwError(f"layer {self.layers[unread[0]].spec.name!r} is read by none")
         windows = [layer.spec.window is not None for layer in self.layers]
         if any(windows) != all(windows):
             raise HwError("either every layer of a network has a window or none")
@@ -138,6 +154,11 @@ class Network:
     def specs(self) -> tuple[LayerSpec, ...]:
         """What the cost model reads."""
         return tuple(layer.spec for layer in self.layers)
+
+    @property
+    def links(self) -> tuple[tuple[int, ...], ...]:
+        """`spec.links` of the layers."""
+        return links(self.specs)
 
     @property
     def inputs(self) -> int:
@@ -234,6 +255,7 @@ def check_window(spec: LayerSpec) -> None:
     if window.channels % spec.groups or spec.out_features % spec.groups:
         raise HwError(f"{name}: {spec.groups} groups do not divide {window.channels} and {spec.out_features} channels")
     columns, positions = window.channels // spec.groups * kh * kw, window.out_height * window.out_width
+    columns *= 1 + (spec.op == "add")
     if (spec.in_features, spec.positions) != (columns, positions):
         raise HwError(
             f"{name}: the window has {columns} columns and {positions} positions, "
@@ -291,21 +313,22 @@ def reference(network: Network, codes: np.ndarray, first: np.ndarray | None = No
 
 
 def trace(network: Network, codes: np.ndarray, states: list[np.ndarray] | None = None) -> list[np.ndarray]:
-    """The input codes of every layer after the first, and last what leaves: one step from `states`.
+    """What every layer gives, codes or sums, the last one's last: one step from `states`.
 
     states: one (n, numbers) a recurrent cell, replaced by those after the step; None: all zero.
     """
-    current = check_codes(network, codes)
-    kept, at = network.states(len(current)) if states is None else states, 0
+    given = check_codes(network, codes)
+    kept, at = network.states(len(given)) if states is None else states, 0
     found: list[np.ndarray] = []
-    for layer in network.layers:
+    for layer, sources in zip(network.layers, network.links, strict=True):
+        read = [given if source < 0 else found[source] for source in sources]
         if isinstance(layer, Cell):
-            kept[at] = (lstm if layer.kind == "lstm" else gru).step(layer, to_units(current, layer.act), kept[at])
-            current = codes_of(layer, kept[at])
+            kept[at] = (lstm if layer.kind == "lstm" else gru).step(layer, to_units(read[0], layer.act), kept[at])
+            found.append(codes_of(layer, kept[at]))
             at += 1
-            found.append(current)
             continue
-        sums = layer_sums(layer, to_units(current, layer.formats[1]))
+        acts = (layer.formats[1], layer.spec.second)
+        sums = layer_sums(layer, *(to_units(x, act) for x, act in zip(read, acts, strict=False) if act is not None))
         if layer.thresholds is None:
             found.append(sums)
         else:
@@ -314,14 +337,19 @@ def trace(network: Network, codes: np.ndarray, states: list[np.ndarray] | None =
             bounds = layer.thresholds.astype(np.int64)
             columns = sums.reshape(-1, layer.spec.out_features).T
             ranks = [np.searchsorted(row, column, side="right") for row, column in zip(bounds, columns, strict=True)]
-            current = table[np.stack(ranks, axis=1)].reshape(len(current), -1)
-            found.append(current)
+            found.append(table[np.stack(ranks, axis=1)].reshape(len(given), -1))
     return found
 
 
-def layer_sums(layer: Layer, units: np.ndarray) -> np.ndarray:
-    """Exact sums of one layer for inputs in units of their step: (n, inputs) -> (n, outputs), in the stream's order."""
+def layer_sums(layer: Layer, units: np.ndarray, second: np.ndarray | None = None) -> np.ndarray:
+    """Exact sums of one layer for inputs in units of their step: (n, inputs) -> (n, outputs), in the stream's order.
+
+    second: what else an "add" reads, (n, inputs).
+    """
     spec, window = layer.spec, layer.spec.window
+    if second is not None:
+        maps = np.stack([units, second], axis=-1).reshape(len(units), -1, *layer.units.shape)
+        return (maps * layer.units).sum(axis=-1).reshape(len(units), -1)
     if window is None:
         return units @ layer.units.T
     (kh, kw), (sh, sw), (top, bottom, left, right) = window.kernel, window.stride, window.padding

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from hwmodel.affine import solved, unsolved
-from hwmodel.conv import chain_cycles
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
-from hwmodel.folding import Fold, default_cycles, fronts_of, predict, search_folding, whole
+from hwmodel.flow import flow, queue_depths
+from hwmodel.folding import Fold, default_cycles, fronts_of, predict, queues_of, search_folding, whole
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
 from hwmodel.spec import LayerSpec
@@ -56,10 +56,11 @@ def plan_network(
 
 def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int | None]:
     """The `port` of `layer_fold` for each layer; `HwError` for a name that no layer has."""
-    known = [spec.name for spec in specs]
-    names = set(known) if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
-    if unknown := sorted(names - set(known)):
-        raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {', '.join(known)}")
+    able = {spec.name for spec in specs if not spec.joint}
+    names = able if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
+    if unknown := sorted(names - able):
+        known = ", ".join(spec.name for spec in specs if spec.name in able)
+        raise HwError(f"there is no layer {unknown[0]!r} to put into DSPs; accepted: none, all, {known}")
     return [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
 
 
@@ -169,7 +170,9 @@ def _luts(fold: Fold) -> float:
 
 def layer_costs(plans: Sequence[Fold]) -> tuple[Cost, ...]:
     """Whole cells of each layer in the network: the counts of `estimate`."""
-    return tuple(Cost(*(whole(count) for count in (c.luts, c.ffs, c.dsps, c.bram18))) for c in predict(plans))
+    costs = predict(plans)
+    costs = tuple(cost + more for cost, more in zip(costs, queues_of(plans, queue_depths(plans)), strict=True))
+    return tuple(Cost(*(whole(count) for count in (c.luts, c.ffs, c.dsps, c.bram18))) for c in costs)
 
 
 def total(plans: Sequence[Fold]) -> Cost:
@@ -178,7 +181,7 @@ def total(plans: Sequence[Fold]) -> Cost:
 
 
 def total_cycles(plans: Sequence[Fold]) -> int:
-    """Cycles of one inference; of layers with windows, which overlap, `conv.chain_cycles`."""
+    """Cycles of one inference; of layers with windows, which overlap, `flow.flow`."""
     if all(p.spec.window is not None for p in plans) and len(plans) > 1:
-        return chain_cycles([p.stage for p in plans], [p.units for p in plans])[0]
+        return flow(tuple(plans)).cycles
     return sum(p.cycles for p in plans)

@@ -7,6 +7,7 @@ process, or years later, without torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -155,7 +156,8 @@ class LayerSpec:
 
     name: dotted name of the layer.
     op: "linear", "conv2d", or "gru" or "lstm", which has both its products in one spec: `out_features` are the numbers
-        of its state h, each with a row for every gate, and `acc_bits` those of the product with the input.
+        of its state h, each with a row for every gate, and `acc_bits` those of the product with the input. Without
+        weights: "add", the sum of two maps, each times a power of two, and "mean", of every channel of a map.
     out_features, in_features: rows and columns of the matrix one output position needs; for a
         convolution the columns are `in_channels / groups * kernel_height * kernel_width`.
     positions: output positions per inference (1 for a linear layer, height * width for a convolution).
@@ -174,10 +176,12 @@ class LayerSpec:
         assumes what is usual.
     window: the map that the layer reads position by position; None: the whole input at once, or not known.
     recurrence: of a GRU or an LSTM, and only of them.
+    second: format of the second map of an "add", and only of it.
+    sources: names of the layers it reads, "" for the network's input; empty: the layer before.
     """
 
     name: str
-    op: Literal["linear", "conv2d", "gru", "lstm"]
+    op: Literal["linear", "conv2d", "gru", "lstm", "add", "mean"]
     out_features: int
     in_features: int
     positions: int = 1
@@ -194,10 +198,19 @@ class LayerSpec:
     rescale: Rescale | None = None
     window: Window | None = None
     recurrence: Recurrence | None = None
+    second: Format | None = None
+    sources: tuple[str, ...] = ()
+
+    @property
+    def joint(self) -> bool:
+        """Whether it has no weights: "add" or "mean"."""
+        return self.op in ("add", "mean")
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per inference."""
+        if self.joint:
+            return 0
         if self.op in CELL_GATES:
             return CELL_GATES[self.op] * self.out_features * (self.in_features + self.out_features)
         return self.out_features * self.in_features * self.positions
@@ -217,6 +230,14 @@ class LayerSpec:
             if self.recurrence.memory is not None:
                 formats["memory"] = str(self.recurrence.memory)
             record["recurrence"] = asdict(self.recurrence) | formats
+        if self.second is None:
+            del record["second"]
+        else:
+            record["second"] = str(self.second)
+        if self.sources:
+            record["sources"] = list(self.sources)
+        else:
+            del record["sources"]
         return record
 
     @classmethod
@@ -244,4 +265,24 @@ class LayerSpec:
             if ("memory" in found) != (values["op"] == "lstm"):
                 raise ValueError(f"layer {values['name']!r}: a format of c goes with op lstm")
             values["recurrence"] = Recurrence(**record | found)
+        if values.get("second") is not None:
+            values["second"] = parse(values["second"])
+        values["sources"] = tuple(values.get("sources", ()))
         return cls(**values)
+
+
+def links(specs: Sequence[LayerSpec]) -> tuple[tuple[int, ...], ...]:
+    """For each layer the places of those it reads, -1 for the network's input; ValueError for a name not before it.
+
+    >>> first, second = LayerSpec("a", "linear", 2, 2), LayerSpec("b", "linear", 2, 2, sources=("", "a"))
+    >>> links((first, second))
+    ((-1,), (-1, 0))
+    """
+    places: dict[str, int] = {"": -1}
+    found: list[tuple[int, ...]] = []
+    for i, spec in enumerate(specs):
+        if unknown := [name for name in spec.sources if name not in places]:
+            raise ValueError(f"layer {spec.name!r} reads {unknown[0]!r}, which is no layer before it")
+        found.append(tuple(places[name] for name in spec.sources) or (i - 1,))
+        places[spec.name] = i
+    return tuple(found)
