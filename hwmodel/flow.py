@@ -3,9 +3,9 @@
 Layers read the network's input or each other's results (`spec.links`). What several read goes to each at its own pace
 (`rtl/branch.v`), in beats of as many codes as the reader takes (`rtl/regroup.v`). Of an add's operands the one that
 comes first waits in `rtl/queue.v`, whose depth is the least that never refuses a beat while input is offered and
-results are taken in every cycle. No pause can make it too small: before the n-th sum the queue holds what its source
-gave and the other operand's n-th beat does not follow from yet, and as much was there without pauses when that beat
-came, for a beat never comes before the input that it depends on.
+results are taken in every cycle. Pauses cannot bring the design to a standstill that this walk does not meet: every
+part reads and writes in an order that no timing changes, and the tokens of such a network, rooms included, are the
+same whenever they move (Kahn, "The semantics of a simple language for parallel programming", 1974).
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ class Flow:
 
 @kept
 def flow(plans: tuple[Fold, ...]) -> Flow:
-    """The design of these folds. One operand of an add at most goes without a queue: one that never waits and whose
+    """The design of these folds. Where that costs no cycle, the operand of an add that waits less has no queue: its
     source has room for its results meanwhile."""
     adds = [i for i, plan in enumerate(plans) if plan.spec.op == "add"]
     first = run(plans, {i: (ENDLESS, ENDLESS) for i in adds})
     if not adds:
         return first
-    wired = {i: _wired(first.depths[i]) for i in adds}
-    if all(WIRES not in pair for pair in wired.values()):
-        return first
+    wired = {i: (ENDLESS, WIRES) if a >= b else (WIRES, ENDLESS) for i, (a, b) in ((i, first.depths[i]) for i in adds)}
     try:
         second = run(plans, wired)
     except HwError:  # it does need its queue
@@ -60,13 +58,6 @@ def queue_depths(plans: Sequence[Fold]) -> tuple[tuple[int, ...], ...]:
     if all(plan.spec.op != "add" for plan in plans):
         return ((),) * len(plans)
     return flow(tuple(plans)).depths
-
-
-def _wired(depths: tuple[int, ...]) -> tuple[int, int]:
-    """The operand that never waits without a queue, the later one of two."""
-    if depths[1] == 1:
-        return ENDLESS, WIRES
-    return (WIRES, ENDLESS) if depths[0] == 1 else (ENDLESS, ENDLESS)
 
 
 def run(plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> Flow:

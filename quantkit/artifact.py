@@ -36,6 +36,7 @@ from quantkit.bands import ARRAYS, BANDS, Bands, from_arrays, to_arrays
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.files import new_directory
+from quantkit.joints import place
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, Plain, QLayer, shape_of
@@ -274,6 +275,7 @@ def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], f
         layer = QLayer(plain, LayerPlan(weight, act, parse_granularity(record["granularity"])))
         model.replace(record["name"], layer)
         restore_layer(layer, record, tensors)
+    place(model, [name for name in document.get("points", {}) if name not in model.points()])
     points = model.points()
     for name, record in document.get("points", {}).items():
         points[name].set_act(_act_of(record))

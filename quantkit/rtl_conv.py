@@ -1,32 +1,39 @@
 """From a quantized network with convolutions to the integers of `hwmodel.emit_conv`.
 
 A layer whose output meets nothing but ascending activations, zero padding and flattening on its way to one other layer
-gives that layer's input codes, by thresholds as in `rtl_export`. Any other gives its exact sums, and what follows
-(residual additions, means, branches) is left to the host in float32, as the simulator computes it. Zeros padded before
-a layer are taken into its window.
+gives that layer's input codes, by thresholds as in `rtl_export`. Where every residual sum and mean reads integers at
+scales that are powers of two (step joints), and layers that read one map read the same codes, sums, means and branches
+are hardware, too, and the network is one design (`whole`). Otherwise layers before them give their exact sums, and what
+follows is left to the host in float32, as the simulator computes it. Zeros padded before a layer are taken into its
+window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from hwmodel.accumulator import signed_bits
 from hwmodel.affine import solved_layer
 from hwmodel.cost import HwError
-from hwmodel.network import Layer, Network
-from hwmodel.spec import Window
+from hwmodel.formats import Int, unit
+from hwmodel.joint import FACTORS, ONES, widened
+from hwmodel.network import MAX_ACC_BITS, Layer, Network
+from hwmodel.spec import LayerSpec, PerTensor, Window
 from quantkit.bands import Bands
 from quantkit.errors import InputError
+from quantkit.joints import is_mean, is_sum
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import ActQuant, Point, QLayer
 from quantkit.qtensor import encode
-from quantkit.rtl_export import Host, _act, _between, _line, _scaled, _step, _to_values, thresholds
+from quantkit.rounding import is_pow2
+from quantkit.rtl_export import Host, _act, _between, _line, _scaled, _step, _to_input, _to_values, thresholds
 from quantkit.simulate import compile_policy
 from quantkit.specs import flows, layer_specs
 
@@ -41,12 +48,15 @@ class Step:
     """One operation of a network. inputs: names of the steps read, "" for the network's own input.
 
     module: a layer, an activation, `nn.ZeroPad2d` or `nn.Flatten`; None for any other operation, told in `text`.
+    point: where a value is quantized that is no layer's input. joint: "add" of two values, or "mean" over a map.
     """
 
     name: str
     inputs: tuple[str, ...]
     module: nn.Module | None
     text: str
+    point: Point | None = None
+    joint: Literal["", "add", "mean"] = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,8 @@ class Part:
 class Design:
     """Layers that feed each other as one piece of hardware: codes of the first one's input to sums of the last one.
 
-    before: what the host computes between other hardware and the first layer, in words.
+    parts: the layers with weights; sums and means between them are in `network` only. before: what the host computes
+    between other hardware and the first layer, in words.
     """
 
     name: str
@@ -88,6 +99,8 @@ def designs_of(model: Model) -> tuple[tuple[Design, ...], tuple[str, ...]]:
     """The quantized network as few designs as its branches allow, in the order in which they run; and what the host
     computes behind all of them, in words."""
     graph = _graph(model)
+    if (one := whole(model)) is not None:
+        return (one,), tuple(graph.before("output"))
     parts = {part.name: part for part in parts_of(model)}
     fed = {part.to for part in parts.values()}
     designs = []
@@ -224,6 +237,180 @@ def parts_of(model: Model) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+# ---------------------------------------------------------------------------------------------------
+# A network with branches as one design
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What a layer, a sum or a mean gives: codes of `quantizer` behind the activations `between`, to (reader, operand)
+    pairs."""
+
+    between: tuple[nn.Module, ...]
+    quantizer: QLayer | Point
+    readers: tuple[tuple[str, int], ...]
+
+
+def whole(model: Model) -> Design | None:
+    """A network with branches, sums and means as one design; None where there are none or not all is integers."""
+    graph = _graph(model)
+    names = [name for name, step in graph.steps.items() if name in graph.layers or step.joint]
+    first, last = names[0], names[-1]
+    if first not in graph.layers or last not in graph.layers:
+        return None
+    routes = {name: _route(graph, name) for name in ["", *names[:-1]]}
+    if any(route is None for route in routes.values()):
+        return None
+    sources: dict[str, dict[int, str]] = {name: {} for name in names}
+    for source, route in routes.items():
+        for reader, operand in route.readers:  # type: ignore[union-attr]
+            sources[reader][operand] = source
+    branched = any(graph.steps[name].joint for name in names) or any(len(r.readers) > 1 for r in routes.values())  # type: ignore[union-attr]
+    if not branched or any(len(sources[name]) != 1 + (graph.steps[name].joint == "add") for name in names):
+        return None
+    specs = {spec.name: spec for spec in layer_specs(model)}
+    shapes: dict[str, tuple[int, int, int]] = {}
+    made: list[Layer] = []
+    parts: list[Part] = []
+    try:
+        for name in names:
+            reads = tuple(sources[name][operand] for operand in sorted(sources[name]))
+            route = routes.get(name)
+            if name in graph.layers:
+                window = _stream_window(graph, name, shapes.get(reads[0]))
+                spec = replace(specs[name], out=None, window=window, sources=reads)
+                found = _product(spec, graph.layers[name], route)
+                alone = replace(found, spec=replace(found.spec, sources=()))
+                to = None if route is None else route.readers[0][0]
+                outside = tuple(graph.before(name)) if reads == ("",) else ()
+                parts.append(Part(name, Network((alone,)), to, outside, graph.pads(name)))
+            else:
+                acts = [routes[source].quantizer.act for source in reads]  # type: ignore[union-attr]
+                joint = _joint(graph.steps[name], reads, acts, shapes[reads[0]], route)
+                if joint is None:
+                    return None
+                found = joint
+            shapes[name] = _leaving(found.spec)
+            made.append(found)
+        network = Network(tuple(made), _facts(graph.layers[first], graph.layers[last], parts[0].before))
+    except HwError as error:
+        raise InputError(str(error)) from None
+    return Design(first, network, tuple(parts), parts[0].before)
+
+
+def _route(graph: _Graph, name: str) -> _Route | None:
+    """Where a value goes, "" the network's input; None where it goes elsewhere than as one grid of codes."""
+    ends: list[tuple[str, int]] = []
+    ways: list[tuple[tuple[str, ...], QLayer | Point]] = []
+
+    def follow(at: str, between: tuple[str, ...], quantizer: Point | None, shaped: bool) -> bool:
+        for step in graph.readers(at):
+            layer = graph.layers.get(step.name)
+            if layer is not None:
+                if shaped and layer.in_scale is not None and isinstance(_flat(graph, step), nn.Flatten):
+                    return False
+                ends.append((step.name, 0))
+                ways.append((between, layer))
+                if quantizer is not None:
+                    ways.append((between, quantizer))
+            elif step.joint:
+                if quantizer is None or shaped:
+                    return False
+                ends.extend((step.name, slot) for slot, source in enumerate(step.inputs) if source == at)
+                ways.append((between, quantizer))
+            elif step.point is not None:
+                if shaped or (quantizer is not None and quantizer.act != step.point.act):
+                    return False
+                if not follow(step.name, between, step.point, False):
+                    return False
+            elif isinstance(step.module, (nn.ZeroPad2d, nn.Flatten, *_SILENT)):
+                shapes = shaped or isinstance(step.module, nn.ZeroPad2d | nn.Flatten)
+                if not follow(step.name, between, quantizer, shapes):
+                    return False
+            elif step.module is not None and quantizer is None and name != "":
+                if not follow(step.name, (*between, step.name), None, shaped):
+                    return False
+            else:
+                return False
+        return True
+
+    if not follow(name, (), None, False) or not ends:
+        return None
+    (between, quantizer), *others = ways
+    alike = all(way == between and _same_codes(quantizer, other) for way, other in others)
+    if not alike or not isinstance(quantizer.act, ActQuant):
+        return None
+    modules = [graph.steps[step].module for step in between]
+    return _Route(tuple(m for m in modules if m is not None), quantizer, tuple(ends))
+
+
+def _flat(graph: _Graph, step: Step) -> nn.Module | None:
+    return graph.steps[step.inputs[0]].module
+
+
+def _same_codes(one: QLayer | Point, other: QLayer | Point) -> bool:
+    return one.act == other.act and one.in_scale is None and other.in_scale is None
+
+
+def _stream_window(graph: _Graph, name: str, map_: tuple[int, int, int] | None) -> Window:
+    """The window of a layer that reads a map (channels, height, width), or the network's input."""
+    if graph.layers[name].op != "linear" or map_ is None:
+        return _window(graph, name, None)
+    channels, height, width = map_
+    return Window(channels, height, width, (height, width))
+
+
+def _leaving(spec: LayerSpec) -> tuple[int, int, int]:
+    assert spec.window is not None
+    return spec.out_features, spec.window.out_height, spec.window.out_width
+
+
+def _product(spec: LayerSpec, layer: QLayer, route: _Route | None) -> Layer:
+    """A layer with weights, with the thresholds of the codes that leave it."""
+    codes = layer.q.codes.numpy().astype(np.int64).reshape(spec.out_features, spec.in_features)  # type: ignore[union-attr]
+    plain = Layer(spec, codes, None)
+    return plain if route is None else _requantized(plain, layer, route.between, route.quantizer)
+
+
+def _joint(
+    step: Step, sources: tuple[str, ...], acts: list[Any], map_: tuple[int, int, int], route: _Route | None
+) -> Layer | None:
+    """A sum or a mean with the thresholds of the codes that leave it; None where operands do not align by shifts."""
+    if route is None or not all(isinstance(act.fmt, Int) and is_pow2(act.scale) for act in acts):
+        return None
+    channels, height, width = map_
+    unit_value = min(act.scale for act in acts)
+    factors = [round(act.scale / unit_value) for act in acts]
+    if max(factors) > 128:
+        return None
+    formats = {"act": acts[0].fmt, "second": acts[1].fmt} if step.joint == "add" else {"act": acts[0].fmt}
+    common: dict[str, Any] = {"granularity": PerTensor(), "acc_bits": MAX_ACC_BITS, "sources": sources, **formats}
+    if step.joint == "add":
+        window, count = Window(1, height, width), 1
+        spec = LayerSpec(step.name, "add", 1, 2, height * width, FACTORS, window=window, **common)
+        codes = np.array([factors])
+    else:
+        window, count = Window(1, height, width, (height, width)), height * width
+        spec = LayerSpec(step.name, "mean", 1, count, 1, ONES, window=window, **common)
+        codes = np.ones((1, count), np.int64)
+    low, high = Layer(spec, codes, None).sum_range
+    if max(-int(min(low)), int(max(high))) >= 2**24:  # float32 would round the sum
+        return None
+    plain = Layer(replace(spec, acc_bits=signed_bits(int(min(low)), int(max(high)))), codes, None)
+    between, rounded = _between(_active(route.between)), _to_input(route.quantizer)
+
+    def values(sums: np.ndarray) -> np.ndarray:
+        y = (sums * unit_value).astype(np.float32)
+        return rounded(between(y if count == 1 else y / np.float32(count)))
+
+    following = route.quantizer.act
+    assert isinstance(following, ActQuant)
+    table = thresholds(values, plain, following.fmt)
+    line = np.array([[unit_value / count, 0.0, following.scale * unit(following.fmt)]])
+    spec = replace(plain.spec, out=following.fmt, activation=_named(_active(route.between)))
+    return widened(solved_layer(Layer(spec, codes, table.astype(object), line)), channels)
+
+
 def _graph(model: Model) -> _Graph:
     steps = {step.name: step for step in _steps(model)}
     layers: dict[str, QLayer] = {}
@@ -247,14 +434,22 @@ def _checked(name: str, layer: nn.Module) -> QLayer:
     return layer
 
 
-def _requantized(plain: Layer, layer: QLayer, between: Sequence[nn.Module], following: QLayer) -> Layer:
+def _requantized(plain: Layer, layer: QLayer, between: Sequence[nn.Module], following: QLayer | Point) -> Layer:
     """The layer with the thresholds of the codes that the following one reads."""
-    kept = [m for m in between if not isinstance(m, (nn.ZeroPad2d, nn.Flatten, *_SILENT))]
-    names = ["hardtanh" if isinstance(m, nn.Hardtanh) else ACTIVATION_NAMES[type(m)] for m in kept]
-    activation: Any = names[0] if len(names) == 1 else "other" if names else "none"
+    kept = _active(between)
     table = thresholds(_to_values(layer, kept, following), plain, _act(following))
-    spec = replace(plain.spec, out=_act(following), activation=activation)
+    spec = replace(plain.spec, out=_act(following), activation=_named(kept))
     return solved_layer(Layer(spec, plain.codes, table.astype(object), _line(layer, following)))
+
+
+def _active(between: Sequence[nn.Module]) -> list[nn.Module]:
+    """The activations."""
+    return [m for m in between if not isinstance(m, (nn.ZeroPad2d, nn.Flatten, *_SILENT))]
+
+
+def _named(activations: Sequence[nn.Module]) -> Any:
+    names = ["hardtanh" if isinstance(m, nn.Hardtanh) else ACTIVATION_NAMES[type(m)] for m in activations]
+    return names[0] if len(names) == 1 else "other" if names else "none"
 
 
 def _window(graph: _Graph, name: str, before: QLayer | None) -> Window:
@@ -309,7 +504,10 @@ def _steps(model: Model) -> list[Step]:
         inputs = tuple(names[a] for a in n.all_input_nodes if a in names)
         held = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
         text = type(held).__name__ if held is not None else str(n.target).removeprefix("aten.").split(".")[0]
-        found.append(Step(names[n], inputs, held if _known(held) else None, text))
+        point, joint = held if isinstance(held, Point) else None, "add" if is_sum(n) else "mean" if is_mean(n) else ""
+        if joint == "add":
+            inputs = tuple(names[a] for a in n.args)  # type: ignore[index]
+        found.append(Step(names[n], inputs, held if _known(held) else None, text, point, joint))  # type: ignore[arg-type]
     return found
 
 

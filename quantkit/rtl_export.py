@@ -32,7 +32,7 @@ from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
-from quantkit.qlayers import QLayer
+from quantkit.qlayers import Point, QLayer
 from quantkit.qtensor import encode
 from quantkit.recurrent import Cell, GRUCell, LSTMCell
 from quantkit.rounding import rounder
@@ -227,7 +227,7 @@ def _check_part(name: str, part: nn.Module) -> None:
         raise InputError(f"layer {name} is a convolution; hardware is written for linear layers only, so far")
 
 
-def _act(layer: QLayer) -> Format:
+def _act(layer: QLayer | Point) -> Format:
     assert layer.act is not None
     return layer.act.fmt
 
@@ -254,7 +254,7 @@ def _scaled(layer: QLayer) -> Step:
     return run
 
 
-def _line(layer: QLayer, following: QLayer) -> np.ndarray:
+def _line(layer: QLayer, following: QLayer | Point) -> np.ndarray:
     """Gain and bias that a sum meets before the activation, and the value of one step behind it: float64 (rows, 3)."""
     assert following.act is not None
     gain = _step(layer) * np.asarray(layer.kernel().gain, np.float64)
@@ -269,7 +269,7 @@ def _between(modules: list[nn.Module]) -> Step:
     return compile_policy(Policy(InputStage(), nn.Sequential(*modules), Head("box"), ()))
 
 
-def _to_input(layer: QLayer) -> Step:
+def _to_input(layer: QLayer | Point) -> Step:
     """Float inputs of a layer to its grid values."""
     assert layer.act is not None
     divisor, rounded = np.array(layer.act.scale, np.float32), rounder(layer.act.fmt)
@@ -282,7 +282,7 @@ def _to_input(layer: QLayer) -> Step:
     return run
 
 
-def _to_values(layer: QLayer, modules: list[nn.Module], following: QLayer) -> Step:
+def _to_values(layer: QLayer, modules: list[nn.Module], following: QLayer | Point) -> Step:
     """Integer sums (n, rows) of a layer to the grid values of the next one's input."""
     scaled, between, rounded = _scaled(layer), _between(modules), _to_input(following)
     return lambda sums: rounded(between(scaled(sums)))

@@ -1,0 +1,104 @@
+"""Where the maps of a captured network meet: operands of sums of two activations, and what means are taken of.
+
+Layers quantize their inputs, but a residual sum adds what layers and activations leave in float. A `Point` at every
+such value puts it on a grid (`quantkit.methods.joints`), so that the sum is one of integers. A point has the name of
+the graph's node whose value it quantizes, with "_grid" behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+
+from quantkit.errors import InputError
+from quantkit.model import Model
+from quantkit.qlayers import Point, QLayer
+
+aten = torch.ops.aten
+ENDING = "_grid"
+_SILENT = (nn.Identity, nn.ZeroPad2d, nn.Flatten)
+_SHAPING = (aten.pad.default, aten.constant_pad_nd.default, aten.flatten.using_ints, aten.reshape.default)
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two values that are computed, each once."""
+    plain = node.kwargs.get("alpha", 1) == 1 and all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args)
+    return bool(node.op == "call_function" and node.target in (aten.add.Tensor, aten.add_.Tensor) and plain)
+
+
+def is_mean(node: fx.Node) -> bool:
+    """Whether a node takes the mean over height and width of maps (batch, channels, height, width)."""
+    if node.op != "call_function":
+        return False
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) in ([1], [1, 1])  # type: ignore[arg-type]
+    dims = node.args[1] if len(node.args) > 1 else None
+    return node.target is aten.mean.dim and sorted(d % 4 for d in dims or ()) == [2, 3]  # type: ignore[union-attr, operator]
+
+
+def sites(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose values a sum or a mean reads, in running order; those of points and the network's input aside."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if is_sum(node) or is_mean(node):
+            found |= dict.fromkeys(node.all_input_nodes[: 1 + is_sum(node)])
+    modules = graph.owning_module
+    assert modules is not None
+    return [
+        node
+        for node in graph.nodes
+        if node in found
+        and node.op != "placeholder"
+        and not (node.op == "call_module" and isinstance(modules.get_submodule(str(node.target)), Point))
+    ]
+
+
+def place(model: Model, names: Iterable[str] | None = None) -> list[str]:
+    """Put points behind all `sites`, or behind those whose points have these names; returns the names.
+
+    Nothing of a network that is no graph. LookupError for a name of no site.
+    """
+    gm = model.module
+    if not isinstance(gm, fx.GraphModule):
+        return []
+    nodes = {f"{node.name}{ENDING}": node for node in sites(gm.graph)}
+    wanted = list(nodes) if names is None else list(names)
+    for name in wanted:
+        node = nodes[name]
+        gm.add_submodule(name, Point().eval())
+        with gm.graph.inserting_after(node):
+            call = gm.graph.call_module(name, (node,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call, lambda user, call=call: user is not call)  # type: ignore[misc]
+    if wanted:
+        gm.graph.lint()
+        gm.recompile()
+    return wanted
+
+
+def readers(model: Model) -> dict[str, list[QLayer]]:
+    """The layers that read the very value of a node, zeros padded and shapes aside, by the node's name.
+
+    A layer is listed at the first of the values that are the same in this sense.
+    """
+    gm = model.module
+    if not isinstance(gm, fx.GraphModule):
+        return {}
+    origins: dict[fx.Node, fx.Node] = {}
+    found: dict[str, list[QLayer]] = {}
+    for node in gm.graph.nodes:
+        held = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        sources = [origins[a] for a in node.all_input_nodes[:1]]
+        if isinstance(held, QLayer):
+            found.setdefault(sources[0].name, []).append(held)
+        same = isinstance(held, _SILENT) or node.target in _SHAPING
+        origins[node] = sources[0] if same and sources else node
+    return found
+
+
+def check(model: Model) -> None:
+    """Raise InputError where the network's graph is not known though it is no policy."""
+    if "untraced" in model.meta:
+        raise InputError(f"step 'joints' needs to know which layer feeds which: {model.meta['untraced']}")
