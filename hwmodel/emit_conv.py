@@ -482,7 +482,7 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
 {rows}
 
 Maps are channels x height x width; padding is above, below, left, right; `lines` of the input are kept; a position
-takes `period` cycles. Words in a `queue` wait for the other operand of an add: as many as there are at most at full speed.
+takes `period` cycles. Words in a `queue` wait for the other operand of an add.
 
 ## Contract
 - In: {facts["input_beats"]} beat(s) of {plans[0].lanes} codes of `{first.spec.act}` ({bits(first.formats[1])} bits \
