@@ -3,7 +3,10 @@
     python benchmarks/conv_rtl.py [--data ../shared/data/vision] [--images 2] [--cache DIR] [--work DIR]
 
 Both networks at int4 weights and int8 inputs, rounded to nearest, with batch norms folded. Every design, and some of
-the layers inside them alone, runs in Verilator on the codes that the simulator gives it for test images. `exact`: its
+the layers inside them alone, runs in Verilator on the codes that the simulator gives it for test images. "whole" is the
+network with the operands of its residual sums and means quantized, too (step joints): one design from images to scores,
+`accuracy` its percent of the test data beside that without the step (`accuracy_without`); of its sums and means Yosys
+counts the cells, each alone. `exact`: its
 codes or sums, and the float32 outputs behind the sums, are the simulator's bit for bit. `cycles` are predicted,
 `simulated` counted. LUTs, flip-flops and block RAMs are estimated; of some pieces Yosys counts them, too. Finished rows
 are kept in WORK/rows.jsonl; run again to go on. Rows go to reports/hwmodel/conv_rtl.csv.
@@ -15,6 +18,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ WEIGHTS, ACTS = "int4", "int8"
 CALIBRATION = 200
 ALONE = {"resnet8": ("conv1", "conv6"), "dscnn": ("dw.0", "pw.0")}
 """Layers of longer designs that run alone, too."""
+WHOLE = "whole"
 SYNTHESIZED = ("conv0", "conv1", "short1", "conv6", "dw.0", "pw.0")
 """Pieces that Yosys counts, too."""
 
@@ -45,9 +50,24 @@ def rows(name: str, data: Path, images: int, cache: Path, work: Path) -> Iterato
     """One row per design, and one per layer of ALONE; those in `work` are read."""
     done = {(row["network"], row["name"]): row for row in read(work)}
     loaded = vision_networks.load(name, data)
-    model = Model(loaded.module, loaded.example, meta={"kind": "module"})
+    start = Model(loaded.module, loaded.example, meta={"kind": "module"})
     recipe = Recipe((("*", make_plan(WEIGHTS, ACTS, "row")),), (), 0)
-    model = quantize(model, recipe, Calib(loaded.calib[:CALIBRATION]))
+    model = quantize(start, recipe, Calib(loaded.calib[:CALIBRATION]))
+    yield from _rows(name, model, loaded, images, cache, work, done)
+    joined = quantize(start, replace(recipe, steps=(("joints", {}),)), Calib(loaded.calib[:CALIBRATION]))
+    yield from _whole(name, joined, model, loaded, images, cache, work, done)
+
+
+def _rows(
+    name: str,
+    model: Model,
+    loaded: vision_networks.Network,
+    images: int,
+    cache: Path,
+    work: Path,
+    done: dict[tuple[str, str], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """The rows of the designs between which the host adds and takes means."""
     designs, _ = designs_of(model)
     plans = plan_streams([design.network.specs for design in designs], find_device(DEVICE))
     known = {part.name: part for design in designs for part in design.parts}
@@ -63,11 +83,48 @@ def rows(name: str, data: Path, images: int, cache: Path, work: Path) -> Iterato
             if title in SYNTHESIZED:
                 cost = yosys.cached_design(emit_conv.design_files(network, folds), "policy", cache)
                 row |= {"yosys_luts": cost.luts, "yosys_ffs": cost.ffs, "yosys_bram18": cost.bram18}
-            done[name, title] = row
-            with (work / "rows.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(*row.values(), flush=True)
+            keep(row, work, done)
         yield done[name, title]
+
+
+def _whole(
+    name: str,
+    model: Model,
+    without: Model,
+    loaded: vision_networks.Network,
+    images: int,
+    cache: Path,
+    work: Path,
+    done: dict[tuple[str, str], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """The row of the one design, and one for each of its sums and means."""
+    (design,), _ = designs_of(model)
+    (folds,) = plan_streams([design.network.specs], find_device(DEVICE))
+    if (name, WHOLE) not in done:
+        row = checked(model, design.parts, design.network, folds, seen(model, loaded.test_x[:images]), {})
+        scores = [vision_networks.measure(one.module, loaded)["accuracy"] for one in (model, without)]
+        row |= {"layers": len(folds), "accuracy": scores[0], "accuracy_without": scores[1]}
+        keep({"network": name, "name": WHOLE} | row, work, done)
+    yield done[name, WHOLE]
+    files = emit_conv.design_files(design.network, folds)
+    for index, fold in enumerate(folds):
+        title = f"{WHOLE}: {fold.spec.name}"
+        if fold.spec.joint and (name, title) not in done:
+            counted = yosys.cached_design(files, f"stage{index}", cache)
+            row = dict.fromkeys(done[name, WHOLE], "") | {"network": name, "name": title, "layers": 1, "pe": fold.pe}
+            row |= {"luts": round(fold.cost.luts), "ffs": round(fold.cost.ffs), "bram18": round(fold.cost.bram18)}
+            row |= {"yosys_luts": counted.luts, "yosys_ffs": counted.ffs, "yosys_bram18": counted.bram18}
+            keep(row, work, done)
+        if fold.spec.joint:
+            yield done[name, title]
+
+
+def keep(row: dict[str, Any], work: Path, done: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Write a finished row."""
+    done[row["network"], row["name"]] = row
+    with (work / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(*row.values(), flush=True)
 
 
 def read(work: Path) -> list[dict[str, Any]]:
@@ -113,6 +170,8 @@ def checked(
         "yosys_luts": "",
         "yosys_ffs": "",
         "yosys_bram18": "",
+        "accuracy": "",
+        "accuracy_without": "",
     }
 
 

@@ -72,9 +72,10 @@ def beats(spec: LayerSpec, pe: int) -> int:
 
 def options(spec: LayerSpec, pe: int, acc_bits: int) -> list[tuple[Converter, Cost]]:
     """The ways to convert the sums, each with the cost of the whole layer at `pe` channels a beat."""
-    reads = operands(spec)
+    operands(spec)
     leaving = pe * (acc_bits if spec.out is None else bits(spec.out))
-    around = _add(spec, pe, acc_bits) if spec.op == "add" else _mean(spec, pe, acc_bits, bits(reads[0]))
+    words = spec.out_features // pe
+    around = _add(pe, acc_bits) if spec.op == "add" else _mean(words, spec.in_features, pe, acc_bits)
     found = []
     for one in converters(lanes_of(spec, pe), acc_bits, pe):
         waits = depth(one)
@@ -83,30 +84,29 @@ def options(spec: LayerSpec, pe: int, acc_bits: int) -> list[tuple[Converter, Co
     return found
 
 
-def _add(spec: LayerSpec, pe: int, acc_bits: int) -> Cost:
-    """`rtl/add.v`: bits below the larger shift are one operand's alone."""
-    return Cost(luts=pe * acc_bits, ffs=pe * acc_bits)
+def _add(pe: int, acc_bits: int) -> Cost:
+    """`rtl/add.v`: bits that only one operand has take no LUT."""
+    return Cost(luts=pe * (acc_bits - 2), ffs=pe * acc_bits)
 
 
-def _mean(spec: LayerSpec, pe: int, acc_bits: int, act_bits: int) -> Cost:
-    """`rtl/mean.v`."""
-    words, count = spec.out_features // pe, spec.in_features
-    luts = pe * (acc_bits + act_bits) + fabric.counter(count) + 2 * address_bits(count) / 5
+def _mean(words: int, count: int, pe: int, acc_bits: int) -> Cost:
+    """`rtl/mean.v`; Yosys keeps the number of a word twice."""
+    luts = pe * (acc_bits + 4) + fabric.counter(count) + 2
     ffs = pe * acc_bits + address_bits(count)
     if words > 1:
         luts += fabric.ram_luts(pe * acc_bits, words) + fabric.counter(words)
-        ffs += address_bits(words)
+        ffs += 2 * address_bits(words)
     return Cost(luts=luts, ffs=ffs)
 
 
 def _credit(waits: int) -> Cost:
     size = waits.bit_length()
-    return Cost(luts=size + 2, ffs=size)
+    return Cost(luts=2 * size + 1, ffs=size)
 
 
 def branch_cost(readers: int) -> Cost:
     """One stream to several readers (`rtl/branch.v`)."""
-    return Cost(luts=readers + 1, ffs=readers) if readers > 1 else Cost()
+    return Cost(luts=5 * (readers - 1), ffs=readers) if readers > 1 else Cost()
 
 
 def queue(width: int, words: int) -> Memory:
