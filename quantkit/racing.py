@@ -6,6 +6,9 @@ seeds. Half of the error that is allowed goes to the last look, the other half i
 looks together (Bonferroni; where Student's t holds at each look). The first decisive look ends the race. Five equal
 differences look decisive and are not: a policy that fails in one episode of twenty often shows none in five. So
 "non-inferior" needs 10 episodes, "inferior" 5.
+
+A network's answers to labelled inputs are raced in the same way, from 64 inputs on and with bounds that are made for
+shares (`quantkit.statistics.paired_shares`): ten answers that do not differ decide nothing there.
 """
 
 from __future__ import annotations
@@ -17,18 +20,19 @@ from numpy.typing import ArrayLike
 
 from quantkit.statistics import Floats, Verdict, non_inferior
 
-FIRST = 5
+FIRST, FIRST_ANSWERS = 5, 64
+"""Episodes, and labelled inputs, at the first look."""
 GOOD_FROM = 10
 """Episodes before a policy can be called non-inferior."""
 
 
-def looks(episodes: int) -> tuple[int, ...]:
+def looks(episodes: int, first: int = FIRST) -> tuple[int, ...]:
     """After how many episodes a race of at most `episodes` looks at the returns.
 
     >>> looks(100), looks(3)
     ((5, 10, 20, 40, 80, 100), (3,))
     """
-    found, n = [], FIRST
+    found, n = [], first
     while n < episodes:
         found.append(n)
         n *= 2
@@ -47,19 +51,25 @@ def levels(count: int, level: float = 0.95) -> tuple[float, ...]:
 
 
 def race(
-    reference: ArrayLike, play: Callable[[int, int], Floats], margin: float, level: float = 0.95
+    reference: ArrayLike,
+    play: Callable[[int, int], Floats],
+    margin: float,
+    level: float = 0.95,
+    *,
+    shares: bool = False,
 ) -> tuple[Floats, Verdict]:
     """The returns played until decided, and the verdict on them, each of whose bounds holds at its look's level.
 
     reference: returns of the float policy, in order of seeds; as many episodes at most. play: `play(first, count)`
-    gives the returns of episodes first, ..., first + count - 1. "inconclusive" only after all episodes.
+    gives the returns of episodes first, ..., first + count - 1. shares: they are 1 or 0, a right answer or a wrong one.
+    "inconclusive" only after all episodes.
     """
     expected = np.asarray(reference, np.float64)
-    stops = looks(len(expected))
+    stops = looks(len(expected), FIRST_ANSWERS if shares else FIRST)
     returns = np.empty(0)
     for n, confidence in zip(stops, levels(len(stops), level), strict=True):
         returns = np.concatenate((returns, play(len(returns), n - len(returns))))
-        verdict = non_inferior(expected[:n], returns, margin, level=confidence)
+        verdict = non_inferior(expected[:n], returns, margin, level=confidence, method="shares" if shares else "t")
         if verdict.verdict == "inferior" or (verdict.verdict == "non-inferior" and n >= min(GOOD_FROM, stops[-1])):
             break
     return returns, verdict

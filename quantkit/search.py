@@ -40,10 +40,10 @@ from quantkit.claims import Claims
 from quantkit.errors import InputError
 from quantkit.gain import Front, likely
 from quantkit.pareto import front, nondominated, value
-from quantkit.racing import race
 from quantkit.recipe import Recipe, Step, step_text
 from quantkit.results import Row
 from quantkit.sensitivity import Cell, assemble, measure, untrained
+from quantkit.specs import run_order
 from quantkit.study import Study, Task, design_id
 from quantkit.surrogate import Prediction, predict
 from quantkit.sweep import complete
@@ -294,7 +294,7 @@ class _Guide:
         optuna = _optuna()
         self.model, self.space, self.tables, self.limits = study, space, tables, limits
         self.cost, self.batch, self.races, self.programs, self.screen = cost, batch, races, programs, screen
-        self.layers = list(study.model.layers())
+        self.layers = run_order(study.model)
         self.plain = [untrained(steps) for steps in space.pipelines]
         if sampler == "nsga2":
             chosen: Any = optuna.samplers.NSGAIISampler(population_size=batch, seed=space.seed)
@@ -380,7 +380,7 @@ class _Guide:
         """
         returns, reference = np.asarray(row["score"]["returns"]), np.asarray(self.model.reference.returns)
         if self.races:
-            returns, _ = race(reference, lambda first, count: returns[first : first + count], self.model.margin)
+            returns, _ = self.model.race(lambda first, count: returns[first : first + count])
         return len(returns), self.model.reference.mean + float((returns - reference[: len(returns)]).mean())
 
     def _guessed(self, name: str) -> float:

@@ -3,7 +3,8 @@
 A `Cell` is one layer in one pair of formats, with one granularity and one pipeline of methods, on the calibration
 states of a study; every other layer stays in float. It holds the errors of the outputs and what the cost model needs
 to know of the layer. Cells are kept in the study's `sensitivity.jsonl` under a digest of all that they depend on, so
-that each is measured once, whatever asks for it. Steps that train the whole network are left out of the pipeline: the
+that each is measured once, whatever asks for it. Networks that are no policies are measured on the first INPUTS of
+their calibration set. Steps that train the whole network are left out of the pipeline: the
 cells tell what formats cost before training repairs it.
 
 The loss of a cell (`Cell.loss`) is a mean square, or a divergence that is one to leading order. Losses of independent
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from hwmodel.spec import LayerSpec
@@ -29,17 +31,19 @@ from quantkit.analyze import damage
 from quantkit.claims import Claims
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.policy import Policy
+from quantkit.policy import Head, Policy
+from quantkit.qlayers import shape_of
 from quantkit.recipe import LayerPlan, Recipe, Step, make_plan, quantize, step_text
 from quantkit.results import Row, append_row, read_rows
-from quantkit.simulate import compile_policy
 from quantkit.sources import source_digest
-from quantkit.specs import layer_specs
-from quantkit.study import Study, visited_states
+from quantkit.specs import layer_specs, run_order
+from quantkit.study import Study, outputs_of, visited_states
 from quantkit.tasks.episodes import Progress, compare_on_states
 
-Metric = Literal["output_error", "action_error", "action_kl", "q_error"]
-"""RMS output error over RMS output; RMS action error over the range; mean KL of actions in nats; mean |Q error|."""
+Metric = Literal["output_error", "action_error", "action_kl", "output_kl", "q_error"]
+"""RMS output error over RMS output; RMS action error over the range; mean KL of actions, or of a network's classes, in
+nats; mean |Q error|."""
+INPUTS = 256
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,10 @@ class Cell:
 
     @property
     def loss(self) -> float:
-        """What adds up: the KL of actions, or else the square of the action error, or else of the output error."""
-        if "action_kl" in self.errors:
-            return self.errors["action_kl"]
+        """What adds up: a KL, or else the square of the action error, or else of the output error."""
+        for name in ("action_kl", "output_kl"):
+            if name in self.errors:
+                return self.errors[name]
         return self.errors.get("action_error", self.errors["output_error"]) ** 2
 
     def plan(self) -> LayerPlan:
@@ -75,13 +80,17 @@ def measure(
     steps: tuple[Step, ...] = (),
     progress: Progress | None = None,
 ) -> dict[str, list[Cell]]:
-    """The cells of every layer: all pairs of formats and granularities that fit it, by layer in order.
+    """The cells of every layer: all pairs of formats and granularities that fit it, by layer in `run_order`.
 
     Each that is not in the folder's `sensitivity.jsonl` is measured and written there; of several processes, one
-    measures and the others wait. InputError if no pair fits a layer, with the reason of the last.
+    measures and the others wait. InputError if no pair fits a layer, with the reason of the last, and for embeddings,
+    which multiply nothing and so have no cost.
     """
     steps = untrained(steps)
-    names = list(study.model.layers())
+    names = run_order(study.model)
+    for name, layer in study.model.layers().items():
+        if shape_of(layer).op == "embedding":
+            raise InputError(f"layer {name!r} is an embedding, which no search can price; accepted: quantkit sweep")
     wanted = list(itertools.product(names, weights, acts, granularities))
     context = _context(study)
     found: dict[str, list[Cell]] = {name: [] for name in names}
@@ -138,25 +147,30 @@ def assemble(cells: Iterable[Cell], steps: tuple[Step, ...] = (), seed: int = 0)
 
 
 def errors_of(study: Study, quantized: Model) -> dict[str, float]:
-    """The errors of a quantized policy's outputs on the study's states, by metric."""
-    policy = quantized.module
-    if not isinstance(policy, Policy):
-        raise InputError("this network is not a policy; sensitivities are those of a policy's outputs")
-    outputs, reference = compile_policy(policy)(study.states), study.float_outputs
+    """The errors of a quantized network's outputs on the study's states, by metric."""
+    states = _states(study)
+    outputs, reference = outputs_of(quantized, states), study.float_outputs[: len(states)]
     plain = damage(torch.from_numpy(outputs), torch.from_numpy(reference), None)
     found = {"output_error": plain.error}
-    if policy.head.kind == "box":
-        return found | {
-            "action_error": damage(torch.from_numpy(outputs), torch.from_numpy(reference), policy.head).error
-        }
+    if not isinstance(quantized.module, Policy):
+        record = compare_on_states(reference, outputs, Head("discrete", (outputs.shape[1],)))
+        return found | {"output_kl": record["kl"]}
+    head = quantized.module.head
+    if head.kind == "box":
+        return found | {"action_error": damage(torch.from_numpy(outputs), torch.from_numpy(reference), head).error}
     values = study.model.meta.get("algo") in ("dqn", "qrdqn")
-    record = compare_on_states(reference, outputs, policy.head, q_values=values)
+    record = compare_on_states(reference, outputs, head, q_values=values)
     return found | ({"q_error": record["q_error"]} if values else {"action_kl": record["kl"]})
+
+
+def _states(study: Study) -> np.ndarray:
+    return study.states if study.labelled is None else study.states[:INPUTS]
 
 
 def _measured(study: Study, recipe: Recipe, layer: str, weight: str, act: str, granularity: str, key: str) -> list[Row]:
     """One row per metric; the last carries what the cost model needs, and so ends what a kill may have cut short."""
-    quantized = quantize(study.model, recipe, Calib(torch.from_numpy(study.states), visit=visited_states))
+    visit = visited_states if study.labelled is None else None
+    quantized = quantize(study.model, recipe, Calib(torch.from_numpy(_states(study)), visit=visit))
     if layer in quantized.meta.get("float_layers", {}):
         raise InputError(f"layer {layer!r} stays in float: {quantized.meta['float_layers'][layer]}")
     part = quantized.layers()[layer]
@@ -192,7 +206,7 @@ def _context(study: Study) -> str:
     for name, tensor in model.module.state_dict().items():
         tensors.update(name.encode() + tensor.detach().numpy().tobytes())
     head = repr(model.module.head) if isinstance(model.module, Policy) else ""
-    states = hashlib.sha256(study.states.tobytes()).hexdigest()
+    states = hashlib.sha256(_states(study).tobytes()).hexdigest()
     return _digest([tensors.hexdigest(), head, model.meta.get("algo"), states, source_digest()])
 
 

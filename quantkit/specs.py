@@ -32,14 +32,14 @@ def layer_shapes(model: Model) -> list[dict[str, Any]]:
 
 
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
-    """One spec per product with a weight, two of one in bands, in order of definition.
+    """One spec per product with a weight, two of one in bands, in the order in which they run (`run_order`).
 
     The accumulator is exact for the actual weights.
 
     Embeddings multiply nothing and have none; a transposed convolution counts all products of its kernel.
     """
-    layers = {name: layer for name, layer in model.layers().items() if shape_of(layer).op != "embedding"}
-    positions = _positions(model)
+    every, positions = model.layers(), _positions(model)
+    layers = {name: every[name] for name in positions if shape_of(every[name]).op != "embedding"}
     followers = _activations(model)
     names = list(layers)
     specs: list[LayerSpec] = []
@@ -135,13 +135,19 @@ def flows(model: Model, layers: Mapping[str, nn.Module]) -> dict[str, tuple[torc
     return found
 
 
+def run_order(model: Model) -> list[str]:
+    """The names of the layers in the order in which they first run on the example; behind them those that do not."""
+    return list(_positions(model))
+
+
 def _positions(model: Model) -> dict[str, int]:
+    """Outputs per input of each layer, in `run_order`."""
     layers = model.layers()
-    shapes = {name: output for name, (_, output) in flows(model, layers).items()}
-    return {
-        name: max(1, shapes[name][1:].numel() // shape_of(layer).outputs) if name in shapes else 1
-        for name, layer in layers.items()
+    found = {
+        name: max(1, output[1:].numel() // shape_of(layers[name]).outputs)
+        for name, (_, output) in flows(model, layers).items()
     }
+    return found | {name: 1 for name in layers if name not in found}
 
 
 def _activations(model: Model) -> dict[str, str]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from quantkit.specs import bits_per_weight, layer_specs
 from quantkit.statistics import Floats, Verdict, default_margin
 from quantkit.targets import Target
 from quantkit.tasks import episodes as episodes_task
-from quantkit.tasks.accuracy import Labelled
+from quantkit.tasks.accuracy import Labelled, answers, as_score, read_labels
 from quantkit.tasks.episodes import Progress, Score
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Study:
     that a quantized policy may lose and still count as non-inferior.
 
     labelled: what a network that is no policy is measured on. Then states are the inputs that calibrate, returns are
-    1 or 0 for each labelled input, and `random` always answers the most frequent class.
+    1 or 0 for each labelled input, `random` always answers the most frequent class, and an episode is an input.
     """
 
     model: Model
@@ -106,6 +107,10 @@ class Study:
         """5 % of the distance between the float and the random policy, 1 % of that between accuracies."""
         fraction = MARGIN_FRACTION if self.labelled is None else ACCURACY_FRACTION
         return default_margin(self.reference.returns, self.random.returns, fraction)
+
+    def race(self, play: Callable[[int, int], Floats]) -> tuple[Floats, Verdict]:
+        """`quantkit.racing.race` against the float model's returns: those played until decided, and the verdict."""
+        return race(self.reference.returns, play, self.margin, shares=self.labelled is not None)
 
     @cached_property
     def float_outputs(self) -> np.ndarray:
@@ -163,6 +168,20 @@ def calib_for(model: Model, n: int | None, progress: Progress | None = None, inp
             f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})"
         )
     return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
+
+
+def labelled_inputs(model: Model, inputs: Path, labels: Path, calibration: Path) -> Labelled:
+    """What a network is measured on, from .npy or .npz files; InputError for misfits, naming the file.
+
+    The inputs are put in an order of chance, always the same one: files are often sorted by class, and races look at
+    the first ones.
+    """
+    found, classes = calib_for(model, None, inputs=inputs).inputs, read_labels(labels)
+    if len(classes) != len(found):
+        raise InputError(f"{labels} has {len(classes)} labels for the {len(found)} inputs of {inputs}")
+    order = np.random.default_rng(0).permutation(len(found))
+    others = calib_for(model, CALIBRATION_STATES, inputs=calibration).inputs
+    return Labelled(found[torch.from_numpy(order)], classes[order], others)
 
 
 def fresh_states(model: Model, n: int | None, inputs: Path | None = None, *, behind: int = 0) -> torch.Tensor:
@@ -317,7 +336,9 @@ def _scored(
 ) -> tuple[Score, Verdict]:
     """What the design scores on the labelled inputs, or in the episodes, and how that compares with float."""
     if study.labelled is not None:
-        result = study.labelled.score(quantized.module)
+        if raced:
+            return _raced_answers(study, study.labelled, quantized)
+        result = study.labelled.score(quantized.module, known=known[0])
     else:
         policy, spec = policy_of(quantized)
         act = episodes_task.act_of(policy)
@@ -370,9 +391,21 @@ def _raced(study: Study, act: episodes_task.Act, spec: EnvSpec) -> tuple[Score, 
         parts.append(episodes_task.rollout(act, spec, episodes=count, seed=study.settings.seed + first))
         return parts[-1].returns
 
-    returns, verdict = race(study.reference.returns, play, study.margin)
+    returns, verdict = study.race(play)
     lengths, seconds = np.concatenate([part.lengths for part in parts]), sum(part.seconds for part in parts)
     return episodes_task.score(episodes_task.Rollout(returns, lengths, study.settings.seed, seconds)), verdict
+
+
+def _raced_answers(study: Study, labelled: Labelled, quantized: Model) -> tuple[Score, Verdict]:
+    """The accuracy on the inputs that a race needed, and its verdict."""
+    began = time.perf_counter()
+
+    def answer(first: int, count: int) -> Floats:
+        rows = slice(first, first + count)
+        return answers(quantized.module, labelled.inputs[rows], labelled.labels[rows]).astype(np.float64)
+
+    right, verdict = study.race(answer)
+    return as_score(right == 1.0, time.perf_counter() - began), verdict
 
 
 def hardware_costs(model: Model, settings: Settings) -> dict[str, Any]:

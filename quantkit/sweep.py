@@ -68,10 +68,13 @@ def study_origin(
     command: Sequence[str],
     factory: str | None = None,
     calibration: Path | None = None,
+    inputs: Path | None = None,
+    labels: Path | None = None,
 ) -> dict[str, Any]:
     """What loads the model of a study again: the checkpoint's absolute path, the options of loading, the command line.
 
-    Not among the facts that must agree: a checkpoint that has moved is the same checkpoint.
+    calibration: as typed, for commands; inputs, labels: absolute, what a network was measured on. Not among the facts
+    that must agree: a checkpoint that has moved is the same checkpoint.
     """
     return {
         "path": str(checkpoint.absolute()),
@@ -79,6 +82,8 @@ def study_origin(
         "normalize": normalize,
         "factory": factory,
         "calibration": None if calibration is None else str(calibration),
+        "inputs": None if inputs is None else str(inputs.absolute()),
+        "labels": None if labels is None else str(labels.absolute()),
         "command": shlex.join(["quantkit", *command]),
     }
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from scipy import stats
 from test_cli import call, error
 from test_page import embedded
+from test_statistics import tango
 from torch import nn
 
 from quantkit.pareto import label
@@ -72,7 +73,7 @@ def swept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_accuracies_are_those_of_quantize_and_evaluate(swept: Path) -> None:
-    """Each design's accuracy is what the two other commands give, and its verdict pairs input by input (scipy)."""
+    """Each design's accuracy is what the two other commands give, and its verdict pairs input by input (Tango)."""
     study = json.loads((swept / "study.json").read_text())
     told = call("evaluate", "net.safetensors", *MEASURE, "--json")
     assert study["reference"]["mean"] == json.loads(told.stdout)["mean"] == pytest.approx(0.9)
@@ -86,8 +87,8 @@ def test_accuracies_are_those_of_quantize_and_evaluate(swept: Path) -> None:
         found = json.loads(call("evaluate", made, *common, "x.npy", "--labels", "y.npy", "--json").stdout)
         assert (row["score"]["metric"], row["score"]["mean"], row["score"]["n"]) == ("accuracy", found["mean"], 300)
         difference = np.array(row["score"]["returns"]) - np.array(study["reference"]["returns"])
-        bound = difference.mean() - stats.t.ppf(0.95, 299) * stats.sem(difference)
-        assert row["verdict"]["low"] == pytest.approx(bound)
+        bounds = tango(int((difference > 0).sum()), int((difference < 0).sum()), 300, 0.95)
+        assert (row["verdict"]["low"], row["verdict"]["high"]) == pytest.approx(bounds, abs=1e-5)
 
 
 def test_nothing_is_done_twice_and_other_inputs_are_refused(swept: Path) -> None:

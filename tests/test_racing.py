@@ -69,6 +69,6 @@ def test_sabotage_looks_without_correction_are_caught(monkeypatch: pytest.Monkey
     import quantkit.racing
 
     real = quantkit.racing.non_inferior
-    monkeypatch.setattr(quantkit.racing, "non_inferior", lambda a, b, m, level: real(a, b, m, level=0.95))
+    monkeypatch.setattr(quantkit.racing, "non_inferior", lambda a, b, m, level, method: real(a, b, m, level=0.95))
     with pytest.raises(AssertionError):
         test_errors_stay_below_their_level(-10.0, "inferior")

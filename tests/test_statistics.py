@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from quantkit.errors import InputError
 from quantkit.statistics import (
@@ -14,6 +14,7 @@ from quantkit.statistics import (
     iqm,
     mean,
     non_inferior,
+    paired_shares,
     probability_of_improvement,
     spread,
     t_probability,
@@ -145,3 +146,41 @@ def test_margin_is_a_fraction_of_the_way_from_random():
     """The default margin is 5 % of the distance to a random policy, whichever of the two is better."""
     assert default_margin([250.0], [-150.0]) == pytest.approx(20.0)
     assert default_margin([-150.0], [250.0], fraction=0.1) == pytest.approx(40.0)
+
+
+def tango(gains, losses, n, level):
+    """Tango's limits by his definition: the constrained likelihood is maximized numerically, then the score solved."""
+
+    def score(shift):
+        def likelihood(
+            share,
+        ):  # of answers that only the first has right; those that only the second has: share + shift
+            cells = (gains, share + shift), (losses, share), (n - gains - losses, 1 - 2 * share - shift)
+            return -sum(count * math.log(max(p, 1e-300)) for count, p in cells if count)
+
+        low, high = max(0.0, -shift), (1 - shift) / 2
+        share = optimize.minimize_scalar(likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+        return (gains - losses - n * shift) / math.sqrt(n * (2 * share + shift * (1 - shift)))
+
+    z, center = stats.norm.ppf(level), (gains - losses) / n
+    lower = optimize.brentq(lambda v: score(v) - z, -1 + 1e-6, center + 1e-9) if losses < n else -1.0
+    return lower, optimize.brentq(lambda v: score(v) + z, center - 1e-9, 1 - 1e-6)
+
+
+@pytest.mark.parametrize("gains,losses,n", [(3, 7, 64), (7, 3, 64), (1, 20, 128), (0, 5, 40), (43, 37, 300)])
+def test_paired_shares_are_tangos(gains, losses, n):
+    """Bounds of the difference of two accuracies are those of the score test by its definition."""
+    for level in (0.95, 0.995):
+        np.testing.assert_allclose(paired_shares(gains, losses, n, level), tango(gains, losses, n, level), atol=1e-5)
+
+
+def test_paired_shares_keep_their_level():
+    """Of simulated pairs with a known difference each bound is passed about as often as it says; few or none that
+    differ leave an interval."""
+    rng, missed = np.random.default_rng(2), np.zeros(2)
+    for gains, losses, _ in rng.multinomial(200, (0.02, 0.05, 0.93), size=2000):
+        low, high = paired_shares(int(gains), int(losses), 200, 0.95)
+        missed += (low > -0.03, high < -0.03)
+    assert (missed / 2000 < 0.065).all() and (missed / 2000 > 0.03).all()
+    low, high = paired_shares(0, 0, 10, 0.95)
+    assert low == pytest.approx(-high) and high > 0.2

@@ -7,13 +7,12 @@ import re
 import sys
 from collections.abc import Mapping as Mapping_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.cli.options import (
     _CHOOSE,
-    _IN,
     _NUM,
     _OUT,
     _PRESETS,
@@ -27,26 +26,25 @@ from quantkit.cli.options import (
     Factory,
     Jobs,
     Json,
+    LabelledInputs,
+    Labels,
     Latencies,
     Luts,
     Mapping,
     Normalize,
+    OtherInputs,
     Ray,
     Seed,
     app,
     check_space,
     exceptions,
+    labelled_of,
     listed,
     load,
     pipelines_of,
     targets_for,
 )
 from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
-from quantkit.errors import InputError
-
-if TYPE_CHECKING:
-    from quantkit.model import Model
-    from quantkit.tasks.accuracy import Labelled
 
 
 @app.command(
@@ -96,17 +94,9 @@ def sweep(
     env: Env = None,
     normalize: Normalize = "stage",
     factory: Factory = None,
-    inputs: Annotated[
-        Path | None,
-        typer.Option(help=".npy or .npz with inputs to measure a network on that is no policy.", rich_help_panel=_IN),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=_IN)
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help=".npy or .npz with other inputs, that calibrate such a network.", rich_help_panel=_IN),
-    ] = None,
+    inputs: LabelledInputs = None,
+    labels: Labels = None,
+    calibration: OtherInputs = None,
     json: Json = False,
 ) -> None:
     """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front.
@@ -125,7 +115,7 @@ def sweep(
     )
     recipes = space.recipes()
     model = load(checkpoint, env, factory, normalize, inputs)
-    labelled = _labelled(checkpoint, model, inputs, labels, calibration)
+    labelled = labelled_of(checkpoint, model, inputs, labels, calibration)
 
     from quantkit.backends import answers
     from quantkit.report import write_report
@@ -141,7 +131,7 @@ def sweep(
     settings = settings_for(targets, episodes, seed)
     what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
     with progress_bar(*what) as update:
-        origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration)
+        origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
         study = open_study(
             output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
         )
@@ -164,35 +154,6 @@ def sweep(
         for name, why in left.items():
             warn(f"{name} stays in float: {why}")
     _show_report(report, json)
-
-
-def _labelled(
-    checkpoint: Path, model: Model, inputs: Path | None, labels: Path | None, calibration: Path | None
-) -> Labelled | None:
-    """What a network is measured on, None of a policy; InputError for files of the wrong kind and for too few."""
-    from quantkit.policy import Policy
-    from quantkit.study import CALIBRATION_STATES, calib_for
-    from quantkit.tasks.accuracy import Labelled, read_labels
-
-    given = {"--inputs": inputs, "--labels": labels, "--calibration": calibration}
-    if isinstance(model.module, Policy):
-        if any(given.values()):
-            raise InputError(f"{checkpoint} is a policy: it is measured in episodes; leave out {', '.join(given)}")
-        return None
-    if "config" in model.meta:
-        raise InputError(
-            f"{checkpoint} is a language model; a sweep measures policies, and networks on labelled inputs"
-        )
-    if inputs is None or labels is None or calibration is None:
-        missing = ", ".join(name for name, path in given.items() if path is None)
-        raise InputError(
-            f"{checkpoint} is no policy: give {missing} FILE.npy, to measure its accuracy and to calibrate it"
-        )
-    found = calib_for(model, None, inputs=inputs).inputs
-    classes = read_labels(labels)
-    if len(classes) != len(found):
-        raise InputError(f"{labels} has {len(classes)} labels for the {len(found)} inputs of {inputs}")
-    return Labelled(found, classes, calib_for(model, CALIBRATION_STATES, inputs=calibration).inputs)
 
 
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantkit.qlayers import LayerPlan
     from quantkit.recipe import Recipe, Step
     from quantkit.targets import Target
+    from quantkit.tasks.accuracy import Labelled
 
 app = typer.Typer(
     name="quantkit",
@@ -48,6 +49,21 @@ Factory = Annotated[
 ]
 Inputs = Annotated[
     Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=_IN)
+]
+LabelledInputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", help=".npy or .npz with inputs to measure a network on that is no policy.", rich_help_panel=_IN
+    ),
+]
+Labels = Annotated[
+    Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=_IN)
+]
+OtherInputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration", help=".npy or .npz with other inputs, that calibrate such a network.", rich_help_panel=_IN
+    ),
 ]
 Normalize = Annotated[
     Literal["stage", "fold", "none"],
@@ -279,6 +295,30 @@ def pipelines_of(
 
     written = (tuple(parse_step(part) for part in text.split("+")) for text in step or [])
     return (*written, *(preset_steps(name, kind) for name in preset or []))
+
+
+def labelled_of(
+    checkpoint: Path, model: Model, inputs: Path | None, labels: Path | None, calibration: Path | None
+) -> Labelled | None:
+    """What a network is measured on, None of a policy; InputError for files of the wrong kind and for too few."""
+    from quantkit.policy import Policy
+    from quantkit.study import labelled_inputs
+
+    given = {"--inputs": inputs, "--labels": labels, "--calibration": calibration}
+    if isinstance(model.module, Policy):
+        if any(given.values()):
+            raise InputError(f"{checkpoint} is a policy: it is measured in episodes; leave out {', '.join(given)}")
+        return None
+    if "config" in model.meta:
+        raise InputError(
+            f"{checkpoint} is a language model; a study measures policies, and networks on labelled inputs"
+        )
+    if inputs is None or labels is None or calibration is None:
+        missing = ", ".join(name for name, path in given.items() if path is None)
+        raise InputError(
+            f"{checkpoint} is no policy: give {missing} FILE.npy, to measure its accuracy and to calibrate it"
+        )
+    return labelled_inputs(model, inputs, labels, calibration)
 
 
 def check_space(weights: str, acts: str, granularity: str) -> None:

@@ -23,16 +23,21 @@ from quantkit.cli.options import (
     Device,
     Env,
     Episodes,
+    Factory,
     Jobs,
     Json,
+    LabelledInputs,
+    Labels,
     Latencies,
     Luts,
     Mapping,
     Normalize,
+    OtherInputs,
     Ray,
     Seed,
     app,
     check_space,
+    labelled_of,
     listed,
     load,
     pipelines_of,
@@ -56,7 +61,8 @@ def search(
     ],
     budget_designs: Annotated[int, typer.Option(min=1, help="Designs to try at most.", rich_help_panel=_SEARCH)] = 60,
     budget_episodes: Annotated[
-        int | None, typer.Option(min=1, help="Propose no more after so many.", rich_help_panel=_SEARCH)
+        int | None,
+        typer.Option(min=1, help="Propose no more after so many; labelled inputs count.", rich_help_panel=_SEARCH),
     ] = None,
     weights: Annotated[
         str, typer.Option("--weights", metavar="F,F,..", help="Weight formats of a layer.", rich_help_panel=_SEARCH)
@@ -86,7 +92,7 @@ def search(
     search_seed: Annotated[int, typer.Option(min=0, help="Of the proposals.", rich_help_panel=_SEARCH)] = 0,
     batch: Annotated[int, typer.Option(min=2, help="Designs proposed at once.", rich_help_panel=_SEARCH)] = 16,
     race: Annotated[
-        bool, typer.Option(help="Stop a design's episodes as soon as they decide.", rich_help_panel=_NUM)
+        bool, typer.Option(help="Stop a design's episodes, or inputs, as soon as they decide.", rich_help_panel=_NUM)
     ] = True,
     cost: Annotated[
         Literal["luts", "dsps", "bram18", "latency_us", "weight_kib"] | None,
@@ -118,9 +124,17 @@ def search(
     config: Config = None,
     env: Env = None,
     normalize: Normalize = "stage",
+    factory: Factory = None,
+    inputs: LabelledInputs = None,
+    labels: Labels = None,
+    calibration: OtherInputs = None,
     json: Json = False,
 ) -> None:
-    """Find the front of mixed precision: allocated, then searched, with as few episodes as decide."""
+    """Find the front of mixed precision: allocated, then searched, with as few episodes as decide.
+
+    A policy is measured by the return of its episodes, a network with --inputs, --labels and --calibration by its
+    accuracy.
+    """
     from quantkit.presets import preset_steps
     from quantkit.recipe import parse_format
 
@@ -128,14 +142,16 @@ def search(
     targets = targets_for(device, latency_us, luts, mapping)
     for text in (*listed(weights), *listed(acts)):
         parse_format(text)
-    pipelines = pipelines_of(step, preset) or (preset_steps("fast"),)
+    kind: Literal["policy", "network"] = "policy" if labels is None else "network"
+    pipelines = pipelines_of(step, preset, kind) or (preset_steps("fast", kind),)
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
     if storage is not None:
         from quantkit.search import check_storage
 
         check_storage(storage, output)
     chosen = cost or ("weight_kib" if not targets else "luts" if luts is None else "latency_us")
-    model = load(checkpoint, env, None, normalize)
+    model = load(checkpoint, env, factory, normalize, inputs)
+    labelled = labelled_of(checkpoint, model, inputs, labels, calibration)
 
     from quantkit.backends import answers, workers
     from quantkit.report import write_report
@@ -146,10 +162,15 @@ def search(
     if ray is not None:
         answers(ray)
     space = SearchSpace(listed(weights), listed(acts), listed(granularity), pipelines, search_seed)
+    if labelled is not None:
+        episodes, seed = len(labelled.labels), 0
     settings = settings_for(targets, episodes, seed)
-    with progress_bar("float and random policy", "episodes") as update:
-        origin = study_origin(checkpoint, env, normalize, sys.argv[1:])
-        study = open_study(output, model, settings, update, origin=origin, accept_versions=accept_versions)
+    what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
+    with progress_bar(*what) as update:
+        origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
+        study = open_study(
+            output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
+        )
     with (
         workers(study, jobs or os.cpu_count() or 1, ray) as mapper,
         progress_bar("sensitivities", "cells") as measuring,
@@ -176,5 +197,5 @@ def search(
             note(f"left out: {row['weights']}, {row['acts']}, {row['steps']}: {row['error']}")
     if not json:
         played = sum(row.get("episodes", 0) for row in rows)
-        note(f"{len(rows)} designs on {played:,} episodes; all of them to the end are {len(rows) * episodes:,}")
+        note(f"{len(rows)} designs on {played:,} {what[1]}; all of them to the end are {len(rows) * episodes:,}")
     _show_report(write_report(output, x=chosen), json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,25 @@ Z95 = 1.959963984540054
 class Labelled:
     """Inputs (n, ...) with the class (n,) of each: what a network that does not act is measured on.
 
-    calibration: other inputs (m, ...), that quantization looks at.
+    They are in an order of chance, for races look at the first ones. calibration: other inputs (m, ...), that
+    quantization looks at.
     """
 
     inputs: Tensor
     labels: np.ndarray
     calibration: Tensor
 
-    def score(self, module: nn.Module, progress: Callable[[int, int], None] | None = None) -> Score:
+    def score(
+        self, module: nn.Module, progress: Callable[[int, int], None] | None = None, known: Sequence[float] = ()
+    ) -> Score:
         """The accuracy as a `Score` whose n returns are 1.0 where the label was the largest output, else 0.0.
 
-        So a quantized network is compared with a float one input by input, as policies are episode by episode.
-        Raises InputError as `evaluate`.
+        So a quantized network is compared with a float one input by input, as policies are episode by episode. known:
+        the first of these returns, whose inputs are left out. Raises InputError as `evaluate`.
         """
-        began = time.perf_counter()
-        right = answers(module, self.inputs, self.labels, progress=progress)
-        return as_score(right, time.perf_counter() - began)
+        began, first = time.perf_counter(), len(known)
+        right = answers(module, self.inputs[first:], self.labels[first:], progress=progress)
+        return as_score(np.concatenate((np.asarray(known) == 1.0, right)), time.perf_counter() - began)
 
     def constant(self) -> Score:
         """The score of always answering the most frequent class."""

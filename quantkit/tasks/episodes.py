@@ -29,7 +29,7 @@ from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 from quantkit.policy import Head, Policy
 from quantkit.simulate import compile_policy
-from quantkit.statistics import Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
+from quantkit.statistics import Method, Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
 from quantkit.tasks.environments import bare_env, check_fits, input_shape, make_env
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -192,7 +192,7 @@ def compare_scores(
     fraction: float = 0.05,
     level: float = 0.95,
 ) -> Verdict:
-    """Paired non-inferiority of two scores on the same seeds.
+    """Paired non-inferiority of two scores on the same seeds, or of accuracies on the same inputs.
 
     The margin is `margin`, or else `fraction` of the distance between the means of `reference`
     and `random`. Raises InputError when the seeds differ or neither margin nor random is given.
@@ -206,7 +206,8 @@ def compare_scores(
         if random is None:
             raise InputError("non-inferiority needs a margin, or the score of a random policy to derive it from")
         margin = default_margin(reference.returns, random.returns, fraction)
-    return non_inferior(reference.returns, quantized.returns, margin, level=level)
+    method: Method = "shares" if reference.metric == "accuracy" else "t"
+    return non_inferior(reference.returns, quantized.returns, margin, level=level, method=method)
 
 
 def collect_states(
