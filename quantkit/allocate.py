@@ -172,8 +172,9 @@ def _solve(given: Problem, budgets: Mapping[str, float], minimize: str) -> Alloc
     """None if nothing is within the budgets."""
     from scipy.sparse import csr_array
 
+    layers = int(given.layer.max(initial=-1)) + 1
     given = _within(given, budgets)
-    n, layers = len(given.cells), int(given.layer.max(initial=-1)) + 1
+    n = len(given.cells)
     if len(np.unique(given.layer)) < layers or not n:
         return None
     tie = given.uses[:, 0] if given.uses[:, 0].any() else given.uses[:, -1]

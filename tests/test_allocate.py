@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_policies import CARTPOLE, cartpole, mlp
 
@@ -169,7 +169,12 @@ def test_an_allocation_is_the_best_there_is(two_layers: dict[str, list[Cell]], l
 NUMBERS = st.floats(0.0, 8.0).map(lambda x: round(x, 2))
 
 
+EACH_OVER = [(0.0, 0, 0, 0.0, 0.0), (0.0, 0, 0, 0.0, 1.0), (0.0, 0, 0, 2.0, 0.0)] + [(0.0, 0, 0, 0.0, 1.0)] * 3
+"""Of the last layer each option exceeds a budget, whatever the others take."""
+
+
 @settings(max_examples=40, deadline=None)
+@example(table=EACH_OVER, budget=(1.0, 1.0))
 @given(
     table=st.lists(st.tuples(NUMBERS, st.integers(0, 1), st.integers(0, 1), NUMBERS, NUMBERS), min_size=6, max_size=12),
     budget=st.tuples(st.floats(1.0, 20.0), st.floats(1.0, 20.0)),
