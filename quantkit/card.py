@@ -16,6 +16,8 @@ _WHAT = {
     "estimate.json": "hardware estimate, layer by layer",
     "model.safetensors": "packed weight codes, scales, biases",
     "pick.json": "everything on this card, as numbers",
+    "network.onnx": "inputs in, outputs of the network out; for onnxruntime",
+    "network.qonnx.onnx": "QONNX, for FPGA tools",
     "policy.onnx": "observations in, actions out; for onnxruntime",
     "policy.qonnx.onnx": "QONNX, for FPGA tools; raw outputs",
     "quantkit.json": "structure, environment, recipe; with the two beside it the directory quantkit reads",
@@ -35,8 +37,9 @@ def write_card(place: Path, record: Mapping[str, Any], files: Mapping[str, tuple
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"num": number, "code": code, "signed": signed}
-    text = environment.get_template("card.md.j2").render(
+    environment.filters |= {"num": number, "code": code, "signed": signed, "pct": percent}
+    network = record["row"]["score"].get("metric") == "accuracy"
+    text = environment.get_template("card_network.md.j2" if network else "card.md.j2").render(
         **record,
         files=[(name, _WHAT.get(name, ""), size, digest) for name, (size, digest) in files.items()],
         resources=[(COLUMNS[name][1], name) for name in _RESOURCES],
@@ -53,6 +56,15 @@ def number(value: float | None, digits: int = 5) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent; an unknown bound is unbounded.
+
+    >>> percent(0.9125), percent(-0.004)
+    ('91.25 %', '-0.40 %')
+    """
+    return "unbounded" if value is None else f"{100 * value:.2f} %"
 
 
 def signed(value: float | None) -> str:

@@ -1,8 +1,9 @@
-"""From a point of a study to a directory that can be deployed: quantized policy, ONNX, estimate, card.
+"""From a point of a study to a directory that can be deployed: quantized policy or network, ONNX, estimate, card.
 
 The design is quantized again from the checkpoint and the study's own calibration states, and what it
-gives is compared with its row: recipe, fidelity, hardware and mean return on the same seeds. A
-difference (another version, another machine's rounding) is written down and said, not hidden.
+gives is compared with its row: recipe, fidelity, hardware and mean return on the same seeds, or accuracy
+on the same labelled inputs. A difference (another version, another machine's rounding) is written down and
+said, not hidden. What is measured of the files it becomes is in `quantkit.product`.
 """
 
 from __future__ import annotations
@@ -25,25 +26,22 @@ from hwmodel.estimate import Mapping as Mapping_
 from quantkit.artifact import save_artifact, summary
 from quantkit.card import write_card
 from quantkit.errors import InputError
-from quantkit.export import export_onnx
 from quantkit.files import check_new, new_directory, new_file, sha256_of
 from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
-from quantkit.pareto import COLUMNS, COSTS, front, knee, value, why_knee
+from quantkit.pareto import COLUMNS, COSTS, front, knee, metric_of, value, why_knee
+from quantkit.policy import Policy
+from quantkit.product import CONFIRM_SEED as CONFIRM_SEED
+from quantkit.product import confirm_network, confirm_policy, export_network, export_policy, study_inputs
 from quantkit.recipe import Recipe, quantize
 from quantkit.report import default_cost, normalize_of, read_study
 from quantkit.results import Row, append_row, versions
-from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
-from quantkit.study import design_id, policy_of, verify_export, visited_states
+from quantkit.study import design_id, fidelity, outputs_of, policy_of, visited_states
 from quantkit.targets import Target, seen_from, targets_of
-from quantkit.tasks.episodes import Progress, compare_on_states, compare_scores, evaluate_policy
+from quantkit.tasks.episodes import Progress
 from quantkit.tasks.robustness import compare, default_conditions
-from quantkit.verify import verify
 
-CONFIRM_SEED = 500_000
-"""The first of the fresh seeds: far from those of evaluation and of calibration."""
-QONNX_STATES = 256
 MARKER = "pick.json"
 _PRICED = ("luts", "ffs", "dsps", "bram18", "latency_us")
 
@@ -59,7 +57,7 @@ class Choice:
 
 
 def parse_loss(text: str, span: float) -> float:
-    """The tolerated loss of return that "2%" (of `span`, the distance of float and random) or "5.5" stands for.
+    """The tolerated loss that "2%" (of `span`, the distance of float and random) or "5.5" stands for.
 
     >>> parse_loss("2%", 400.0), parse_loss("5.5", 400.0)
     (8.0, 5.5)
@@ -87,7 +85,7 @@ def named(row: Mapping[str, Any]) -> str:
 
 
 def span_of(document: Mapping[str, Any]) -> float:
-    """Distance between the mean returns of the float and the random policy."""
+    """Distance between the means of the float and the random policy, or of the float network and a constant answer."""
     return abs(float(document["reference"]["mean"]) - float(document["random"]["mean"]))
 
 
@@ -121,39 +119,51 @@ def wanted(
         index = knee(rows, front(rows, x, "mean"), reference, margin, x)
         assert index is not None
         why = why_knee(rows[index], reference, margin)
-        return [rows[index]], f"the knee of return against {COLUMNS[x][1]}, {why}"
+        return [rows[index]], f"the knee of {metric_of(rows)} against {COLUMNS[x][1]}, {why}"
     assert max_loss is not None
     span = span_of(document)
     limit = parse_loss(max_loss, span)
-    share = f", {max_loss} of the {span:.4g} between float and random" if max_loss.rstrip().endswith("%") else ""
-    words = f"at most {limit:.4g} of return lost{share}"
+    metric, apart = metric_of(rows), "random" if metric_of(rows) == "return" else "the most frequent class"
+    share = f", {max_loss} of the {span:.4g} between float and {apart}" if max_loss.rstrip().endswith("%") else ""
+    words = f"at most {limit:.4g} of {metric} lost{share}"
     good = [row for row in priced if loss_bound(row) <= limit]
     if not good:
         near = min(priced, key=lambda row: (loss_bound(row), value(row, x)))
         bound, mean = loss_bound(near), -near["verdict"]["diff_mean"]
+        digits, of = (2, "episodes") if metric == "return" else (4, "labelled inputs")
         binds = (
-            f"its mean loss is {mean:.4g}, and {near['score']['n']} episodes leave the interval that wide"
+            f"its mean loss is {mean:.4g}, and {near['score']['n']:,} {of} leave the interval that wide"
             if mean <= limit
             else f"its mean loss alone is {mean:.4g}"
         )
         percent = f" ({100 * bound / span:.3g}%)" if span and math.isfinite(bound) else ""
         raise InputError(
-            f"no design of the study is proved to lose at most {limit:.4g} of return; the nearest possible is "
-            f"--max-loss {math.ceil(bound * 100) / 100 if math.isfinite(bound) else bound:g}{percent}, "
+            f"no design of the study is proved to lose at most {limit:.4g} of {metric}; the nearest possible is "
+            f"--max-loss {math.ceil(bound * 10**digits) / 10**digits if math.isfinite(bound) else bound:g}{percent}, "
             f"by {named(near)}: {binds}"
         )
     return sorted(good, key=lambda row: (value(row, x) or 0.0, -row["score"]["mean"])), words
 
 
-def study_model(document: Mapping[str, Any], folder: Path, checkpoint: Path | None = None) -> Model:
-    """The float model of a study, from `checkpoint` or where the study remembers it; InputError if it is another."""
+def study_model(
+    document: Mapping[str, Any], folder: Path, checkpoint: Path | None = None, factory: str | None = None
+) -> Model:
+    """The float model of a study, from `checkpoint` or where the study remembers it; InputError if it is another.
+
+    factory: builds a network, whose code a study may name and only the caller may run.
+    """
     settings, origin = document["settings"], document.get("origin") or {}
     path = checkpoint or (Path(origin["path"]) if origin.get("path") else None)
     if path is None or (checkpoint is None and not path.exists()):
         raise InputError(
             f"the checkpoint of {folder} ({settings.get('checkpoint')}) is not where it was; give --checkpoint"
         )
-    model = load_checkpoint(path, env=origin.get("env"), normalize=normalize_of(document))
+    if origin.get("factory") and factory is None:
+        raise InputError(f"{folder} is of a network of your own code; give --factory {origin['factory']} to build it")
+    inputs = folder / "calibration.npy" if settings.get("labelled") else None
+    model = load_checkpoint(
+        path, env=origin.get("env"), normalize=normalize_of(document), factory=factory, inputs=inputs
+    )
     if model.meta.get("sha256") != settings.get("checkpoint_sha256"):
         theirs, ours = (str(v)[:12] for v in (model.meta.get("sha256"), settings.get("checkpoint_sha256")))
         raise InputError(f"{path} is another checkpoint (sha256 {theirs}) than that of {folder} ({ours})")
@@ -168,7 +178,7 @@ def study_states(folder: Path, model: Model) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         raise InputError(f"{path}: missing or damaged; run the sweep again in a new directory") from None
     if states.shape[1:] != tuple(model.example.shape[1:]):
-        raise InputError(f"{path}: states of shape {states.shape} do not fit the policy's {model.example.shape[1:]}")
+        raise InputError(f"{path}: states of shape {states.shape} do not fit the model's {model.example.shape[1:]}")
     return states
 
 
@@ -177,7 +187,8 @@ def rebuild(row: Row, model: Model, states: np.ndarray) -> Model:
     recipe = Recipe.from_json(row["recipe"])
     if design_id(recipe) != row["id"]:
         raise InputError(f"design {row['id']}: its recipe is that of {design_id(recipe)}; the study's rows are damaged")
-    return quantize(model, recipe, Calib(torch.from_numpy(states), visit=visited_states))
+    visit = visited_states if isinstance(model.module, Policy) else None
+    return quantize(model, recipe, Calib(torch.from_numpy(states), visit=visit))
 
 
 def choose(
@@ -255,12 +266,7 @@ def _over(price: Estimate, part: Device) -> str:
 def differences(choice: Choice, model: Model, document: Mapping[str, Any], states: np.ndarray) -> list[str]:
     """What of the design's row is not reproduced: fidelity on the study's states, and the hardware it was priced at."""
     row, settings = choice.row, document["settings"]
-    policy, _ = policy_of(choice.model)
-    q_values = model.meta.get("algo") in ("dqn", "qrdqn")
-    reference = compile_policy(policy_of(model)[0])(states)
-    fresh: dict[str, Any] = {
-        "fidelity": compare_on_states(reference, compile_policy(policy)(states), policy.head, q_values=q_values)
-    }
+    fresh: dict[str, Any] = {"fidelity": fidelity(choice.model, states, outputs_of(model, states))}
     if settings.get("device"):
         own = Target(find_device(settings["device"]), **_folding(settings))
         fresh["cost"] = json.loads(json.dumps(own.cost(layer_specs(choice.model))))
@@ -344,23 +350,29 @@ def pick(
     mapping: Mapping_ | None = None,
     tries: int = 8,
     checkpoint: Path | None = None,
+    factory: str | None = None,
     confirm: int | None = None,
+    inputs: Path | None = None,
+    labels: Path | None = None,
     robustness: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Choose a design of a study and write its directory; what pick.json says.
 
-    confirm: episodes on fresh seeds, of float and design; None for as many as the study has, 0 for none. Raises
-    InputError for wishes that cannot be met (`wanted`, `choose`), before anything is written.
+    confirm: episodes on fresh seeds, of float and design; None for as many as the study has, 0 for none. inputs,
+    labels: of a network in place of these, what the study has not seen. factory: as of `study_model`. Raises InputError
+    for wishes that cannot be met (`wanted`, `choose`), before anything is written.
     """
     document, rows = read_study(folder)
     settings, reference = document["settings"], document["reference"]
-    if settings.get("labelled"):
-        raise InputError(
-            f"{folder} is a study of labelled inputs; pick is for policies: take the design's command from "
-            "quantkit report, then quantkit export"
-        )
+    network = bool(settings.get("labelled"))
+    if network and (confirm is not None or robustness):
+        raise InputError("--confirm and --robustness are for policies; a network takes fresh --inputs and --labels")
+    if not network and (inputs or labels or factory):
+        raise InputError("--factory, --inputs and --labels are for networks; a policy is confirmed on fresh seeds")
+    if (inputs is None) != (labels is None):
+        raise InputError("give --inputs and --labels together: what no choice has seen, and its classes")
     if latency_us is not None and luts is not None:
         raise InputError("give --latency-us or --luts, not both")
     column = default_cost(rows) if x is None else x
@@ -375,8 +387,9 @@ def pick(
     _each(views, lambda view: wanted(view.document, view.rows, column, **wishes))  # before anything is loaded
     check_new(output, force=force, marker=MARKER)
 
-    model = study_model(document, folder, checkpoint)
+    model = study_model(document, folder, checkpoint, factory)
     states = study_states(folder, model)
+    labelled = study_inputs(document, folder, model) if network else None
 
     def count(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
@@ -408,9 +421,12 @@ def pick(
         "estimate": None if choice.priced is None else choice.priced.to_json(),
         "capacity": None if target is None else {k: getattr(target.device, k) for k in _PRICED[:4]},
         "versions": versions(),
-    }
-    if (confirm := reference["n"] if confirm is None else confirm) > 0:
-        record["fresh"] = _confirm(choice.model, model, document["margin"], confirm, count("fresh seeds"))
+    } | ({"factory": factory} if network else {})
+    if labelled is not None and inputs is not None and labels is not None:
+        record["fresh"] = confirm_network(choice.model, model, document["margin"], labelled, inputs, labels)
+    elif labelled is None and confirm != 0:
+        episodes = reference["n"] if confirm is None else confirm
+        record["fresh"] = confirm_policy(choice.model, model, document["margin"], episodes, count("fresh seeds"))
     if robustness:
         policy, spec = policy_of(choice.model)
         options: dict[str, Any] = {"reference": policy_of(model)[0], "episodes": reference["n"], "seed": seed}
@@ -422,55 +438,21 @@ def pick(
         for file in (place / "model").iterdir():
             shutil.move(file, place / file.name)
         (place / "model").rmdir()
-        record["onnx"] = _export(choice.model, place, states, row["score"]["n"], seed, count("verify in onnxruntime"))
+        tick = count("verify in onnxruntime")
+        if labelled is not None:
+            record["onnx"] = export_network(choice.model, place, labelled, tick)
+        else:
+            record["onnx"] = export_policy(choice.model, place, states, row["score"]["n"], seed, tick)
         mean = record["onnx"]["verified"]["mean_torch"]
         if mean != row["score"]["mean"]:
-            problems.append(f"score.mean: {row['score']['mean']} in the row, {mean} here, on the same seeds")
+            same = "inputs" if network else "seeds"
+            problems.append(f"score.mean: {row['score']['mean']} in the row, {mean} here, on the same {same}")
         record["differences"] = problems
         if choice.priced is not None:
             _write(place / "estimate.json", record["estimate"])
         _write(place / MARKER, record)
         write_card(place, record, {p.name: (p.stat().st_size, sha256_of(p)) for p in sorted(place.iterdir())})
     return record
-
-
-def _export(
-    model: Model, place: Path, states: np.ndarray, episodes: int, seed: int, progress: Progress | None
-) -> dict[str, Any]:
-    """policy.onnx, compared with torch on states and whole episodes, and policy.qonnx.onnx, or why there is none."""
-    path = place / "policy.onnx"
-    export_onnx(model, path, postprocess=True)
-    found: dict[str, Any] = {
-        "file": path.name,
-        "verified": verify_export(model, path, episodes=episodes, seed=seed, progress=progress).to_json(),
-        "qonnx": None,
-        "qonnx_verified": None,
-        "qonnx_missing": None,
-    }
-    try:
-        export_onnx(model, place / "policy.qonnx.onnx", to="qonnx")
-        found["qonnx"] = "policy.qonnx.onnx"
-        found["qonnx_verified"] = verify(model, place / "policy.qonnx.onnx", states=states[:QONNX_STATES]).to_json()
-    except InputError as error:
-        found["qonnx_missing"] = str(error).replace(f"{place}/", "")
-    return found
-
-
-def _confirm(design: Model, model: Model, margin: float, episodes: int, progress: Progress | None) -> dict[str, Any]:
-    """Scores and verdict of design and float on seeds that no choice has seen."""
-    scores = []
-    for index, one in enumerate((model, design)):
-        policy, spec = policy_of(one)
-        tick: Progress | None = None
-        if progress is not None:
-
-            def tick(done: int, _: int, base: int = index * episodes) -> None:
-                assert progress is not None
-                progress(base + done, 2 * episodes)
-
-        scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=CONFIRM_SEED, progress=tick))
-    verdict = compare_scores(scores[0], scores[1], margin=margin)
-    return {"reference": scores[0].to_json(), "score": scores[1].to_json(), "verdict": verdict.to_json()}
 
 
 def _finite(number: float) -> float | None:

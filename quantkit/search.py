@@ -412,7 +412,7 @@ class _Guide:
         for name in played:
             if loss == self._guessed or "error" not in self.screened.get(name, {"error": ""}):
                 kinds[self.seen[name].pipeline].append((loss(name), shown[name]))
-        top, floor = self.model.reference.mean, self.model.random.mean
+        top, floor = self.model.reference.mean, self.model.floor
         expected = {name: likely(loss(name), kinds[self.seen[name].pipeline]) or [top] for name in sorted(costs)}
         found: list[list[tuple[float, float]]] = [[] for _ in range(_places(self.model))]
         for name, row in played.items():

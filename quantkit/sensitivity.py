@@ -88,8 +88,8 @@ def measure(
     """
     steps = untrained(steps)
     names = run_order(study.model)
-    for name, layer in study.model.layers().items():
-        if shape_of(layer).op == "embedding":
+    for name, part in study.model.layers().items():
+        if shape_of(part).op == "embedding":
             raise InputError(f"layer {name!r} is an embedding, which no search can price; accepted: quantkit sweep")
     wanted = list(itertools.product(names, weights, acts, granularities))
     context = _context(study)

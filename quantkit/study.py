@@ -45,6 +45,8 @@ MARGIN_FRACTION = 0.05
 ACCURACY_FRACTION = 0.01
 """Of the distance between the float network and one that always gives the most frequent class."""
 
+USEFUL_FRACTION = 0.2
+
 Origin = Literal["sweep", "allocation", "search"]
 
 
@@ -107,6 +109,16 @@ class Study:
         """5 % of the distance between the float and the random policy, 1 % of that between accuracies."""
         fraction = MARGIN_FRACTION if self.labelled is None else ACCURACY_FRACTION
         return default_margin(self.reference.returns, self.random.returns, fraction)
+
+    @property
+    def floor(self) -> float:
+        """The mean from which on a search finds designs worth having.
+
+        A random policy's; of a network, what has lost a fifth of the float accuracy beyond the most frequent class.
+        """
+        if self.labelled is None:
+            return self.random.mean
+        return self.reference.mean - USEFUL_FRACTION * (self.reference.mean - self.random.mean)
 
     def race(self, play: Callable[[int, int], Floats]) -> tuple[Floats, Verdict]:
         """`quantkit.racing.race` against the float model's returns: those played until decided, and the verdict."""
@@ -359,16 +371,21 @@ def _quantized(study: Study, recipe: Recipe) -> Model:
 
 
 def _measured(study: Study, quantized: Model) -> Row:
-    bits, found = bits_per_weight(quantized), outputs_of(quantized, study.states)
-    module = quantized.module
-    head = module.head if isinstance(module, Policy) else Head("discrete", (found.shape[1],))
-    q_values = study.model.meta.get("algo") in ("dqn", "qrdqn")
+    bits = bits_per_weight(quantized)
     return {
         "bits_per_weight": bits,
         "weight_kib": bits * sum(m.weight.numel() for m in quantized.layers().values()) / 8192,
         **hardware_costs(quantized, study.settings),
-        "fidelity": episodes_task.compare_on_states(study.float_outputs, found, head, q_values=q_values),
+        "fidelity": fidelity(quantized, study.states, study.float_outputs),
     }
+
+
+def fidelity(quantized: Model, states: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """`compare_on_states` of a quantized model with the float outputs on the states; a network's are classes."""
+    found, module = outputs_of(quantized, states), quantized.module
+    head = module.head if isinstance(module, Policy) else Head("discrete", (found.shape[1],))
+    q_values = quantized.meta.get("algo") in ("dqn", "qrdqn")
+    return episodes_task.compare_on_states(reference, found, head, q_values=q_values)
 
 
 def _whole(

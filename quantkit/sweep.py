@@ -103,8 +103,8 @@ def describe_study(model: Model, settings: Settings, labelled: Labelled | None =
         "latency_us": settings.latency_us,
         "luts": settings.luts,
         "mapping": settings.mapping,
-        "labelled": None if labelled is None else _digest(labelled.inputs.numpy(), labelled.labels),
-        "calibration": None if labelled is None else _digest(labelled.calibration.numpy()),
+        "labelled": None if labelled is None else digest(labelled.inputs.numpy(), labelled.labels),
+        "calibration": None if labelled is None else digest(labelled.calibration.numpy()),
         "also": [target.to_json() for target in settings.also],
         "source": source_digest(),
         "libraries": {name: v for name, v in versions().items() if name in LIBRARIES},
@@ -113,7 +113,7 @@ def describe_study(model: Model, settings: Settings, labelled: Labelled | None =
     return as_read_back
 
 
-def _digest(*arrays: np.ndarray) -> str:
+def digest(*arrays: np.ndarray) -> str:
     """sha256 of the arrays' shapes, types and bytes."""
     found = hashlib.sha256()
     for array in arrays:

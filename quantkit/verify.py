@@ -297,6 +297,11 @@ def onnx_act(path: Path, head: Head) -> Act:
     return lambda obs: head.actions(run(obs))
 
 
+def onnx_outputs(path: Path) -> Act:
+    """The first output of an exported file as a numpy function of its input."""
+    return _runner(_session(Path(path)), Path(path))
+
+
 def _session(path: Path) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise InputError(f"{path}: no such file")

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _STUDIES = ("study", "targets", "gain", "backends", "sweep", "sensitivity", "surrogate", "allocate", "search")
-_PAGES = ("report", "figures", "analysis_figure", "page", "pick", "card", "markdown")
+_PAGES = ("report", "figures", "analysis_figure", "page", "pick", "product", "card", "markdown")
 TOP = {f"quantkit.{n}" for n in (*_STUDIES, *_PAGES, "analyze", "rtl_designs", "cli", "__main__")}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
 CORE = {

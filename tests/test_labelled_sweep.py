@@ -110,7 +110,8 @@ def test_the_page_counts_changed_answers(swept: Path) -> None:
     for design, row in zip(told["designs"], read_rows(swept / "rows.jsonl"), strict=True):
         ours = np.array(row["score"]["returns"])
         assert design["changed"] == [int(((reference == 1) & (ours == 0)).sum()), int((reference < ours).sum())]
-        assert FACTORY in design["command"] and "--inputs c.npy" in design["command"] and design["pick"] is None
+        assert FACTORY in design["command"] and "--inputs c.npy" in design["command"]
+        assert f"--id {design['id']} --factory {FACTORY}" in design["pick"]
     assert told["columns"]["mean"]["label"] == label("mean", "accuracy") == "accuracy"
     assert [layer["inputs"] for layer in told["layers"]] == [2, 96]
 
@@ -135,15 +136,10 @@ def test_missing_and_misshapen_files_are_named(change: tuple[str, str], named: s
 
 
 def test_policies_are_measured_in_episodes() -> None:
-    """Labels for a policy, and picking from a study of labels, are refused in one line."""
+    """Labels for a policy are refused in one line."""
     agent = Path(__file__).parents[1] / "benchmarks/agents/sac/Pendulum-v1.zip"
     message = error("sweep", agent, "-o", "never", *SPACE, "--inputs", "x.npy", "--labels", "y.npy")
     assert "episodes" in message and not Path("never").exists()
-
-
-def test_pick_says_what_to_do_instead(swept: Path) -> None:
-    """`pick` refuses a study of labelled inputs and names the way."""
-    assert "quantkit report" in error("pick", "study", "-o", "never", "--knee")
 
 
 def test_a_score_is_its_accuracy() -> None:

@@ -16,6 +16,7 @@ from quantkit.cli.options import (
     Checkpoint,
     Env,
     Episodes,
+    Factory,
     Force,
     Json,
     Normalize,
@@ -75,7 +76,8 @@ def pick(
         str | None,
         typer.Option(
             metavar="2%|RETURN",
-            help="The cheapest design proved to lose no more (95 % bound): in return, or of the distance to random.",
+            help="The cheapest design proved to lose no more (95 % bound): in return or accuracy, or of the distance "
+            "to random actions or a constant answer.",
         ),
     ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="The cheapest non-inferior design on the front.")] = False,
@@ -104,6 +106,14 @@ def pick(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The study's checkpoint, if it has moved.", rich_help_panel=_IN)
     ] = None,
+    factory: Factory = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="Of a network: inputs that the study has not seen, to confirm it on.", rich_help_panel=_NUM),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=_NUM)
+    ] = None,
     confirm: Annotated[
         int | None,
         typer.Option(min=0, help="Episodes on fresh seeds; 0: none. Default: the study's.", rich_help_panel=_NUM),
@@ -114,14 +124,15 @@ def pick(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Take a design away: quantized policy, verified ONNX, QONNX, hardware estimate and a model card."""
+    """Take a design away: quantized policy or network, verified ONNX, QONNX, hardware estimate and a model card."""
     from quantkit.pick import pick as run
 
     with progress_bar("pick", "steps") as update:
         record = run(
             study, output, max_loss=max_loss, at_knee=knee, design=design, x=x, device=device, latency_us=latency_us,
-            luts=luts, mapping=mapping, tries=tries, checkpoint=checkpoint, confirm=confirm,
-            robustness=robustness, force=force, progress=lambda _, done, total: update(done, total),
+            luts=luts, mapping=mapping, tries=tries, checkpoint=checkpoint, factory=factory, confirm=confirm,
+            inputs=inputs, labels=labels, robustness=robustness, force=force,
+            progress=lambda _, done, total: update(done, total),
         )  # fmt: skip
     verified = record["onnx"]["verified"]
     if json:
@@ -135,18 +146,14 @@ def pick(
 
 
 def _show_pick(output: Path, record: dict[str, Any]) -> None:
-    row, score, verdict = record["row"], record["row"]["score"], record["row"]["verdict"]
+    row, score = record["row"], record["row"]["score"]
+    network = score["metric"] == "accuracy"
     say(f"{row['id']}: weights {row['weights']}, inputs {row['acts']}, {row['steps']}, per {row['granularity']}")
     say(f"  {record['chosen']['why']}")
-    bounds = "" if verdict["low"] is None else f" [{verdict['low']:+.2f}, {verdict['high']:+.2f}]"
-    say(f"  return {_number(score['mean'], score['stderr'])}, {verdict['diff_mean']:+.2f}{bounds} to float")
+    say(f"  {score['metric']} {_against(score, row['verdict'])} to float")
     if fresh := record.get("fresh"):
-        low = fresh["verdict"]["low"]
-        bounds = "" if low is None else f" [{low:+.2f}, {fresh['verdict']['high']:+.2f}]"
-        say(
-            f"  on {fresh['score']['n']} fresh seeds {_number(fresh['score']['mean'], fresh['score']['stderr'])}, "
-            f"{fresh['verdict']['diff_mean']:+.2f}{bounds}: {fresh['verdict']['verdict']}"
-        )
+        what = f"{fresh['score']['n']:,} fresh {'inputs' if network else 'seeds'}"
+        say(f"  on {what} {_against(fresh['score'], fresh['verdict'])}: {fresh['verdict']['verdict']}")
     if (price := record["estimate"]) is not None:
         say(
             f"  {price['device']}: {price['luts']:,} LUTs, {price['ffs']:,} flip-flops, {price['dsps']} DSPs, "
@@ -154,10 +161,22 @@ def _show_pick(output: Path, record: dict[str, Any]) -> None:
         )
     verified = record["onnx"]["verified"]
     word = "verified" if verified["ok"] else f"NOT verified: {verified['reason']}"
-    say(f"  onnxruntime: return {verified['mean']:.2f} on the study's {verified['episodes']} seeds; {word}")
+    mean = f"{verified['mean']:.2%}" if network else f"{verified['mean']:.2f}"
+    same = f"the study's {verified['episodes']:,} {'inputs' if network else 'seeds'}"
+    say(f"  onnxruntime: {score['metric']} {mean} on {same}; {word}")
     if record["onnx"]["qonnx_missing"]:
         say(f"  no QONNX: {record['onnx']['qonnx_missing']}")
     say(f"wrote {output}/ (README.md is its card)")
+
+
+def _against(score: dict[str, Any], verdict: dict[str, Any]) -> str:
+    """A mean and its paired difference to float with its bounds, accuracies in percent."""
+    if score["metric"] == "accuracy":
+        mean, sign = f"{score['mean']:.2%} ± {score['stderr']:.2%}", "+.2%"
+    else:
+        mean, sign = _number(score["mean"], score["stderr"]), "+.2f"
+    bounds = "" if verdict["low"] is None else f" [{verdict['low']:{sign}}, {verdict['high']:{sign}}]"
+    return f"{mean}, {verdict['diff_mean']:{sign}}{bounds}"
 
 
 @app.command(

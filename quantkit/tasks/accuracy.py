@@ -98,7 +98,7 @@ def evaluate(
 
 
 def answers(
-    module: nn.Module,
+    module: Callable[[Tensor], Tensor],
     inputs: Tensor,
     labels: np.ndarray,
     *,
