@@ -38,7 +38,8 @@ from quantkit.pareto import front, value
 from quantkit.presets import preset_steps
 from quantkit.recipe import Recipe, Step
 from quantkit.results import Row, read_rows
-from quantkit.search import SearchSpace, search
+from quantkit.search import search
+from quantkit.search_space import SearchSpace
 from quantkit.study import Settings, Study, Task
 from quantkit.sweep import Space, complete, open_study
 from quantkit.tasks import episodes as episodes_task
@@ -144,7 +145,7 @@ def _draw(name: str, points: list[list[Point]], rows: list[list[Row]], best: flo
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from quantkit.figures import STYLE
+    from quantkit.figures import STYLE, log_costs
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.2))
@@ -159,7 +160,8 @@ def _draw(name: str, points: list[list[Point]], rows: list[list[Row]], best: flo
             axes.plot(*zip(*ordered, strict=True), "o", color=color, markersize=4)
         axes.axhline(best, color="#777777", linewidth=1, linestyle="--")
         axes.text(eight, best, "float", ha="right", va="bottom", color="#777777")
-        axes.set(xscale="log", xlabel="LUTs", ylabel="return", title=name)
+        axes.set(xlabel="LUTs", ylabel="return", title=name)
+        log_costs(axes)
         axes.set_ylim(bottom=worst)
         axes.legend(frameon=False)
         figure.tight_layout()

@@ -141,11 +141,16 @@ def _axes(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.set_ylabel(label(y, metric_of(rows)))
     xs = [value(row, x) or 0.0 for row in rows]
     if xs and min(xs) > 0 and max(xs) / min(xs) > 2.5:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 10 else f"{v:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
+        log_costs(axes)
+
+
+def log_costs(axes: Axes) -> None:
+    """Costs on a logarithmic axis, with plain numbers far enough apart to be read."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 10 else f"{v:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _limits(axes: Axes, ys: Sequence[float], on_front: Sequence[float], center: float, margin: float) -> None:

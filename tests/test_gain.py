@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from quantkit.gain import NEAR, Front, likely
+from quantkit.gain import Front, greedy, likely
 
 END, FLOOR, TOP = 900.0, -120.0, 260.0
 POINTS = st.lists(st.tuples(st.floats(3.0, 1200.0), st.floats(-300.0, 400.0)), max_size=12)
@@ -40,11 +41,43 @@ def test_a_gain_is_a_difference_of_areas(points: list[tuple[float, float]], one:
     assert after.gain(*one) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_what_is_likely_are_the_nearest_losses() -> None:
-    """By the ratio of losses, not their difference; fewer where there are fewer; a loss of zero is a loss."""
-    played = [(10.0**-i, float(i)) for i in range(12)]
-    assert sorted(likely(10.0**-5, played)) == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0] and len(likely(1.0, played)) == NEAR
-    assert likely(0.0, played)[0] == 11.0 and likely(0.5, played[:2]) == [0.0, 1.0] and likely(1.0, []) == []
+def test_what_is_likely_is_a_normal_distribution() -> None:
+    """Its mean, its order and its spread are those of the middles of a normal distribution's fifths (scipy)."""
+    middles = stats.norm(5.0, 2.0).ppf([0.1, 0.3, 0.5, 0.7, 0.9])
+    np.testing.assert_allclose(likely(5.0, 2.0), middles)
+    assert likely(5.0, 0.0) == [5.0] * 5
+
+
+COST = st.one_of(st.none(), st.floats(3.0, 800.0))
+DESIGN = st.tuples(st.tuples(COST, COST), st.lists(st.floats(-200.0, 300.0), min_size=1, max_size=3))
+
+
+@given(st.lists(DESIGN, min_size=1, max_size=6), POINTS, st.integers(1, 6))
+def test_choices_are_greedy(designs: list, points: list[tuple[float, float]], most: int) -> None:
+    """Each choice adds the most to the two fronts with those before it there, every gain computed anew each time."""
+    names = [f"d{i}" for i in range(len(designs))]
+    costs = {name: pair for name, (pair, _) in zip(names, designs, strict=True)}
+    expected = {name: values for name, (_, values) in zip(names, designs, strict=True)}
+    chosen = greedy(costs, expected, [points, []], FLOOR, TOP, most, lambda name: 0.0)
+    assert len(chosen) == len(set(chosen)) == min(most, len(names))
+    if most >= len(names):
+        return
+    fronts: list[list[tuple[float, float]]] = [list(points), []]
+    ends = [max([c for c, _ in f] + [p[i] for p in costs.values() if p[i] is not None], default=1.0)
+            for i, f in enumerate(fronts)]  # fmt: skip
+
+    def gain(name: str) -> float:
+        return sum(
+            np.mean([Front(mine, end, FLOOR, TOP).gain(cost, value) for value in expected[name]])
+            for mine, end, cost in zip(fronts, ends, costs[name], strict=True)
+            if cost is not None
+        )
+
+    for i, name in enumerate(chosen):
+        assert gain(name) >= max(gain(other) for other in names if other not in chosen[:i]) - 1e-6
+        for mine, cost in zip(fronts, costs[name], strict=True):
+            if cost is not None:
+                mine.append((cost, float(np.mean(expected[name]))))
 
 
 def test_sabotage_a_linear_cost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_STUDIES = ("study", "targets", "gain", "backends", "sweep", "sensitivity", "surrogate", "allocate", "search")
+_SEARCH = ("search", "search_fronts", "search_guide", "search_record", "search_space")
+_STUDIES = ("study", "targets", "gain", "backends", "sweep", "sensitivity", "surrogate", "allocate", *_SEARCH)
 _PAGES = ("report", "figures", "analysis_figure", "page", "pick", "product", "card", "markdown")
 TOP = {f"quantkit.{n}" for n in (*_STUDIES, *_PAGES, "analyze", "rtl_designs", "cli", "__main__")}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
@@ -210,7 +211,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "plotly": ("quantkit.page",),
         "jinja2": ("quantkit.page", "quantkit.card", "quantkit.markdown"),
         "typer": ("quantkit.cli", "quantkit.console", "hwmodel.cli", "hwmodel.cli_proof"),
-        "optuna": ("quantkit.search",),
+        "optuna": ("quantkit.search_guide", "quantkit.search_record"),
         "ray": ("quantkit.backends",),
         "transformers": ("quantkit.kvcache", "quantkit.kvcontract", "quantkit.loaders", "quantkit.export_compressed"),
         "compressed_tensors": ("quantkit.export_compressed",),

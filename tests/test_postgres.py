@@ -15,7 +15,7 @@ import pytest
 from test_search import DESIGNS, by_id, searched
 
 from quantkit.errors import InputError
-from quantkit.search import check_storage, open_storage
+from quantkit.search_record import check_storage, open_storage
 
 pytest.importorskip("optuna")
 pytest.importorskip("psycopg")

@@ -25,7 +25,10 @@ from quantkit.errors import InputError
 from quantkit.pareto import front, value
 from quantkit.recipe import Recipe, parse_step
 from quantkit.results import Row, read_rows
-from quantkit.search import SearchSpace, check_storage, open_storage, paired, search
+from quantkit.search import search
+from quantkit.search_fronts import paired
+from quantkit.search_record import check_storage, open_storage
+from quantkit.search_space import SearchSpace
 from quantkit.sensitivity import measure
 from quantkit.study import Settings, Study, design_id, evaluate_design
 from quantkit.surrogate import predict

@@ -22,7 +22,8 @@ from quantkit.pick import pick
 from quantkit.recipe import uniform
 from quantkit.report import read_study, write_report
 from quantkit.results import Row, read_rows
-from quantkit.search import SearchSpace, search
+from quantkit.search import search
+from quantkit.search_space import SearchSpace
 from quantkit.study import Settings, Study, evaluate_design, prepare, settings_for
 from quantkit.sweep import open_study
 from quantkit.targets import Target, find_target, parse_targets, points, seen_from, targets_of

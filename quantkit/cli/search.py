@@ -146,7 +146,7 @@ def search(
     pipelines = pipelines_of(step, preset, kind) or (preset_steps("fast", kind),)
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
     if storage is not None:
-        from quantkit.search import check_storage
+        from quantkit.search_record import check_storage
 
         check_storage(storage, output)
     chosen = cost or ("weight_kib" if not targets else "luts" if luts is None else "latency_us")
@@ -155,7 +155,8 @@ def search(
 
     from quantkit.backends import answers, workers
     from quantkit.report import write_report
-    from quantkit.search import SearchSpace, search
+    from quantkit.search import search
+    from quantkit.search_space import SearchSpace
     from quantkit.study import settings_for
     from quantkit.sweep import open_study, study_origin
 
