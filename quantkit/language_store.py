@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,8 @@ class Store:
         if self.held + _size(value) <= self.budget:
             self.held += _size(value)
             return value
-        path = self.folder / f"{next(self.numbers)}.pt"
-        value.contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+        path = self.folder / str(next(self.numbers))
+        _write(value, path)
         return _OnDisk(path, value.dtype, value.shape)
 
     def drop(self, kept: Any) -> None:
@@ -63,10 +65,13 @@ def _size(value: Tensor) -> int:
     return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
 
 
-def _save(value: Any, path: Path) -> None:
-    """A view of something larger is saved alone."""
-    part = isinstance(value, Tensor) and value.untyped_storage().nbytes() > _size(value)
-    torch.save(value.clone() if part else value, path)
+def _write(kept: Any, path: Path) -> list[Any]:
+    """Put the bare bytes of a kept tensor into a file; its dtype and shape."""
+    if isinstance(kept, _OnDisk):
+        shutil.copyfile(kept.path, path)
+    else:
+        kept.contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+    return [str(kept.dtype).removeprefix("torch."), list(kept.shape)]
 
 
 def _get(kept: Any) -> Any:
@@ -76,8 +81,8 @@ def _get(kept: Any) -> Any:
 class Kept(Sequence[Tensor]):
     """What a value is in every batch, read when asked for."""
 
-    def __init__(self, kept: list[Any]) -> None:
-        self.kept = list(kept)
+    def __init__(self, kept: Sequence[Any]) -> None:
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -86,80 +91,165 @@ class Kept(Sequence[Tensor]):
         return [_get(k) for k in self.kept[i]] if isinstance(i, slice) else _get(self.kept[i])
 
 
+class Later(Sequence[Tensor]):
+    """Kept values that are made when they are first looked at; `kept` is None until then."""
+
+    def __init__(self, make: Callable[[], list[Any]]) -> None:
+        self.make = make
+        self.kept: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._made()[i]
+
+    def _made(self) -> Kept:
+        if self.kept is None:
+            self.kept = self.make()
+        return Kept(self.kept)
+
+
+@dataclass
+class _Step:
+    """A node that waits: what it calls, or what it makes of every batch where that is known, in the store."""
+
+    node: fx.Node
+    call: Any
+    known: list[Any] | None
+
+
 class Stream:
-    """A graph run node after node on all batches; a value is forgotten behind its last use, batch by batch."""
+    """A graph run on all batches as far as somebody asks: nodes `follow`, and `catch_up` runs those that wait.
+
+    A batch goes through all of them before the next one does, so that only what is used behind them is held, and that
+    until its last use. What depends on nothing but the size of a batch, as masks and rotations do, is made once a size.
+    """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor], store: Store) -> None:
-        self.graph, self.batches, self.store = graph, batches, store
+        self.batches, self.store = batches, store
         self.modules = dict(graph.named_modules())
+        self.nodes = list(graph.graph.nodes)
+        self.fixed = of_sizes(self.nodes)
+        self.fixed_values: dict[fx.Node, dict[torch.Size, Any]] = {}
         self.values: dict[fx.Node, list[Any]] = {}
-        self.done: dict[fx.Node, list[fx.Node]] = {}
-        last = {used: node for node in graph.graph.nodes for used in node.all_input_nodes}
-        for used, node in last.items():
-            self.done.setdefault(node, []).append(used)
+        self.waiting: list[_Step] = []
+        self.last = {used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes}
+        self.number = {node: i for i, node in enumerate(self.nodes)}
 
-    def inputs(self, node: fx.Node) -> Kept:
+    def has_input(self, node: fx.Node) -> bool:
+        """Whether what reaches a module is there, and no node in front of it waits for that."""
+        return all(step.node is not node.all_input_nodes[0] for step in self.waiting)
+
+    def inputs(self, node: fx.Node) -> Sequence[Tensor]:
         """What reaches a module, batch by batch."""
-        return Kept(self.values[node.all_input_nodes[0]])
+        used = node.all_input_nodes[0]
+        if used in self.values:
+            return Kept(list(self.values[used]))
+        return [self._value(used, i, {}) for i in range(len(self.batches))]
 
-    def run(self, node: fx.Node, known: Sequence[Any] | None = None) -> None:
-        """Compute the node for every batch, unless its values are known and in the store."""
-        if node.op in ("placeholder", "get_attr"):
-            self.values[node] = list(self.batches) if node.op == "placeholder" else self._constant(node)
-        elif node.op != "output":
-            call = self.modules[str(node.target)] if node.op == "call_module" else node.target
-            results = []
-            for i in range(len(self.batches)):
-                value = self._apply(call, node, i) if known is None else known[i]
-                for used in self.done.get(node, []):
-                    self._drop(used, i)
-                results.append(self.store.put(value) if known is None else value)
-            self.values[node] = results
-        for used in self.done.get(node, []):
-            del self.values[used]
-        if not node.users and node in self.values:
-            self._forget(node)
+    def follow(self, node: fx.Node, module: nn.Module | None = None, known: list[Any] | None = None) -> None:
+        """The node is next, with `module` in the place of its own, or with what it makes of every batch."""
+        call = node.target if module is None else module
+        if node.op == "call_module" and module is None:
+            call = self.modules[str(node.target)]
+        self.waiting.append(_Step(node, call, known))
 
     def ahead(self, node: fx.Node, module: nn.Module) -> list[Any]:
-        """What `module` makes of the inputs of the node, which stay; to be given to `run` as known."""
-        return [self.store.put(self._apply(module, node, i)) for i in range(len(self.batches))]
+        """What `module` makes of the inputs of the node, which stay; to be given to `follow` as known."""
+        return [self.store.put(self._apply(module, node, i, {})) for i in range(len(self.batches))]
 
-    def _forget(self, node: fx.Node) -> None:
+    def catch_up(self) -> None:
+        """Run every node that waits."""
+        if not self.waiting:
+            return
+        steps, self.waiting = self.waiting, []
+        end = self.number[steps[-1].node] + 1
+        made: dict[fx.Node, list[Any]] = {
+            step.node: [] for step in steps if self._held(step.node) and self.last.get(step.node, -1) >= end
+        }
         for i in range(len(self.batches)):
-            self._drop(node, i)
-        del self.values[node]
+            now: dict[fx.Node, Any] = {}
+            for step in steps:
+                self._step(step, now, i)
+                if step.known is not None and step.node in made:
+                    made[step.node].append(step.known[i])
+                elif step.node in made:
+                    made[step.node].append(self.store.put(now[step.node]))
+                elif step.known is not None:
+                    self.store.drop(step.known[i])
+                for used in step.node.all_input_nodes:
+                    if self.last[used] == self.number[step.node]:
+                        now.pop(used, None)
+                        if used in self.values:
+                            self.store.drop(self.values[used][i])
+                            self.values[used][i] = None
+        self.values = {node: v for node, v in self.values.items() if self.last[node] >= end} | made
+        self.fixed_values = {node: v for node, v in self.fixed_values.items() if self.last.get(node, -1) >= end}
 
-    def _drop(self, node: fx.Node, batch: int) -> None:
-        if node.op not in ("placeholder", "get_attr"):
-            self.store.drop(self.values[node][batch])
-        self.values[node][batch] = None
+    def _held(self, node: fx.Node) -> bool:
+        return node.op not in ("placeholder", "get_attr", "output") and node not in self.fixed
 
-    def _constant(self, node: fx.Node) -> list[Any]:
-        owner, _, leaf = str(node.target).rpartition(".")
-        return [getattr(self.modules[owner], leaf)] * len(self.batches)
+    def _step(self, step: _Step, now: dict[fx.Node, Any], batch: int) -> None:
+        if step.node in self.fixed:
+            known = self.fixed_values.setdefault(step.node, {})
+            size = self.batches[batch].shape
+            if size not in known:
+                known[size] = self._apply(step.call, step.node, batch, now)
+        elif step.known is not None:
+            now[step.node] = _get(step.known[batch])
+        elif self._held(step.node):
+            now[step.node] = self._apply(step.call, step.node, batch, now)
 
-    def _apply(self, call: Any, node: fx.Node, batch: int) -> Any:
+    def _value(self, node: fx.Node, batch: int, now: dict[fx.Node, Any]) -> Any:
+        if node.op == "placeholder":
+            return self.batches[batch]
+        if node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            return getattr(self.modules[owner], leaf)
+        if node in self.fixed:
+            return self.fixed_values[node][self.batches[batch].shape]
+        if node not in now:
+            now[node] = _get(self.values[node][batch])
+        return now[node]
+
+    def _apply(self, call: Any, node: fx.Node, batch: int, now: dict[fx.Node, Any]) -> Any:
         def pick(used: fx.Node) -> Any:
-            return _get(self.values[used][batch])
+            return self._value(used, batch, now)
 
         return call(*fx.map_arg(node.args, pick), **fx.map_arg(node.kwargs, pick))
 
     def save(self, folder: Path) -> None:
-        """Write every value that is alive, file by file."""
+        """Write every value that is alive, a file of bare bytes each, and an index; nothing may wait."""
         folder.mkdir()
-        for node, kept in self.values.items():
-            for i, value in enumerate(kept) if node.op not in ("placeholder", "get_attr") else ():
-                _save(_get(value), folder / f"{node.name}.{i}.pt")
+        index = {
+            node.name: [_write(kept, folder / f"{node.name}.{i}") for i, kept in enumerate(values)]
+            for node, values in self.values.items()
+        }
+        (folder / "index.json").write_text(json.dumps(index))
 
     def load(self, folder: Path, before: int) -> None:
         """Take up what `save` wrote, in front of the node number `before`."""
-        nodes = list(self.graph.graph.nodes)
-        needed = {used for node in nodes[before:] for used in node.all_input_nodes}
-        for node in nodes[:before]:
-            if node not in needed:
-                continue
-            if node.op in ("placeholder", "get_attr"):
-                self.run(node)
-                continue
-            files = [folder / f"{node.name}.{i}.pt" for i in range(len(self.batches))]
-            self.values[node] = [self.store.put(torch.load(file, weights_only=True)) for file in files]
+        index = json.loads((folder / "index.json").read_text())
+        for node in self.nodes[:before]:
+            if node in self.fixed:
+                self.follow(node)
+            if node.name in index:
+                found = [
+                    _OnDisk(folder / f"{node.name}.{i}", getattr(torch, dtype), torch.Size(shape)).read()
+                    for i, (dtype, shape) in enumerate(index[node.name])
+                ]
+                self.values[node] = [self.store.put(value) for value in found]
+        self.catch_up()
+
+
+def of_sizes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes of a graph that depend on nothing but constants and the sizes of its inputs."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "call_function" and (
+            node.target is torch.ops.aten.sym_size.int
+            or all(used in found or used.op == "get_attr" for used in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found

@@ -34,7 +34,7 @@ from quantkit import __version__
 from quantkit.artifact import MARKER, TENSORS, TENSORS_META, entry, pack_layer, report, restore_layer, write_documents
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file
-from quantkit.language_store import Kept, Store, Stream, give_back
+from quantkit.language_store import Later, Store, Stream, give_back
 from quantkit.loaders.hf import Weights, companions
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, one_thread
@@ -150,6 +150,8 @@ class _Run:
         store, batches = Store(folder / "spilled", memory), calib.batches()
         self.current = Stream(model.module, batches, store)
         self.float = Stream(model.module, batches, store) if self.twins else None
+        self.streams = [self.current] if self.float is None else [self.float, self.current]
+        self.unrun: list[str] = []  # layers done that the streams have still to go through
         self.tied: dict[str, str] = {n: o for n, o in model.meta.get("tied", {}).items() if n in self.layers}
         self.moments: tuple[fx.Node | None, dict[int, Tensor]] = (None, {})  # of the inputs that a node makes
         self.waiting: str | None = None  # the layer whose specification waits for the next one's input
@@ -219,9 +221,8 @@ class _Run:
                     if progress:
                         progress(done, len(self.layers))
                 elif self.sees and rest & self.names:
-                    if self.float is not None:
-                        self.float.run(node)
-                    self.current.run(node)
+                    for stream in self.streams:
+                        stream.follow(node)
             start = end
             if number == len(plan) - 1:
                 self._specify(None)
@@ -272,39 +273,57 @@ class _Run:
         return int(last["node"])
 
     def _layer(self, name: str, node: fx.Node, needed: bool) -> None:
-        """Read a layer, let the steps have it, run it, pack it; needed: whether anything behind it looks at inputs."""
+        """Read a layer, let the steps have it, pack it; needed: whether anything from it on looks at inputs."""
         layer = self.layers[name]
-        self._read(name)
-        targets: Sequence[Tensor] = ()
-        floats: Sequence[Tensor] = ()
-        looks_up = shape_of(layer).op == "embedding"
         sees = self.sees and needed
-        made: list[Any] = []
-        if sees and self.float is not None:
-            floats = [] if looks_up else self.float.inputs(node)
-            made = self.float.ahead(node, _twin(layer))
-            targets = Kept(made)
+        looks_up = shape_of(layer).op == "embedding"
+        if sees and not all(stream.has_input(node) for stream in self.streams):
+            self._catch_up()
+        self._read(name)
+        site = Site(name, layer, [], [])  # type: ignore[arg-type]
+        twin = _twin(layer) if sees and self.float is not None else None
+        later = Later(lambda: self._targets(site, node, twin))  # type: ignore[arg-type]
         known: list[Any] | None = None
         if name in self.names:
             assert isinstance(layer, QLayer)
-            inputs: Any = self.current.inputs(node) if sees and not looks_up else []
-            wants: Any = targets if sees and not looks_up else []
+            if sees and not looks_up:
+                site.inputs = self.current.inputs(node)
+                if self.float is not None:
+                    site.floats, site.targets = self.float.inputs(node), later
             if self.moments[0] is not node.all_input_nodes[0]:
                 self.moments = node.all_input_nodes[0], {}
-            site = Site(name, layer, inputs, wants, floats, moments=self.moments[1])  # type: ignore[arg-type]
+            site.moments = self.moments[1]
             for step in self.visits:
                 if name in step.names:
                     site.outputs = None  # of the layer as it was before this step
                     step.visit(site)
             known = None if site.outputs is None else [self.current.store.put(y) for y in site.outputs]
             site.inputs, site.targets, site.floats, site.outputs = [], [], [], None
-        if sees and self.float is not None:
-            self.float.run(node, made)
         if sees:
-            self.current.run(node, known)
+            if self.float is not None:
+                self.float.follow(node, twin, later.kept)
+            self.current.follow(node, known=known)
+            self.unrun.append(name)
         self._specify(name)
         self._pack(name)
         self._release(name)
+
+    def _targets(self, site: Site, node: fx.Node, twin: nn.Module) -> list[Any]:
+        """What the float layer puts out; its inputs are let go, as in `observers.walk`."""
+        assert self.float is not None
+        site.floats = []
+        return self.float.ahead(node, twin)
+
+    def _catch_up(self) -> None:
+        """Run what waits, and forget the weights of its layers."""
+        for stream in self.streams:
+            stream.catch_up()
+        self._ran()
+
+    def _ran(self) -> None:
+        names, self.unrun = self.unrun, []
+        for name in names:
+            self._release(name)
         give_back()
 
     def _read(self, name: str) -> None:
@@ -316,13 +335,14 @@ class _Run:
     def _release(self, name: str) -> None:
         """Forget the float weight at once, codes as soon as nobody asks for them."""
         layer = self.layers[name]
+        wanted = name == self.waiting or name in self.unrun
         if isinstance(layer, QLayer):
             layer.invalidate()
-            if layer.q is not None or name != self.waiting:
+            if layer.q is not None or not wanted:
                 layer.weight.data = torch.zeros(()).expand(layer.weight.shape)
-            if name != self.waiting and name not in self.tied.values():
+            if not wanted and name not in self.tied.values():
                 layer.set_weight(None)
-        elif name != self.waiting:
+        elif not wanted:
             layer.weight.data = torch.zeros(()).expand(layer.weight.shape)
 
     def _specify(self, name: str | None) -> None:
@@ -356,7 +376,11 @@ class _Run:
         block["entries"].append(entry(name, layer))
 
     def _finish(self, number: int, end: int, *, last: bool) -> None:
-        """Write the block; its .json, last of all, makes it count."""
+        """Write the block; its .json, last of all, makes it count. last: nothing behind it looks at inputs."""
+        if last:
+            self._ran()
+        else:
+            self._catch_up()
         stem = self.folder / f"block-{number:03d}"
         save_file(self.arrays, stem.with_suffix(".safetensors"))
         shutil.rmtree(stem, ignore_errors=True)
