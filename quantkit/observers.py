@@ -207,12 +207,20 @@ def unquantized(model: Model) -> set[str]:
     return {name for name, layer in model.qlayers().items() if layer.plan.weight is not None and layer.q is None}
 
 
+PANEL = 128
+"""Rows of a matrix of second moments that are computed together, up to their diagonal."""
+
+
 class Gram:
-    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count."""
+    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count.
+
+    What stands above the diagonal is summed nowhere but copied from below: half the work of a product where there are
+    many columns.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self.total: Tensor | None = None
+        self.lower: Tensor | None = None
         self.count = 0
 
     def __call__(self, layer: QLayer, x: Tensor) -> None:
@@ -221,11 +229,23 @@ class Gram:
     def add(self, rows: Tensor) -> None:
         """Rows as `rows` gives them, (groups, n, columns)."""
         rows = rows.to(self.dtype)
-        if self.total is None:
-            self.total = rows.mT @ rows
-        else:
-            self.total.baddbmm_(rows.mT, rows)
+        if self.lower is None:
+            self.lower = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
+        for start, end in _panels(rows.shape[2]):
+            self.lower[:, start:end, :end].baddbmm_(rows[:, :, start:end].mT, rows[:, :, :end])
         self.count += rows.shape[1]
+
+    @property
+    def total(self) -> Tensor | None:
+        """The whole sum, or None before the first rows; the caller may change it when all have been added."""
+        if self.lower is not None:
+            for start, end in _panels(self.lower.shape[2]):
+                self.lower[:, start:end, end:] = self.lower[:, end:, start:end].mT
+        return self.lower
+
+
+def _panels(columns: int) -> list[tuple[int, int]]:
+    return [(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
 
 
 class AbsMax:
