@@ -176,33 +176,46 @@ def advantage(D: Tensor, E: Tensor, H: Tensor) -> Tensor:
     return (torch.bmm(E - D, H) * (E + D)).sum(dim=-1)  # a^2 - b^2 = (a - b)(a + b), H being symmetric
 
 
-def moments(site: Site, samples: int) -> Tensor:
-    """H = E[x x^T] of a layer's inputs, (groups, columns, columns), or an empty tensor of a layer that never runs.
+def moments(site: Site, samples: int, *, drift: bool = False) -> tuple[Tensor, Tensor]:
+    """H = E[x x^T] of a layer's inputs, (groups, columns, columns), and C = E[(y - W x) x^T], (groups, rows, columns).
 
-    samples: how many inputs are looked at, as in `observers.rows`.
+    y: what the float network made of its own inputs, without the bias. Empty tensors of a layer that never runs; C is
+    empty without `drift`. H is taken over from a layer with the very same inputs where the site knows of one. samples:
+    how many inputs are looked at, as in `observers.rows`.
     """
-    gram = Gram()
-    for x, _ in rows(site, samples):
-        gram.add(x)
-    return torch.zeros(0) if gram.total is None else gram.total.div_(gram.count)
+    layer = site.layer
+    shared = not layer.spatial and layer.in_scale is None and layer.act is None
+    known = site.moments.get(samples) if shared else None
+    if known is not None and not drift:
+        return known, torch.zeros(0)
+    w = layer.weight.detach().float().flatten(1).reshape(layer.groups, -1, layer.weight[0].numel())
+    gram, C, bias = Gram(), torch.zeros_like(w) if drift else torch.zeros(0), layer.bias.reshape(layer.groups, 1, -1)
+    count = 0
+    for x, y in rows(site, samples, targets=drift):
+        count += x.shape[1]
+        if known is None:
+            gram.add(x)
+        if drift:
+            C.baddbmm_(torch.baddbmm(y, x, w.mT, alpha=-1).sub_(bias).mT, x)
+    if count == 0:
+        return torch.zeros(0), torch.zeros(0)
+    H = gram.total.div_(count) if gram.total is not None else known
+    assert H is not None
+    if shared:
+        site.moments[samples] = H
+    return H, C.div_(count)
 
 
-def aimed(site: Site, H: Tensor, samples: int, ridge: float) -> tuple[Tensor, Tensor]:
+def aimed(layer: QLayer, H: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Weights that make of the inputs as they are now what the float network made of its own, as well as they can.
 
-    With x~ the layer's input now, y = W x what it put out in float, C = E[(y - W x~) x~^T] and H = E[x~ x~^T]: all
-    columns together, W + C (H + r I)^-1, and each of them alone with the others as they were, W_j + C_j / (H_jj + r);
-    (out, columns) both. r: `ridge` times the mean diagonal of H. W twice where that cannot be inverted.
+    With H and C of `moments`: all columns together, W + C (H + r I)^-1, and each of them alone with the others as they
+    were, W_j + C_j / (H_jj + r); (out, columns) both. r: `ridge` times the mean diagonal of H. W twice where that
+    cannot be inverted.
     """
-    layer, (groups, columns, _) = site.layer, H.shape
+    groups, columns, _ = H.shape
     W = layer.weight.detach().float().flatten(1)
-    w, bias = W.reshape(groups, -1, columns), layer.bias.reshape(groups, 1, -1)
-    C, count = torch.zeros_like(w), 0
-    for x, y in rows(site, samples, targets=True):
-        missing = torch.baddbmm(y, x, w.mT, alpha=-1).sub_(bias)
-        C.baddbmm_(missing.mT, x)
-        count += x.shape[1]
-    C.div_(count)
+    w = W.reshape(groups, -1, columns)
     mean = H.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
     damped = H + torch.eye(columns) * (ridge * mean)[:, None, None]
     L, info = torch.linalg.cholesky_ex(damped)
@@ -211,15 +224,6 @@ def aimed(site: Site, H: Tensor, samples: int, ridge: float) -> tuple[Tensor, Te
     if info.any() or not together.isfinite().all() or not alone.isfinite().all():
         return W, W
     return (w + together).reshape(W.shape), (w + alone).reshape(W.shape)
-
-
-def shared_moments(site: Site, samples: int) -> Tensor:
-    """`moments`, taken over from a layer with the very same inputs where the site knows of one."""
-    if site.layer.spatial or site.layer.in_scale is not None or site.layer.act is not None:
-        return moments(site, samples)
-    if samples not in site.moments:
-        site.moments[samples] = moments(site, samples)
-    return site.moments[samples]
 
 
 NOTHING = {"dead_inputs": 0.0, "nearest_layers": 0.0, "nearest_rows": 0.0, "largest_damp": 0.0}

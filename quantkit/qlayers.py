@@ -15,6 +15,8 @@ rounding of value times scale to float32), and so is the sum while the sum of ma
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -283,8 +285,8 @@ class QLayer(nn.Module):
         gain = kernel.gain
         y = self.product(self.input_values(x).to(kernel.weight.dtype), kernel.weight).float()
         if gain is not None:
-            y = y * (self.per_channel(gain) if isinstance(gain, Tensor) else gain)
-        return y + self.per_channel(self.bias)
+            y = y.mul_(self.per_channel(gain) if isinstance(gain, Tensor) else gain)
+        return y.add_(self.per_channel(self.bias))
 
     def real_input(self, x: Tensor) -> Tensor:
         """The input as the weight's columns meet it, in real units: scaled, and quantized if calibrated."""
@@ -295,15 +297,15 @@ class QLayer(nn.Module):
         """`real_input` as rows that meet the weight matrix: (groups, samples, columns).
 
         A sample is an input of a linear layer or an output position of a convolution, numbered image by image.
-        at: the numbers of those wanted, (samples,) int64; None for all.
+        at: the numbers of those wanted, (samples,) int64; None for all. x: float32, with `at` also float16.
         """
         if at is not None and self.op == "linear":
-            x = x.reshape(-1, x.shape[-1])[at]
+            x = x.reshape(-1, x.shape[-1])[at].float()
         if at is not None and self.op in ("conv1d", "conv2d"):  # only what is wanted is quantized
             patches, padded = self._patches_at(x, at)
-            patches = self.real_input(patches).masked_fill(padded, 0.0)
+            patches = self.real_input(patches.float()).masked_fill(padded, 0.0)
             return patches.reshape(len(at), self.groups, -1).transpose(0, 1)
-        x = self.real_input(x)
+        x = self.real_input(x.float())
         if self.op == "linear":
             return x.reshape(1, -1, x.shape[-1])
         if self.op == "conv_transpose2d":
@@ -317,11 +319,23 @@ class QLayer(nn.Module):
         return patches if at is None else patches[:, at]
 
     def output_rows(self, y: Tensor, at: Tensor | None = None) -> Tensor:
-        """An output of this layer in the order of `columns`: (groups, samples, rows)."""
+        """An output of this layer, float32 or float16, in the order of `columns`: (groups, samples, rows), float32."""
         if self.spatial:
             y = y.flatten(2).transpose(1, 2)
         y = y.reshape(-1, self.groups, y.shape[-1] // self.groups)
-        return (y if at is None else y[at]).transpose(0, 1)
+        return (y if at is None else y[at]).float().transpose(0, 1)
+
+    def positions(self, shape: torch.Size) -> int:
+        """How many samples an input of this shape holds: how often it meets the weight matrix."""
+        return math.prod(shape[:-1]) if self.op == "linear" else shape[0] * math.prod(self._output_size(shape[2:]))
+
+    def _output_size(self, size: Sequence[int]) -> list[int]:
+        """A convolution's outputs in each dimension behind the channels, for as many inputs."""
+        settings = zip(size, self.weight.shape[2:], self.dilation, self.padding, self.stride, strict=True)
+        if self.op == "conv_transpose2d":
+            sizes = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, d, p, s in settings]
+            return [n + extra for n, extra in zip(sizes, self.output_padding, strict=True)]
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in settings]
 
     def _window(self) -> tuple[tuple[int, ...], ...]:
         """Kernel, dilation, padding and stride in two dimensions."""
@@ -333,12 +347,9 @@ class QLayer(nn.Module):
 
         The latter, (samples, 1, *kernel), holds values of the edge.
         """
+        counts = _two(self._output_size(x.shape[2:]), 1)
         image = x.unsqueeze(2) if self.op == "conv1d" else x
         size, dilation, padding, stride = self._window()
-        counts = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, d, p, s in zip(image.shape[2:], size, dilation, padding, stride, strict=True)
-        ]
         place = at % (counts[0] * counts[1])
         starts = (place // counts[1] * stride[0], place % counts[1] * stride[1])
         places = [
@@ -382,7 +393,7 @@ def turned(weight: Tensor, groups: int) -> Tensor:
     return split.transpose(1, 2).reshape(-1, split.shape[1], *weight.shape[2:])
 
 
-def _two(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+def _two(values: Sequence[int], fill: int) -> tuple[int, ...]:
     return tuple(values) if len(values) == 2 else (fill, *values)
 
 
@@ -402,7 +413,7 @@ def _values(x: Tensor, act: ActQuant | BlockAct | None, axis: int) -> Tensor:
         case None:
             return x
         case ActQuant():
-            return round_to(x / act.scale, act.fmt)
+            return round_to(x / act.scale, act.fmt, inplace=True)
         case BlockAct():
             return act.values(x, axis)
 

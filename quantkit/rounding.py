@@ -23,10 +23,10 @@ _EXPONENT_BITS = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 _FRACTION_BITS = {torch.float32: 23, torch.float64: 52}
 
 
-def round_to(x: Tensor, fmt: Format) -> Tensor:
+def round_to(x: Tensor, fmt: Format, *, inplace: bool = False) -> Tensor:
     """The nearest values of `fmt`, ties to even, saturating; same shape and dtype (float32 or float64).
 
-    NaN stays NaN. The argument is not changed and no gradient is defined.
+    NaN stays NaN. The argument is not changed, unless `inplace` lets it become scratch, and no gradient is defined.
 
     >>> round_to(torch.tensor([2.5, 5.0, -9.0]), Float(2, 1)).tolist()
     [2.0, 4.0, -6.0]
@@ -38,7 +38,7 @@ def round_to(x: Tensor, fmt: Format) -> Tensor:
     if isinstance(fmt, Levels) and fmt.name == "binary":
         return torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)
     low, high = (-1.0, 1.0) if isinstance(fmt, Levels) else (min_value(fmt), max_value(fmt))
-    u = torch.clamp(x, low, high)
+    u = x.clamp_(low, high) if inplace else torch.clamp(x, low, high)
     if not isinstance(fmt, Float):
         return u.round_()
     magic = torch.bitwise_and(u.view(_INT_OF[x.dtype]), _EXPONENT_BITS[x.dtype]).view(x.dtype)
@@ -52,8 +52,17 @@ def all_finite(x: Tensor) -> bool:
     >>> [all_finite(torch.tensor(x)) for x in ([], [1.0, -2.0], [1.0, math.nan], [-math.inf])]
     [True, True, False, False]
     """
-    x = x[tuple(slice(None) if step else slice(1) for step in x.stride())]  # an expanded one has the same numbers
+    x = as_stored(x[tuple(slice(None) if step else slice(1) for step in x.stride())])  # an expanded one: same numbers
     return not x.numel() or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(x))
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """The same numbers with the dimensions in the order of memory: torch.aminmax copies what is stored otherwise.
+
+    >>> as_stored(torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)).shape
+    torch.Size([2, 4, 5, 3])
+    """
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
 # The ufunc behind np.clip (whose Python wrapper costs more than the clipping), and constants as

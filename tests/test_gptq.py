@@ -11,7 +11,7 @@ from torch import nn
 
 from hwmodel.formats import nearest, parse
 from hwmodel.spec import PerGroup, PerRow, PerTensor
-from quantkit.columns import aimed, factorize, round_layer
+from quantkit.columns import aimed, factorize, moments, round_layer
 from quantkit.methods import act_scales, gptq
 from quantkit.model import Calib
 from quantkit.observers import Gram, walk
@@ -254,10 +254,12 @@ def drifted(build, acts):
 @pytest.mark.parametrize("name", ["linear", "conv", "grouped", "depthwise"])
 def test_drift_aims_at_the_float_output(name):
     """W* is the ridge regression of the float output on the quantized input around W, from numpy's least squares."""
-    site, H = drifted(SINGLES[name], "int3")
+    site, _ = drifted(SINGLES[name], "int3")
     layer, damp = site.layer, 0.01
     W = layer.weight.flatten(1)
-    got = aimed(site, H, 2**62, damp)[0].reshape(layer.groups, -1, W.shape[1]).double().numpy()
+    got = (
+        aimed(layer, *moments(site, 2**62, drift=True), damp)[0].reshape(layer.groups, -1, W.shape[1]).double().numpy()
+    )
     for group in range(layer.groups):
         X = torch.cat([layer.columns(x)[group] for x in site.inputs]).double().numpy()
         Y = torch.cat([layer.output_rows(y)[group] for y in site.targets]).double().numpy()
@@ -270,9 +272,11 @@ def test_drift_aims_at_the_float_output(name):
 
 def test_without_drift_nothing_to_aim_at():
     """With float inputs W* is W."""
-    site, H = drifted(SINGLES["conv"], "float")
+    site, _ = drifted(SINGLES["conv"], "float")
     W = site.layer.weight.flatten(1)
-    assert all(torch.allclose(found, W, atol=1e-5) for found in aimed(site, H, 2**62, 0.01))
+    assert all(
+        torch.allclose(found, W, atol=1e-5) for found in aimed(site.layer, *moments(site, 2**62, drift=True), 0.01)
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "policy", "cnn"])

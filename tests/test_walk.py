@@ -6,6 +6,7 @@ import pytest
 import torch
 from laws_methods import wide_images
 from tiny_models import SINGLES, attention, stream
+from torch import nn
 
 from quantkit import observers
 from quantkit.capture import captured
@@ -39,6 +40,7 @@ def joined(parts) -> torch.Tensor:
 def test_sites_show_what_a_pass_shows(name, portion, monkeypatch):
     """Inputs, float inputs and float outputs are those of plain passes, also once the float outputs were looked at."""
     monkeypatch.setattr(observers, "PORTION", portion)
+    monkeypatch.setattr(observers, "LARGE", 10**9)
     done, calib = quantized(name)
     twin = float_twin(done)
     inputs, floats = seen(done, calib), seen(twin, calib)
@@ -156,3 +158,25 @@ def test_thinned_is_nested():
         assert set(thinned(0, 4096, level + 1).tolist()) < set(at.tolist())
         assert thinned(1000, 1777, level).tolist() == [i for i in at.tolist() if 1000 <= i < 1777]
     assert len(thinned(5, 5, 3)) == 0
+
+
+LAYERS = {
+    "linear": (nn.Linear(13, 7), (13,)),
+    "conv": (nn.Conv2d(3, 5, 3, padding=1, stride=2), (3, 9, 7)),
+    "depthwise": (nn.Conv2d(5, 10, 3, groups=5, dilation=2), (5, 8, 9)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 11)),
+    "transposed": (nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1), (6, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_samples_are_counted_and_picked(name):
+    """As many samples are foretold as `columns` makes, and those picked from float16 are the numbers it holds."""
+    plain, size = LAYERS[name]
+    layer, x = QLayer(plain, make_plan("int4", "float")), torch.randn(5, *size).half()
+    every = layer.columns(x)
+    assert layer.positions(x.shape) == every.shape[1]
+    at = torch.tensor([0, 3, every.shape[1] - 1])
+    assert torch.equal(layer.columns(x, at), every[:, at])
+    y = plain(x.float()).detach().half()
+    assert torch.equal(layer.output_rows(y, at), layer.output_rows(y.float())[:, at])

@@ -23,7 +23,7 @@ beforehand.
 
 from __future__ import annotations
 
-from quantkit.columns import NOTHING, aimed, round_layer, shared_moments, tally
+from quantkit.columns import NOTHING, aimed, moments, round_layer, tally
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, layerwise, unquantized
 from quantkit.qtensor import ScaleRule
@@ -59,10 +59,10 @@ def each(
     rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
 
     def quantize_layer(site: Site) -> None:
-        H = shared_moments(site, samples)
+        H, C = moments(site, samples, drift=drift)
         W = site.layer.weight.detach().float().flatten(1)
         if drift and H.numel():
-            W, _ = aimed(site, H, samples, ridge)
+            W, _ = aimed(site.layer, H, C, ridge)
         tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block))
 
     return Visit(unquantized(model), quantize_layer, report, targets=drift, sequential=sequential)

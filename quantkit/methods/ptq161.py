@@ -46,7 +46,7 @@ from hwmodel.spec import PerRow
 from quantkit.bands import Bands, dense, half, nearest4, signed
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import collect, positions, spread, unquantized
+from quantkit.observers import collect, spread, unquantized
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
 from quantkit.training import Straight, cosine, train
@@ -91,7 +91,7 @@ class Inputs:
         self.largest, self.total = torch.zeros(columns), torch.zeros(columns)
 
     def __call__(self, layer: QLayer, x: Tensor) -> None:
-        at = spread(positions(layer, x.shape), self.limit) if layer.spatial else None
+        at = spread(layer.positions(x.shape), self.limit) if layer.spatial else None
         rows = layer.columns(x, at).abs()
         self.largest = torch.maximum(self.largest, rows.amax(dim=(0, 1)))
         self.total = self.total + rows.sum(dim=1).amax(dim=0)

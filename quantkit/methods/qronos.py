@@ -19,7 +19,7 @@ first column it is `gptq:drift=true`.
 
 from __future__ import annotations
 
-from quantkit.columns import NOTHING, aimed, round_layer, shared_moments, tally
+from quantkit.columns import NOTHING, aimed, moments, round_layer, tally
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, layerwise, unquantized
 from quantkit.qtensor import ScaleRule
@@ -48,10 +48,10 @@ def each(
     rule = {"rule": scale, "percentile": percentile, "pow2": pow2}
 
     def quantize_layer(site: Site) -> None:
-        H = shared_moments(site, samples)
+        H, C = moments(site, samples, drift=True)
         W = first = site.layer.weight.detach().float().flatten(1)
         if H.numel():
-            W, first = aimed(site, H, samples, ridge)
+            W, first = aimed(site.layer, H, C, ridge)
         tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block, first))
 
     return Visit(unquantized(model), quantize_layer, report, targets=True)
