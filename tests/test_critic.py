@@ -75,7 +75,7 @@ def test_errors_count_by_what_they_cost() -> None:
     """A fifth of an error always counts, the rest by its part's cost over the mean of all: 1.8 and 0.2 of one part."""
     model = squashed()
     inputs = 0.5 * small_policies.calib(model, 256).inputs
-    label, loss = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
+    label, loss, _ = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
     with torch.no_grad():
         y = model.module(inputs)
         assert torch.tanh(y).abs().max() < 0.7, "no action may be moved over the edge, else the sums differ"

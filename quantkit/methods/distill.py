@@ -72,8 +72,10 @@ class Pool:
     held_target: Tensor
 
     @classmethod
-    def of(cls, states: Tensor, label: Label) -> Pool:
-        target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
+    def of(cls, states: Tensor, label: Label, target: Tensor | None = None) -> Pool:
+        """The states with what `label` says of them, or the labels `target` where they are known."""
+        if target is None:
+            target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
         held = torch.arange(len(states)) % 8 == 7 if len(states) >= 16 else torch.ones(len(states), dtype=torch.bool)
         train = ~held if len(states) >= 16 else held
         return cls(states[train], target[train], states[held], target[held])
@@ -168,8 +170,8 @@ def _distill(
     with torch.no_grad():
         teacher, start = float_twin(model), model.copy()
         visit = calib.visit if rounds > 1 else None
-        label, loss = _aim(teacher, calib.inputs, None if visit is None else model.critic)
-        pool = Pool.of(calib.inputs, label)
+        label, loss, known = _aim(teacher, calib.inputs, None if visit is None else model.critic)
+        pool = Pool.of(calib.inputs, label, known)
         calm, own = calib.inputs, [calib.inputs]
         if visit is not None:
             calm, own = visit(teacher, states, 1), [visit(start, states, 1)]
@@ -211,30 +213,31 @@ def _distill(
     return report | {"states": float(len(pool.train) + len(pool.held))}
 
 
-def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Loss]:
-    """What a state is labelled with, and the loss of the outputs there; `inputs` are the calibration set.
+def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Loss, Tensor | None]:
+    """What a state is labelled with, the loss of the outputs there, and the labels of `inputs`, the calibration set.
 
-    The float outputs, and with a critic of squashed actions the weights of the docstring beside them.
+    Labels are the float outputs, and with a critic of squashed actions the weights of the docstring beside them; None
+    where those of `inputs` are yet to be made.
     """
     module = teacher.module
     head = module.head if isinstance(module, Policy) else None
     outputs = torch.cat([module(x) for x in inputs.split(min(1024, portion(inputs)))])
     if critic is None or head is None or not head.squash:
-        return module, loss_for(head, outputs)
+        return module, loss_for(head, outputs), outputs
 
     def cost(x: Tensor, y: Tensor) -> Tensor:
         return drops(critic, x, torch.tanh(y)).clamp_min(0)
 
     usual = torch.cat([cost(*xy) for xy in zip(inputs.split(1024), outputs.split(1024), strict=True)]).mean()
     if not bool(usual.isfinite() & (usual > 0)):
-        return module, loss_for(head, outputs)
+        return module, loss_for(head, outputs), outputs
     errors, n = errors_of(head), head.outputs
 
     def label(x: Tensor) -> Tensor:
         y = module(x)
         return torch.cat([y, 0.2 + 0.8 * cost(x, y) / usual], dim=1)
 
-    return label, lambda y, t: (errors(y, t[:, :n]) * t[:, n:]).sum(dim=1)
+    return label, lambda y, t: (errors(y, t[:, :n]) * t[:, n:]).sum(dim=1), None
 
 
 def _student(
