@@ -133,7 +133,7 @@ def policy(methods: list[str], seeds: int, options: dict[str, Any]) -> list[dict
     model = load_checkpoint(AGENT)
     actor, spec = policy_of(model)
     states = calib_for(model, 2048).inputs
-    fresh = visited_states(model, 2048, 9).numpy()
+    fresh = visited_states(model, 2048, 9).states.numpy()
     wanted = episodes.act_of(actor)(fresh)
     reference = episodes.evaluate(episodes.act_of(actor), spec)
     rows: list[dict[str, Any]] = []

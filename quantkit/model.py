@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,18 +87,26 @@ class Model:
         setattr(self.module.get_submodule(parent) if parent else self.module, leaf, module)
 
 
+class Visits(NamedTuple):
+    """Inputs that a model met when it acted, and how many steps into its episode each was met."""
+
+    states: Tensor  # (n, *input_shape)
+    steps: Tensor  # (n,) int64
+
+
 @dataclass
 class Calib:
     """Inputs to calibrate on: a tensor (samples, *input_shape), walked in batches of `batch`.
 
     generator: the source of randomness of every step that needs one. visit: `visit(model, n, seed)`
-    gives n inputs that this model meets when it acts itself, of a policy with an environment only.
+    gives n inputs that this model meets when it acts itself, of a policy with an environment only; the same episodes
+    for the same seed, from 1.
     """
 
     inputs: Tensor
     batch: int = 512
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    visit: Callable[[Model, int, int], Tensor] | None = None
+    visit: Callable[[Model, int, int], Visits] | None = None
 
     def held(self) -> Tensor:
         """Which inputs a method that trains judges itself by and never trains on: (samples,), true for every eighth."""

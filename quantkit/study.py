@@ -24,7 +24,7 @@ from hwmodel.estimate import Mapping
 from hwmodel.formats import Float, Format, element
 from quantkit.errors import InputError
 from quantkit.files import read_inputs
-from quantkit.model import Calib, EnvSpec, Model
+from quantkit.model import Calib, EnvSpec, Model, Visits
 from quantkit.policy import Head, Policy
 from quantkit.racing import race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
@@ -156,11 +156,12 @@ def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Prog
     return episodes_task.collect_states(act, spec, n, episodes=8, progress=progress)
 
 
-def visited_states(model: Model, n: int, seed: int) -> torch.Tensor:
+def visited_states(model: Model, n: int, seed: int) -> Visits:
     """`Calib.visit`: n observations of the model's own rollouts, of episodes that differ with `seed` from 1."""
     policy, spec = policy_of(model)
     first = episodes_task.CALIBRATION_SEED + 1_000_000 * seed
-    return torch.from_numpy(episodes_task.collect_states(episodes_task.act_of(policy), spec, n, seed=first, episodes=8))
+    found = episodes_task.collect_visits(episodes_task.act_of(policy), spec, n, seed=first, episodes=8)
+    return Visits(*map(torch.from_numpy, found))
 
 
 def calib_for(model: Model, n: int | None, progress: Progress | None = None, inputs: Path | None = None) -> Calib:
@@ -203,7 +204,7 @@ def fresh_states(model: Model, n: int | None, inputs: Path | None = None, *, beh
     a policy and 256 of a file.
     """
     if inputs is None and isinstance(model.module, Policy):
-        return visited_states(model, CALIBRATION_STATES if n is None else n, 1)
+        return visited_states(model, CALIBRATION_STATES if n is None else n, 1).states
     rows = calib_for(model, None, inputs=inputs).inputs
     rows = rows[behind:] if len(rows) > behind else rows
     return rows[: 256 if n is None else n]

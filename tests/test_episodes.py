@@ -18,6 +18,7 @@ from quantkit.tasks.episodes import (
     EVALUATION_SEED,
     act_of,
     collect_states,
+    collect_visits,
     compare_on_states,
     compare_scores,
     evaluate,
@@ -258,6 +259,17 @@ def test_calibration_states_are_a_uniform_sample_of_the_rollout():
     np.testing.assert_array_equal(collect_states(act, spec, 40), states[:40])
     assert {tuple(s) for s in collect_states(act, spec, len(seen))} == set(seen)
     assert not np.array_equal(collect_states(act, spec, 100, seed=77), states)
+    met = {}
+    rollout(
+        act,
+        spec,
+        episodes=20,
+        seed=CALIBRATION_SEED,
+        record=lambda obs, _n, t: met.update(zip(map(tuple, obs), t, strict=True)),
+    )
+    found, steps = collect_visits(act, spec, 100)
+    np.testing.assert_array_equal(found, states)
+    assert [met[tuple(s)] for s in found] == steps.tolist()
 
 
 def test_every_step_is_equally_likely_to_calibrate():

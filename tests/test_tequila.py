@@ -13,7 +13,7 @@ from hwmodel.spec import PerGroup, PerRow, PerTensor
 from quantkit.errors import InputError
 from quantkit.methods import tequila
 from quantkit.methods.tequila import Trainee, ternary
-from quantkit.model import Calib, Model
+from quantkit.model import Calib, Model, Visits
 from quantkit.qlayers import ActQuant, LayerPlan, QLayer
 from quantkit.qtensor import dequantize, expand_scale, values_of
 from quantkit.recipe import Recipe, make_plan, quantize, uniform
@@ -201,7 +201,7 @@ def test_a_policy_acts():
     model = small_policies.cartpole()
     calib, asked = small_policies.calib(model), []
 
-    def visit(m: Model, n: int, seed: int) -> torch.Tensor:
+    def visit(m: Model, n: int, seed: int) -> Visits:
         asked.append((all(layer.q is not None for layer in m.qlayers().values()), n, seed))
         return visited_states(m, n, seed)
 

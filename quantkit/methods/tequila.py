@@ -277,7 +277,7 @@ def apply(
     spans = rounds if calib.visit is not None else 1
     for number in range(spans):
         if calib.visit is not None:
-            pool = torch.cat([pool, calib.visit(_merged(model, student, trainees), states, number + 1)])
+            pool = torch.cat([pool, calib.visit(_merged(model, student, trainees), states, number + 1).states])
         span = range(steps * number // spans, steps * (number + 1) // spans)
         options: dict[str, Any] = {"samples": len(pool), "batch": batch, "generator": calib.generator}
         with torch.enable_grad():

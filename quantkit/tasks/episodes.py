@@ -220,7 +220,23 @@ def collect_states(
     n_envs: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts.
+    """The observations of `collect_visits`, (n, *obs_shape)."""
+    options: dict[str, Any] = {"seed": seed, "episodes": episodes, "n_envs": n_envs, "progress": progress}
+    return collect_visits(act, spec, n, **options)[0]
+
+
+def collect_visits(
+    act: Act,
+    spec: EnvSpec,
+    n: int,
+    *,
+    seed: int = CALIBRATION_SEED,
+    episodes: int = 20,
+    n_envs: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts, and how many
+    steps into its episode each was met, (n,) int64.
 
     At least `episodes` episodes are run, and more in rounds of that many until n states were
     seen. The order is random, so any leading part is a uniform sample as well. Deterministic,
@@ -237,7 +253,7 @@ def collect_states(
         options: dict[str, Any] = {"n_envs": n_envs, "progress": progress, "record": sample.record}
         rollout(act, spec, episodes=episodes, seed=seed + first, **options)
         first += episodes
-    return sample.states()
+    return sample.best()
 
 
 class _Sample:
@@ -245,7 +261,7 @@ class _Sample:
 
     def __init__(self, n: int) -> None:
         self.n, self.seed, self.seen, self.held = n, 0, 0, 0
-        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self.kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # states, steps, keys
         self.bound = 1.0  # no key at or above it can still be among the n smallest
         self.streams: dict[int, np.random.Generator] = {}
 
@@ -257,18 +273,18 @@ class _Sample:
         chosen = keys < self.bound
         self.seen += len(numbers)
         self.held += int(chosen.sum())
-        self.kept.append((obs[chosen], keys[chosen]))
+        self.kept.append((obs[chosen], np.asarray(steps)[chosen], keys[chosen]))
         if self.held > 2 * self.n + 64:
-            self.states()
+            self.best()
 
-    def states(self) -> np.ndarray:
-        """Forget all but the n best, and return them in order of their keys."""
-        states, keys = (np.concatenate(part) for part in zip(*self.kept, strict=True))
+    def best(self) -> tuple[np.ndarray, np.ndarray]:
+        """Forget all but the n best, and return them and their steps in order of their keys."""
+        states, steps, keys = (np.concatenate(part) for part in zip(*self.kept, strict=True))
         best = np.argsort(keys, kind="stable")[: self.n]
-        self.kept, self.held = [(states[best], keys[best])], best.size
+        self.kept, self.held = [(states[best], steps[best], keys[best])], best.size
         if best.size == self.n:
             self.bound = float(keys[best[-1]])
-        return states[best]
+        return states[best], steps[best]
 
 
 def compare_on_states(
