@@ -72,20 +72,24 @@ def test_drops() -> None:
 
 
 def test_errors_count_by_what_they_cost() -> None:
-    """A fifth of an error always counts, the rest by its part's cost over the mean of all: 1.8 and 0.2 of one part."""
+    """Three tenths of the error count everywhere; what the critic says is lost counts in units of the mean drop, here
+    3 * 0.3^2 / 2, and as much as an error of 0.3 for each; what it gains does not count."""
     model = squashed()
     inputs = 0.5 * small_policies.calib(model, 256).inputs
-    label, loss, _ = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
     with torch.no_grad():
+        label, loss = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
         y = model.module(inputs)
         assert torch.tanh(y).abs().max() < 0.7, "no action may be moved over the edge, else the sums differ"
-        t = label(inputs)
-        assert torch.allclose(t, torch.cat([y, torch.tensor([0.2, 1.8]).expand(256, 2)], dim=1), atol=1e-4)
-        for i, weight in enumerate((0.2, 1.8)):
+        a, t, plain = torch.tanh(y), label(inputs), loss_for(model.module.head, y)
+        assert torch.allclose(t, torch.cat([y, -3 * a[:, 1:].square()], dim=1), atol=1e-5)
+        unit = 2 * 0.05**2 * (37**0.5 - 1)
+        for i in (0, 1):
             off = y.clone()
             off[:, i] += 0.3
-            usual = loss_for(model.module.head, y)(off, y)
-            assert torch.allclose(loss(off, t), weight * usual, rtol=1e-3) and (usual > 0).all()
+            lost = 3 * (torch.tanh(off[:, 1]).square() - a[:, 1].square()).clamp_min(0)
+            expected = 0.3 * plain(off, y) + unit * lost / (3 * 0.09 / 2)
+            assert torch.allclose(loss(inputs, off, t), expected, rtol=1e-3)
+            assert (lost > 0).any() == bool(i)
 
 
 def test_a_useless_critic_changes_nothing() -> None:

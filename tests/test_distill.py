@@ -43,7 +43,7 @@ def test_untrained_trainee_is_the_layer(name):
     _, model, calib = nearest_quantized(name, "int4", "int8")
     expected = model.module(calib.inputs)
     pool = distill.Pool.of(calib.inputs, model.module)
-    student, trainees = distill._student(model.copy(), model.qlayers(), pool)
+    student, trainees = distill._student(model.copy(), pool)
     got = student(calib.inputs)
     assert (got - expected).abs().median() <= 1e-5 * expected.abs().max()
     same = distill._stored(model, trainees)
@@ -101,22 +101,25 @@ def test_the_error_falls(name):
 
 
 def test_the_policy_acts():
-    """`visit` is asked for the float policy, the start and every round's; what it gives is trained on."""
+    """It is trained on visits of the float policy, the start and the rounds, each round's in new episodes; models are
+    compared in others; what is kept is no further apart than the start."""
     model = small_policies.cartpole()
     calib = small_policies.calib(model)
     asked = []
 
     def visit(m, n, seed):
-        asked.append((len(m.qlayers()), n, seed))
+        asked.append((n, seed))
         return visited_states(m, n, seed)
 
     calib.visit = visit
-    recipe = uniform("int2", "int4", steps=(*RTN, ("distill", {"steps": 40, "rounds": 3, "states": 96})))
+    recipe = uniform("int2", "int4", steps=(*RTN, ("distill", {"steps": 40, "rounds": 3, "states": 96, "tries": 2})))
     done = quantize(model, recipe, calib)
-    assert asked == [(3, 96, 1)] * 5
+    judged, trained = ([s for n, s in asked if n == 96 and (s in distill.JUDGING) == j] for j in (True, False))
+    assert trained == [4, 4, 5, 6] and len(judged) + len(trained) == len(asked)
+    assert judged[:6] == [1, 2, 3, 1, 2, 3] and judged[6:].count(1) <= 3 + 2
     report = done.meta["steps"][-1]["diagnostics"]
     assert report["states"] == 64 + 4 * 96
-    assert report["distance_after"] >= 0 and report["loss_after"] <= report["loss_before"]
+    assert 0 <= report["apart_after"] <= report["apart_before"] and report["loss_after"] <= report["loss_before"]
     again = quantize(model, recipe, calib)
     for a, b in zip(done.qlayers().values(), again.qlayers().values(), strict=True):
         assert torch.equal(a.q.codes, b.q.codes) and torch.equal(a.q.scale, b.q.scale) and a.act == b.act
@@ -126,10 +129,37 @@ def test_the_policy_acts():
     assert not asked
 
 
+def test_apart():
+    """Policies that see the same states are as far apart as their episodes are shorter, in deviations of the first."""
+    states, steps = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), torch.arange(500)
+    whole = distill.Visits(states, steps)
+    assert distill.apart(whole, distill.Visits(states.flip(0), steps.flip(0))) == 0
+    shorter = distill.apart(whole, distill.Visits(states, steps // 5))
+    assert shorter == pytest.approx(np.abs(np.arange(500) - np.arange(500) // 5).mean() / np.arange(500).std())
+
+
+def test_a_race_is_won_after_every_set():
+    """The model kept has the smallest mean so far in each set of episodes; one that loses the first is not asked on."""
+    ranks = {"teacher": [0.0] * 3, "start": [4.0, 4.0, 4.0], "unlucky": [5.0, 0.0, 0.0], "better": [3.0, 4.0, 4.0]}
+    asked = []
+
+    def visit(name, n, seed):
+        asked.append((name, seed))
+        grid = torch.arange(float(n)).reshape(n, 1)
+        spread = float(grid.std(unbiased=False))
+        return distill.Visits(grid + spread * ranks[name][seed - 1], torch.arange(n))
+
+    judge = distill.ByVisits(visit, "teacher", "start", 64)
+    assert judge.ranks == pytest.approx(ranks["start"])
+    assert not judge.race("unlucky") and judge.best == "start" and asked[-1] == ("unlucky", 1)
+    assert judge.race("better") and judge.best == "better" and judge.ranks == pytest.approx(ranks["better"])
+    assert not judge.race("start") and not judge.race("better")
+
+
 def test_visited_states_differ_from_evaluation():
     """Seeds of visits are far from those of evaluation and of calibration, and the same call gives the same states."""
     model = small_policies.cartpole()
-    first, second, other = (visited_states(model, 50, seed).numpy() for seed in (1, 1, 2))
+    first, second, other = (visited_states(model, 50, seed).states.numpy() for seed in (1, 1, 2))
     assert np.array_equal(first, second) and not np.array_equal(first, other)
 
 
@@ -230,7 +260,7 @@ def test_operands_are_trained():
     model, calib = attention()
     start = quantize(model, uniform("int4", "int4", steps=RTN), calib)
     pool = distill.Pool.of(calib.inputs, start.module)
-    student, _ = distill._student(start.copy(), start.quantizers(), pool)
+    student, _ = distill._student(start.copy(), pool)
     expected = start.module(calib.inputs)
     assert (student(calib.inputs) - expected).abs().median() <= 1e-5 * expected.abs().max()
     steps = (*RTN, ("distill", {"steps": 60, "rounds": 1, "lr": 0.02}))

@@ -2,26 +2,31 @@
 
 All layers are trained together through their quantizers (`quantkit.trainees`) on the float network's outputs; no reward
 is used. Rounds alternate (Ross, Gordon, Bagnell, "A Reduction of Imitation Learning and Structured Prediction to
-No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far acts, always in the same
-episodes, the states that it visits join the ones seen before, the float policy labels them, and training goes on.
+No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far acts, each time in new episodes,
+the states that it visits join the ones seen before, the float policy labels them, and training goes on.
 A network that does not act is trained on the calibration set alone, the scales of attention's operands included.
 
 The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoint has Q-functions of squashed actions
-(SAC, TD3, DDPG, TQC), the error of part i of the action in a state s counts
+(SAC, TD3, DDPG, TQC), it is, with a the float and a' the quantized action, e their error and Q the critic's value,
 
-    w_i(s) = 0.2 + 0.8 max(0, d_i(s)) / (mean of max(0, d) over the calibration set)
+    0.3 e(a', a) + e(0.3) max(0, Q(s, a) - Q(s, a')) / (what a part moved by 0.3 costs on average, `critic.drops`)
 
-with d_i(s) what they say that a part moved by 0.3 costs there (`critic.drops`): a few bits are spent where it matters.
+for how much less a policy earns is the mean of such drops over the states that it visits itself (`quantkit.critic`):
+few bits cannot imitate everywhere, so they are spent where it matters.
 
-Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
-and of the model at the start and those at the end of every round, one whose loss on these is not above the start's is
-kept: without visits that of the smallest loss; with them that whose own states are distributed most like the float
-policy's over the same episodes (`distance`), as a small error at the wrong place ends an episode and a large one may
-not matter.
+What small errors do in the end the loss cannot tell: one at the wrong place ends an episode. So the model kept is, of
+that at the start and those at the end of every round, the one whose own states are distributed most like the float
+policy's in the same episodes (`apart`). From it `tries` short trainings begin, one after the other, with
+their own batches and learning rate; whatever comes closer to the float policy is where the next one begins.
+
+Differs from the paper: no mixing with the float policy's actions while collecting, and that choice. An eighth of the
+states is held out; a model whose loss on these is above the start's is never kept, and without visits it is the
+smallest of these losses that decides.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +37,8 @@ from torch import Tensor, nn
 from quantkit.critic import drops
 from quantkit.errors import InputError
 from quantkit.links import find_links
-from quantkit.losses import Loss, errors_of, loss_for
-from quantkit.model import Calib, Model
+from quantkit.losses import errors_of, loss_for
+from quantkit.model import Calib, Model, Visits
 from quantkit.observers import float_twin, one_thread, portion
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
@@ -50,7 +55,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     1.0
     """
     n = min(len(a), len(b))
-    x, y = a[:n].flatten(1).double(), b[:n].flatten(1).double()
+    x, y = (v[:n].reshape(n, -1).double() for v in (a, b))
     spread = x.std(dim=0, unbiased=False)
     both = torch.cat([x, y]).std(dim=0, unbiased=False)
     spread = torch.where(spread > 1e-3 * both, spread, both)
@@ -58,8 +63,24 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((moved / torch.where(spread > 0, spread, torch.ones_like(spread))).mean())
 
 
+def apart(a: Visits, b: Visits) -> float:
+    """`distance` of the states plus that of how many steps into its episode each was met.
+
+    Return sums up reward over states and steps: where both are distributed alike, so is what is earned.
+    """
+    return distance(a.states, b.states) + distance(a.steps, b.steps)
+
+
+JUDGING = (1, 2, 3)
+"""`visit`'s seeds of the episodes that models are compared in; training takes the later ones."""
+BURST = 100
+"""Steps of a try."""
+
+
 Label = Callable[[Tensor], Tensor]
 """States (n, ...) -> what the loss compares the outputs with, (n, numbers)."""
+Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(states, outputs, labels) -> loss per state (n,)."""
 
 
 @dataclass
@@ -72,10 +93,8 @@ class Pool:
     held_target: Tensor
 
     @classmethod
-    def of(cls, states: Tensor, label: Label, target: Tensor | None = None) -> Pool:
-        """The states with what `label` says of them, or the labels `target` where they are known."""
-        if target is None:
-            target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
+    def of(cls, states: Tensor, label: Label) -> Pool:
+        target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
         held = torch.arange(len(states)) % 8 == 7 if len(states) >= 16 else torch.ones(len(states), dtype=torch.bool)
         train = ~held if len(states) >= 16 else held
         return cls(states[train], target[train], states[held], target[held])
@@ -84,17 +103,18 @@ class Pool:
         """Both together."""
         return Pool(*(torch.cat([a, b]) for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def loss(self, module: nn.Module, loss: Loss) -> float:
+    def loss(self, module: nn.Module, loss: Aim) -> float:
         """Mean loss of a network on the held-out states."""
+        n = min(1024, portion(self.held))
         with torch.no_grad():
-            y = torch.cat([module(x) for x in self.held.split(min(1024, portion(self.held)))])
-            return float(loss(y, self.held_target).double().mean())
+            parts = zip(self.held.split(n), self.held_target.split(n), strict=True)
+            return float(torch.cat([loss(x, module(x), t) for x, t in parts]).double().mean())
 
 
 def train(
     student: nn.Module,
     pool: Pool,
-    loss: Loss,
+    loss: Aim,
     optimizer: torch.optim.Optimizer,
     rates: Callable[[int], float],
     steps: range,
@@ -112,7 +132,8 @@ def train(
             group["lr"] = group["base"] * rates(t)
         chosen = torch.randint(len(pool.train), (batch,), generator=generator)
         optimizer.zero_grad(set_to_none=True)
-        value = loss(student(pool.train[chosen]), pool.train_target[chosen]).mean()
+        x = pool.train[chosen]
+        value = loss(x, student(x), pool.train_target[chosen]).mean()
         value.backward()
         sums = [value.detach(), *(p.grad.sum() for g in groups for p in g["params"] if p.grad is not None)]
         if not math.isfinite(float(torch.stack(sums).sum())):
@@ -133,122 +154,181 @@ def apply(
     batch: int = 256,
     lr: float = 0.004,
     slow: float = 0.2,
+    tries: int = 0,
 ) -> dict[str, float]:
     """Train the quantized layers of the model together.
 
     rounds: how often the policy acts to find states, `states` of them each time (1: never, only the calibration
     set is used, as for a network that cannot act). lr: of the latent weights, in grid units; it falls to zero along
-    a cosine. slow: the rate of scales and biases, in units of lr. Returns the held-out loss before and after, both on
-    the final states, the round whose model was kept (0: the start), with visits the distances of the docstring, and how
-    many states there were in the end.
+    a cosine. slow: the rate of scales and biases, in units of lr. tries: short trainings afterwards, of a policy that
+    acts, 100 steps each. Returns the held-out loss before and after, both on the final states, the round whose model
+    was kept (0: the start), with visits how many tries came closer and what `apart` gives before and after, the mean
+    over the judging episodes, and how many states there were in the end.
     """
-    layers = {
-        n: part
-        for n, part in model.quantizers().items()
-        if part.act is not None or (isinstance(part, QLayer) and part.uniform is not None)
-    }
+    layers = trainable(model)
     for name, layer in model.qlayers().items():
         if layer.plan.weight is not None and layer.uniform is None:
             raise InputError(f"step 'distill': layer {name!r} has no quantized weight yet; put a step like gptq before")
     if not layers:
         return {"loss_before": 0.0, "loss_after": 0.0, "states": 0.0}
     with one_thread():
-        return _distill(model, calib, layers, steps, max(1, rounds), states, batch, lr, slow)
+        return _distill(model, calib, steps, max(1, rounds), states, batch, lr, slow, tries)
+
+
+def trainable(model: Model) -> dict[str, QLayer | Point]:
+    """What has an integer-like weight or a quantized input, by name."""
+    return {
+        n: part
+        for n, part in model.quantizers().items()
+        if part.act is not None or (isinstance(part, QLayer) and part.uniform is not None)
+    }
+
+
+class ByLoss:
+    """The model of the smallest loss on the held-out states of a pool that stays as it is."""
+
+    def __init__(self, start: Model, pool: Pool, loss: Aim) -> None:
+        self.best, self.pool, self.aim = start, pool, loss
+        self.smallest = pool.loss(start.module, loss)
+
+    def race(self, model: Model) -> bool:
+        """Whether the model takes the place of the best so far."""
+        value = self.pool.loss(model.module, self.aim)
+        if better := value < self.smallest:
+            self.best, self.smallest = model, value
+        return better
+
+
+class ByVisits:
+    """The model that acts most like the float policy, in episodes that none is trained on."""
+
+    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model, start: Model, states: int) -> None:
+        self.visit, self.states = visit, states
+        self.calm = [visit(teacher, states, seed) for seed in JUDGING]
+        self.best, self.ranks = start, [self.rank(start, i) for i in range(len(JUDGING))]
+
+    def rank(self, model: Model, i: int) -> float:
+        """How far `apart` it is from the float policy in the i-th set of episodes."""
+        return apart(self.calm[i], self.visit(model, self.states, JUDGING[i]))
+
+    def race(self, model: Model) -> bool:
+        """Whether the model takes the place of the best so far: its mean must be smaller after each set."""
+        ranks: list[float] = []
+        for i in range(len(JUDGING)):
+            ranks.append(self.rank(model, i))
+            if not sum(ranks) < sum(self.ranks[: i + 1]):
+                return False
+        self.best, self.ranks = model, ranks
+        return True
 
 
 def _distill(
     model: Model,
     calib: Calib,
-    layers: dict[str, QLayer | Point],
     steps: int,
     rounds: int,
     states: int,
     batch: int,
     lr: float,
     slow: float,
+    tries: int,
 ) -> dict[str, float]:
+    visit = calib.visit if rounds > 1 else None
     with torch.no_grad():
         teacher, start = float_twin(model), model.copy()
-        visit = calib.visit if rounds > 1 else None
-        label, loss, known = _aim(teacher, calib.inputs, None if visit is None else model.critic)
-        pool = Pool.of(calib.inputs, label, known)
-        calm, own = calib.inputs, [calib.inputs]
+        label, loss = _aim(teacher, calib.inputs, None if visit is None else model.critic)
+        pool = Pool.of(calib.inputs, label)
         if visit is not None:
-            calm, own = visit(teacher, states, 1), [visit(start, states, 1)]
-            for seen in (calm, own[0]):
-                pool = pool.plus(Pool.of(seen, label))
-        student, trainees = _student(start, layers, pool)
+            for actor in (teacher, start):
+                pool = pool.plus(Pool.of(visit(actor, states, max(JUDGING) + 1).states, label))
+    judge = ByLoss(start, pool, loss) if visit is None else ByVisits(visit, teacher, start, states)
+    first, kept, closer = list(judge.ranks) if isinstance(judge, ByVisits) else [], 0, 0
+    student, trainees = _student(start, pool)
+    optimizer = _optimizer(trainees, lr, slow)
+
+    def better(candidate: Model) -> bool:
+        return pool.loss(candidate.module, loss) <= pool.loss(start.module, loss) and judge.race(candidate)
+
+    for number in range(rounds):
+        span = range(steps * number // rounds, steps * (number + 1) // rounds)
+        with torch.enable_grad():
+            train(student, pool, loss, optimizer, _cosine(steps, 50), span, batch, calib.generator)
+        current = _stored(start, trainees)
+        if better(current):
+            kept = number + 1
+        if visit is not None and number + 1 < rounds:
+            with torch.no_grad():
+                pool = pool.plus(Pool.of(visit(current, states, max(JUDGING) + 2 + number).states, label))
+    for _ in range(tries if visit is not None else 0):
+        student, trainees = _student(judge.best, pool)
+        bold = lr * 2 ** (float(torch.randn((), generator=calib.generator)) - 1)
+        with torch.enable_grad():
+            optimizer = _optimizer(trainees, bold, slow)
+            train(student, pool, loss, optimizer, _cosine(BURST, 10), range(BURST), batch, calib.generator)
+        closer += better(_stored(judge.best, trainees))
+    losses = [pool.loss(m.module, loss) for m in (start, judge.best)]
+    _copy_into(model, judge.best)
+    report = {"loss_before": losses[0], "loss_after": losses[1], "round": float(kept)}
+    if isinstance(judge, ByVisits):
+        sets = len(JUDGING)
+        report |= {"closer": float(closer), "apart_before": sum(first) / sets, "apart_after": sum(judge.ranks) / sets}
+    return report | {"states": float(len(pool.train) + len(pool.held))}
+
+
+def _cosine(steps: int, warm: int) -> Callable[[int], float]:
+    """What multiplies the learning rates at a step: up in `warm` steps while it falls to zero."""
+    return lambda t: min(1.0, (t + 1) / warm) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
+
+
+def _optimizer(trainees: dict[str, Trainee | Operand], lr: float, slow: float) -> torch.optim.Optimizer:
     kinds: dict[str, list[nn.Parameter]] = {"V": [], "slow": [], "stage": []}
     for trainee in trainees.values():
         for name, parameter in trainee.named_parameters():
             kinds["V" if name == "V" else "stage" if name in ("stretch", "shift") else "slow"].append(parameter)
     speeds = {"V": lr, "slow": slow * lr, "stage": 0.5 * lr}
-    optimizer = torch.optim.Adam(
+    return torch.optim.Adam(
         [{"params": p, "lr": speeds[k], "base": speeds[k]} for k, p in kinds.items() if p], fused=True
     )
 
-    def rate(t: int) -> float:
-        return min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
 
-    candidates = [start]
-    for number in range(rounds):
-        span = range(steps * number // rounds, steps * (number + 1) // rounds)
-        with torch.enable_grad():
-            train(student, pool, loss, optimizer, rate, span, batch, calib.generator)
-        current = _stored(start, trainees)
-        candidates.append(current)
-        if visit is not None:
-            own.append(visit(current, states, 1))
-            if number + 1 < rounds:
-                with torch.no_grad():
-                    pool = pool.plus(Pool.of(own[-1], label))
-    losses = [pool.loss(m.module, loss) for m in candidates]
-    ranks = losses if visit is None else [distance(calm, seen) for seen in own]
-    usable = [i for i, value in enumerate(losses) if math.isfinite(value) and value <= losses[0]]
-    chosen = min(usable, key=lambda i: ranks[i], default=0)
-    _copy_into(model, candidates[chosen])
-    report = {"loss_before": losses[0], "loss_after": losses[chosen], "round": float(chosen)}
-    if visit is not None:
-        report |= {"distance_before": ranks[0], "distance_after": ranks[chosen]}
-    return report | {"states": float(len(pool.train) + len(pool.held))}
+def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Aim]:
+    """What a state is labelled with, and the loss of the outputs there; `inputs` are the calibration set.
 
-
-def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Loss, Tensor | None]:
-    """What a state is labelled with, the loss of the outputs there, and the labels of `inputs`, the calibration set.
-
-    Labels are the float outputs, and with a critic of squashed actions the weights of the docstring beside them; None
-    where those of `inputs` are yet to be made.
+    The float outputs, and with a critic of squashed actions the value of the float action beside them.
     """
     module = teacher.module
     head = module.head if isinstance(module, Policy) else None
     outputs = torch.cat([module(x) for x in inputs.split(min(1024, portion(inputs)))])
+    plain = loss_for(head, outputs)
     if critic is None or head is None or not head.squash:
-        return module, loss_for(head, outputs), outputs
-
-    def cost(x: Tensor, y: Tensor) -> Tensor:
-        return drops(critic, x, torch.tanh(y)).clamp_min(0)
-
-    usual = torch.cat([cost(*xy) for xy in zip(inputs.split(1024), outputs.split(1024), strict=True)]).mean()
+        return module, lambda _x, y, t: plain(y, t)
+    judge = copy.deepcopy(critic).requires_grad_(False)
+    parts = zip(inputs.split(1024), outputs.split(1024), strict=True)
+    usual = torch.cat([drops(judge, x, torch.tanh(y)).clamp_min(0) for x, y in parts]).mean()
     if not bool(usual.isfinite() & (usual > 0)):
-        return module, loss_for(head, outputs), outputs
+        return module, lambda _x, y, t: plain(y, t)
     errors, n = errors_of(head), head.outputs
+    moved = torch.atanh(torch.full((1, 1), 0.3))
+    worth = float(errors(moved, torch.zeros(1, 1)).sum() / usual)
 
     def label(x: Tensor) -> Tensor:
         y = module(x)
-        return torch.cat([y, 0.2 + 0.8 * cost(x, y) / usual], dim=1)
+        return torch.cat([y, judge(x, torch.tanh(y))[:, None]], dim=1)
 
-    return label, lambda y, t: (errors(y, t[:, :n]) * t[:, n:]).sum(dim=1), None
+    def loss(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        lost = (t[:, n] - judge(x, torch.tanh(y))).clamp_min(0)
+        return 0.3 * errors(y, t[:, :n]).sum(dim=1) + worth * lost
+
+    return label, loss
 
 
-def _student(
-    start: Model, layers: dict[str, QLayer | Point], pool: Pool
-) -> tuple[nn.Module, dict[str, Trainee | Operand]]:
+def _student(start: Model, pool: Pool) -> tuple[nn.Module, dict[str, Trainee | Operand]]:
     """A copy of the network with trainable layers, by name."""
-    copy = start.copy()
-    links = [link for link in find_links(copy) if link.kind == "input"] if isinstance(copy.module, Policy) else []
+    twin, layers = start.copy(), trainable(start)
+    links = [link for link in find_links(twin) if link.kind == "input"] if isinstance(twin.module, Policy) else []
     fed = links[0].consumers if len(links) == 1 and len(links[0].consumers) == 1 else ()
     trainees: dict[str, Trainee | Operand] = {}
-    for name, part in copy.quantizers().items():
+    for name, part in twin.quantizers().items():
         if name not in layers:
             continue
         if isinstance(part, Point):
@@ -256,7 +336,7 @@ def _student(
             continue
         stage = None
         if name in fed and part.op == "linear" and part.in_scale is None:
-            shape = copy.module.obs_shape  # type: ignore[union-attr]
+            shape = twin.module.obs_shape  # type: ignore[union-attr]
             stage = part.weight.shape[1] if len(shape) == 1 else None  # type: ignore[arg-type]
         trainees[name] = Trainee(part, stage)
     spread: dict[str, Tensor] = {}
@@ -270,14 +350,14 @@ def _student(
 
         handles.append(trainee.layer.register_forward_hook(note))
     with torch.no_grad():
-        copy.module(pool.held[:512])
+        twin.module(pool.held[:512])
     for handle in handles:
         handle.remove()
     for name, trainee in trainees.items():
         if isinstance(trainee, Trainee):
             trainee.unit = spread.get(name, torch.ones(())).clamp_min(1e-12)
-        copy.replace(name, trainee)
-    return copy.module, trainees
+        twin.replace(name, trainee)
+    return twin.module, trainees
 
 
 def _stored(start: Model, trainees: dict[str, Trainee | Operand]) -> Model:
