@@ -5,7 +5,8 @@
 --data holds agents in rl-zoo layout (algo/Env_1/Env.zip). --work keeps one study per agent, so that a run that was cut
 off goes on and several runs with other --agents can share the work. 20 episodes from seed 1000 and, where a row says
 so, 20 others of the same quantized policy from seed 7000; margin 5 % of the distance between the float and a random
-policy. Only rows that are there are published with --publish.
+policy. With --publish only the rows that are there are published. Rows of presets that --presets leaves out stay in the
+report as they are, so leave out only what still gives the same policies as when they were made.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
-from report import publish
+from report import REPORTS, publish
 
 from quantkit.loading import load_checkpoint
 from quantkit.model import Calib
@@ -96,6 +99,19 @@ def main(data: Path, work: Path, agents: list[str], formats: list[tuple[str, str
                     print(agent, weights, acts, preset, seed, outcome, f"{seconds:.1f} s", flush=True)
 
 
+def published() -> list[dict[str, Any]]:
+    """Rows of the report as it is, none without one."""
+    path = REPORTS / "policy_presets.csv"
+    return pd.read_csv(path, comment="#").to_dict("records") if path.exists() else []
+
+
+def place(row: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Where a row of the report belongs."""
+    presets = ["rtn", *PRESETS]
+    bits = sorted({w for w, _ in FORMATS}, reverse=True)
+    return AGENTS.index(row["agent"]), bits.index(row["weights"]), presets.index(row["preset"]), row["seed"]
+
+
 def table(data: Path, work: Path, formats: list[tuple[str, str]], presets: list[str]) -> None:
     """Publish every row that is there."""
     rows = []
@@ -124,6 +140,7 @@ def table(data: Path, work: Path, formats: list[tuple[str, str]], presets: list[
                             "quantize_seconds": round(row["quantize_seconds"], 2),
                         }
                     )
+    rows = sorted([r for r in published() if r["preset"] not in presets] + rows, key=place)
     publish("policy_presets", rows, packages=("torch", "gymnasium", "mujoco"))
 
 

@@ -19,7 +19,7 @@ PRESETS: dict[str, tuple[Step, ...]] = {
         ("act_scales", {}),
         ("input_grid", {}),
         *_ROUNDING,
-        ("distill", {"steps": 3000, "rounds": 16, "lr": 0.01}),
+        ("distill", {"steps": 12000, "rounds": 32, "states": 2048, "lr": 0.02, "slow": 0.5}),
     ),
 }
 """fast: milliseconds. balanced: training on the calibration set, a second or two. best: the policy acts, too."""

@@ -14,14 +14,11 @@ The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoi
 for how much less a policy earns is the mean of such drops over the states that it visits itself (`quantkit.critic`):
 few bits cannot imitate everywhere, so they are spent where it matters.
 
-What small errors do in the end the loss cannot tell: one at the wrong place ends an episode. So the model kept is, of
-that at the start and those at the end of every round, the one whose own states are distributed most like the float
-policy's in the same episodes (`apart`). From it `tries` short trainings begin, one after the other, with
-their own batches and learning rate; whatever comes closer to the float policy is where the next one begins.
-
-Differs from the paper: no mixing with the float policy's actions while collecting, and that choice. An eighth of the
-states is held out; a model whose loss on these is above the start's is never kept, and without visits it is the
-smallest of these losses that decides.
+Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
+and of the model at the start and those at the end of every round, one whose loss on these is not above the start's is
+kept: without visits that of the smallest loss; with them that whose own states, and how far into their episode they are
+met, are distributed most like the float policy's over the same episodes (`apart`), as a small error at the wrong place
+ends an episode and a large one may not matter.
 """
 
 from __future__ import annotations
@@ -73,8 +70,6 @@ def apart(a: Visits, b: Visits) -> float:
 
 JUDGING = (1, 2, 3)
 """`visit`'s seeds of the episodes that models are compared in; training takes the later ones."""
-BURST = 100
-"""Steps of a try."""
 
 
 Label = Callable[[Tensor], Tensor]
@@ -154,16 +149,14 @@ def apply(
     batch: int = 256,
     lr: float = 0.004,
     slow: float = 0.2,
-    tries: int = 0,
 ) -> dict[str, float]:
     """Train the quantized layers of the model together.
 
     rounds: how often the policy acts to find states, `states` of them each time (1: never, only the calibration
     set is used, as for a network that cannot act). lr: of the latent weights, in grid units; it falls to zero along
-    a cosine. slow: the rate of scales and biases, in units of lr. tries: short trainings afterwards, of a policy that
-    acts, 100 steps each. Returns the held-out loss before and after, both on the final states, the round whose model
-    was kept (0: the start), with visits how many tries came closer and what `apart` gives before and after, the mean
-    over the judging episodes, and how many states there were in the end.
+    a cosine. slow: the rate of scales and biases, in units of lr. Returns the held-out loss before and after, both on
+    the final states, the round whose model was kept (0: the start), with visits what `apart` gives before and after,
+    the mean over the judging episodes, and how many states there were in the end.
     """
     layers = trainable(model)
     for name, layer in model.qlayers().items():
@@ -172,7 +165,7 @@ def apply(
     if not layers:
         return {"loss_before": 0.0, "loss_after": 0.0, "states": 0.0}
     with one_thread():
-        return _distill(model, calib, steps, max(1, rounds), states, batch, lr, slow, tries)
+        return _distill(model, calib, steps, max(1, rounds), states, batch, lr, slow)
 
 
 def trainable(model: Model) -> dict[str, QLayer | Point]:
@@ -231,7 +224,6 @@ def _distill(
     batch: int,
     lr: float,
     slow: float,
-    tries: int,
 ) -> dict[str, float]:
     visit = calib.visit if rounds > 1 else None
     with torch.no_grad():
@@ -241,10 +233,13 @@ def _distill(
         if visit is not None:
             for actor in (teacher, start):
                 pool = pool.plus(Pool.of(visit(actor, states, max(JUDGING) + 1).states, label))
-    judge = ByLoss(start, pool, loss) if visit is None else ByVisits(visit, teacher, start, states)
-    first, kept, closer = list(judge.ranks) if isinstance(judge, ByVisits) else [], 0, 0
-    student, trainees = _student(start, pool)
+        judge = ByLoss(start, pool, loss) if visit is None else ByVisits(visit, teacher, start, 2 * states)
+        first, kept = judge.ranks if isinstance(judge, ByVisits) else [], 0
+        student, trainees = _student(start, pool)
     optimizer = _optimizer(trainees, lr, slow)
+
+    def rate(t: int) -> float:
+        return min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
 
     def better(candidate: Model) -> bool:
         return pool.loss(candidate.module, loss) <= pool.loss(start.module, loss) and judge.race(candidate)
@@ -252,32 +247,19 @@ def _distill(
     for number in range(rounds):
         span = range(steps * number // rounds, steps * (number + 1) // rounds)
         with torch.enable_grad():
-            train(student, pool, loss, optimizer, _cosine(steps, 50), span, batch, calib.generator)
+            train(student, pool, loss, optimizer, rate, span, batch, calib.generator)
         current = _stored(start, trainees)
         if better(current):
             kept = number + 1
         if visit is not None and number + 1 < rounds:
             with torch.no_grad():
                 pool = pool.plus(Pool.of(visit(current, states, max(JUDGING) + 2 + number).states, label))
-    for _ in range(tries if visit is not None else 0):
-        student, trainees = _student(judge.best, pool)
-        bold = lr * 2 ** (float(torch.randn((), generator=calib.generator)) - 1)
-        with torch.enable_grad():
-            optimizer = _optimizer(trainees, bold, slow)
-            train(student, pool, loss, optimizer, _cosine(BURST, 10), range(BURST), batch, calib.generator)
-        closer += better(_stored(judge.best, trainees))
     losses = [pool.loss(m.module, loss) for m in (start, judge.best)]
     _copy_into(model, judge.best)
     report = {"loss_before": losses[0], "loss_after": losses[1], "round": float(kept)}
     if isinstance(judge, ByVisits):
-        sets = len(JUDGING)
-        report |= {"closer": float(closer), "apart_before": sum(first) / sets, "apart_after": sum(judge.ranks) / sets}
+        report |= {"apart_before": sum(first) / len(first), "apart_after": sum(judge.ranks) / len(judge.ranks)}
     return report | {"states": float(len(pool.train) + len(pool.held))}
-
-
-def _cosine(steps: int, warm: int) -> Callable[[int], float]:
-    """What multiplies the learning rates at a step: up in `warm` steps while it falls to zero."""
-    return lambda t: min(1.0, (t + 1) / warm) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
 
 
 def _optimizer(trainees: dict[str, Trainee | Operand], lr: float, slow: float) -> torch.optim.Optimizer:
