@@ -5,8 +5,8 @@
 --data holds agents in rl-zoo layout (algo/Env_1/Env.zip). --work keeps one study per agent, so that a run that was cut
 off goes on and several runs with other --agents can share the work. 20 episodes from seed 1000 and, where a row says
 so, 20 others of the same quantized policy from seed 7000; margin 5 % of the distance between the float and a random
-policy. With --publish only the rows that are there are published. Rows of presets that --presets leaves out stay in the
-report as they are, so leave out only what still gives the same policies as when they were made.
+policy; quantize_seconds are seconds of a processor. With --publish only the rows that are there are published. Rows of
+presets that --presets leaves out stay in the report as they are, so leave out only what still gives the same policies.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def main(data: Path, work: Path, agents: list[str], formats: list[tuple[str, str
                 if not missing:
                     continue
                 first = found[SEEDS[0]][1]
-                began = time.perf_counter()
+                began = time.process_time()
                 quantized = quantize(first.model, design, Calib(torch.from_numpy(first.states), visit=visited_states))
-                seconds = time.perf_counter() - began
+                seconds = time.process_time() - began
                 policy, spec = policy_of(quantized)
                 for seed in missing:
                     folder, study = found[seed]
