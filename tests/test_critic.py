@@ -77,7 +77,7 @@ def test_errors_count_by_what_they_cost() -> None:
     model = squashed()
     inputs = 0.5 * small_policies.calib(model, 256).inputs
     with torch.no_grad():
-        label, loss = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
+        label, loss, _ = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
         y = model.module(inputs)
         assert torch.tanh(y).abs().max() < 0.7, "no action may be moved over the edge, else the sums differ"
         a, t, plain = torch.tanh(y), label(inputs), loss_for(model.module.head, y)

@@ -88,8 +88,10 @@ class Pool:
     held_target: Tensor
 
     @classmethod
-    def of(cls, states: Tensor, label: Label) -> Pool:
-        target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
+    def of(cls, states: Tensor, label: Label, target: Tensor | None = None) -> Pool:
+        """The states with what `label` says of them, or the labels `target` where they are known."""
+        if target is None:
+            target = torch.cat([label(x) for x in states.split(min(1024, portion(states)))])
         held = torch.arange(len(states)) % 8 == 7 if len(states) >= 16 else torch.ones(len(states), dtype=torch.bool)
         train = ~held if len(states) >= 16 else held
         return cls(states[train], target[train], states[held], target[held])
@@ -228,8 +230,8 @@ def _distill(
     visit = calib.visit if rounds > 1 else None
     with torch.no_grad():
         teacher, start = float_twin(model), model.copy()
-        label, loss = _aim(teacher, calib.inputs, None if visit is None else model.critic)
-        pool = Pool.of(calib.inputs, label)
+        label, loss, known = _aim(teacher, calib.inputs, None if visit is None else model.critic)
+        pool = Pool.of(calib.inputs, label, known)
         if visit is not None:
             for actor in (teacher, start):
                 pool = pool.plus(Pool.of(visit(actor, states, max(JUDGING) + 1).states, label))
@@ -273,22 +275,23 @@ def _optimizer(trainees: dict[str, Trainee | Operand], lr: float, slow: float) -
     )
 
 
-def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Aim]:
-    """What a state is labelled with, and the loss of the outputs there; `inputs` are the calibration set.
+def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Label, Aim, Tensor | None]:
+    """What a state is labelled with, the loss of the outputs there, and the labels of `inputs`, the calibration set.
 
-    The float outputs, and with a critic of squashed actions the value of the float action beside them.
+    Labels are the float outputs, and with a critic of squashed actions the value of the float action beside them; None
+    where those of `inputs` are yet to be made.
     """
     module = teacher.module
     head = module.head if isinstance(module, Policy) else None
     outputs = torch.cat([module(x) for x in inputs.split(min(1024, portion(inputs)))])
     plain = loss_for(head, outputs)
     if critic is None or head is None or not head.squash:
-        return module, lambda _x, y, t: plain(y, t)
+        return module, lambda _x, y, t: plain(y, t), outputs
     judge = copy.deepcopy(critic).requires_grad_(False)
     parts = zip(inputs.split(1024), outputs.split(1024), strict=True)
     usual = torch.cat([drops(judge, x, torch.tanh(y)).clamp_min(0) for x, y in parts]).mean()
     if not bool(usual.isfinite() & (usual > 0)):
-        return module, lambda _x, y, t: plain(y, t)
+        return module, lambda _x, y, t: plain(y, t), outputs
     errors, n = errors_of(head), head.outputs
     moved = torch.atanh(torch.full((1, 1), 0.3))
     worth = float(errors(moved, torch.zeros(1, 1)).sum() / usual)
@@ -301,7 +304,7 @@ def _aim(teacher: Model, inputs: Tensor, critic: nn.Module | None) -> tuple[Labe
         lost = (t[:, n] - judge(x, torch.tanh(y))).clamp_min(0)
         return 0.3 * errors(y, t[:, :n]).sum(dim=1) + worth * lost
 
-    return label, loss
+    return label, loss, None
 
 
 def _student(start: Model, pool: Pool) -> tuple[nn.Module, dict[str, Trainee | Operand]]:
