@@ -18,7 +18,9 @@ on 8,192 answers of its own by KL to its logits where it answers; mean reward of
 reward is float's within its error; the 40 of tequila_arithmetic_short tell the methods apart.
 
 Lambda is the paper's 1e-3 and the quantizer the paper's, AbsMean, unless a row says so. "+ bias" trains a bias
-in every layer besides, which asks how much of the gain is just a bias. RTN rounds without training, at the ternary
+in every layer besides, which asks how much of the gain is just a bias. "mean inputs" and "mean error" are the constants
+"mean" and "error" of the method's docstring; "then bias correction" adds after training what "error" adds while
+training. RTN rounds without training, at the ternary
 scale of least squared error. The seed sets the order of the batches. Standard errors are over documents or episodes;
 rows with seed "all" have the mean over seeds, with standard errors over seeds. `loss` is on the first four calibration
 batches.
@@ -41,6 +43,7 @@ from quantkit.capture import captured
 from quantkit.language import causal_lm
 from quantkit.loaders import hf
 from quantkit.loading import load_checkpoint
+from quantkit.methods import bias_correction
 from quantkit.model import Calib, Model
 from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.study import calib_for, policy_of, visited_states
@@ -58,6 +61,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "Tequila on TWN": {"biases": False, "quantizer": "twn"},
     "Tequila on TWN, lambda 0.01": {"biases": False, "quantizer": "twn", "reactivate": 0.01},
     "Tequila on TWN, lambda 0.03": {"biases": False, "quantizer": "twn", "reactivate": 0.03},
+    "Tequila on TWN, mean inputs": {"biases": False, "quantizer": "twn", "constant": "mean"},
+    "Tequila on TWN, mean error": {"biases": False, "quantizer": "twn", "constant": "error"},
+    "Tequila, mean error": PAPER | {"constant": "error"},
+    "TWN, then bias correction": {"biases": False, "reactivate": 0.0, "quantizer": "twn"},
     "Tequila, lambda 0.1": PAPER | {"reactivate": 0.1},
     "AbsMean + bias": PAPER | {"biases": True, "reactivate": 0.0},
     "Tequila + bias": PAPER | {"biases": True},
@@ -67,6 +74,13 @@ METHODS: dict[str, dict[str, Any]] = {
 def steps(method: str, options: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
     """The recipe's steps for a method of the table."""
     return (("rtn", {}),) if method == "RTN" else (("tequila", METHODS[method] | options),)
+
+
+def finished(method: str, done: Model, calib: Calib) -> Model:
+    """The trained model, corrected where the method says so."""
+    if method.endswith("bias correction"):
+        bias_correction.apply(done, calib)
+    return done
 
 
 def seeds_of(method: str, seeds: int) -> range:
@@ -110,7 +124,7 @@ def language(data: Path, methods: list[str], seeds: int, options: dict[str, Any]
             began = time.perf_counter()
             plan = (("model.layers.*", make_plan("ternary", "float", "row")),)
             recipe = Recipe(plan, steps(method, options), seed)
-            done = quantize(model, recipe, Calib(windows, batch=64))
+            done = finished(method, quantize(model, recipe, Calib(windows, batch=64)), Calib(windows, batch=64))
             found = row("stories260k", method, seed, options, done, time.perf_counter() - began)
             score = perplexity.evaluate(causal_lm(done), held, batch=20)
             if method == "AbsMean":
@@ -142,7 +156,7 @@ def policy(methods: list[str], seeds: int, options: dict[str, Any]) -> list[dict
         for seed in seeds_of(method, seeds):
             began = time.perf_counter()
             recipe = Recipe((("*", make_plan("ternary", "int8", "row")),), steps(method, options), seed)
-            done = quantize(model, recipe, Calib(states))
+            done = finished(method, quantize(model, recipe, Calib(states)), Calib(states))
             found = row("LunarLander-v3", method, seed, options, done, time.perf_counter() - began)
             act = episodes.act_of(policy_of(done)[0])
             score = episodes.evaluate(act, spec)
@@ -174,7 +188,8 @@ def arithmetic(methods: list[str], seeds: int, options: dict[str, Any], problems
         for seed in seeds_of(method, seeds):
             began = time.perf_counter()
             plan = (("model.layers.*", make_plan("ternary", "float", "row")),)
-            done = quantize(model, Recipe(plan, steps(method, options), seed), Calib(answers, batch=256))
+            recipe, calib = Recipe(plan, steps(method, options), seed), Calib(answers, batch=256)
+            done = finished(method, quantize(model, recipe, calib), calib)
             found = row("arithmetic", method, seed, options, done, time.perf_counter() - began)
             score = reward.evaluate(causal_lm(done), tokenizer, task, end=end)
             if method == "AbsMean":

@@ -27,12 +27,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def trainee(granularity, quantizer="absmean", reactivate=0.3, columns=12, rows=5, seed=0) -> Trainee:
+def trainee(granularity, quantizer="absmean", reactivate=0.3, columns=12, rows=5, seed=0, constant="lambda") -> Trainee:
     """A layer in training with a large lambda, so that C matters."""
     layer = nn.Linear(columns, rows)
     layer.weight.data, layer.bias.data = random(rows, columns, seed=seed), random(rows, seed=seed + 1)
     plan = LayerPlan(parse("ternary"), None, granularity)
-    return Trainee(QLayer(layer, plan).eval(), quantizer, reactivate)
+    return Trainee(QLayer(layer, plan).eval(), quantizer, reactivate, constant)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
@@ -62,6 +62,61 @@ def test_gradient_of_learned_scales():
     assert not inside.all() and torch.equal(t, part.codes()[0])
     assert (part.w.grad - g * inside).abs().max() <= 1e-12
     assert (part.a.grad - (g * (t - u * inside)).sum(1, keepdim=True)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("quantizer", ["absmean", "twn", "lsq"])
+@pytest.mark.parametrize("constant", ["mean", "error"])
+def test_mean_inputs_stand_for_lambda(granularity, quantizer, constant):
+    """C is the dead weights, or every weight's error, times the mean input; a dead w_ji has m_i sum of G besides x G.
+
+    Of "error" the gradient is the straight-through estimator's alone, with LSQ the whole of G x besides.
+    """
+    part = trainee(granularity, quantizer, constant=constant).double()
+    x, G = random(7, 12, seed=3).double() + 1, random(7, 5, seed=4).double()
+    y = part(x)
+    (y * G).sum().backward()
+    t, a = (v.detach() for v in part.codes())
+    w, q, m = part.w.detach(), t * expand_scale(a, 12), x.mean(0)
+    missing = w - q if constant == "error" else w * (t == 0)
+    assert (y - (x @ q.T + part.bias + missing @ m)).abs().max() <= 1e-12
+    inside = torch.ones_like(w) if quantizer != "lsq" else (w.abs() <= expand_scale(a, 12)).double()
+    expected = (G.T @ x) * inside
+    if constant == "mean":
+        expected = expected + G.sum(0)[:, None] * m * (t == 0)
+    else:
+        expected = expected + G.sum(0)[:, None] * m * (1 - inside)
+    assert (part.w.grad - expected).abs().max() <= 1e-12
+
+
+def test_the_mean_error_is_nothing():
+    """With "error" the outputs over the batch that the mean is of are those of the float layer on average."""
+    part, x = trainee(PerRow(), constant="error").double(), random(40, 12, seed=3).double() + 1
+    y = x @ part.w.T + part.bias
+    assert (part(x).mean(0) - y.mean(0)).abs().max() <= 1e-12 < 0.1 < (part(x) - y).abs().max()
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("constant", ["mean", "error"])
+def test_constants_of_any_layer(build, constant):
+    """Of convolutions too, groups, strides and borders included, C is the mean output of what it stands for."""
+    model, calib = build()
+    for name, layer in list(model.layers().items()):
+        model.replace(name, QLayer(layer, make_plan("ternary", "float")).eval())
+    student, trainees = tequila._student(model, "twn", 1e-3, constant)
+    seen = {}
+    for name, part in trainees.items():
+        part.register_forward_hook(lambda _, x, y, name=name: seen.update({name: x[0]}))
+    with torch.no_grad():
+        student.module(calib.inputs)
+        for name, x in seen.items():
+            part = trainees[name]
+            t, a = part.codes()
+            missing = part.w - t * expand_scale(a, t.shape[1]) if constant == "error" else part.w * (t == 0)
+            y = part.layer.product(x, missing.reshape(part.layer.weight.shape))
+            want = y.movedim(part.layer.axis, -1).flatten(0, -2).mean(0)
+            got = part.matrix_and_bias()[1] - part.bias
+            assert (got - want).abs().max() <= 1e-5 * y.abs().max(), name
 
 
 def test_bias_of_dead_weights_is_differentiable():
@@ -148,24 +203,29 @@ def test_wrong_merge_is_caught():
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-def test_whole_networks_merge(build):
+@pytest.mark.parametrize("constant", ["lambda", "mean", "error"])
+def test_whole_networks_merge(build, constant):
     """Before a step is taken, the network of trainees and the merged one agree to 1e-5 of the largest output."""
     model, calib = build()
     for name, layer in list(model.layers().items()):
         model.replace(name, QLayer(layer, make_plan("ternary", "float")).eval())
     with torch.no_grad():
-        student, trainees = tequila._student(model, "absmean", 0.3)
+        student, trainees = tequila._student(model, "absmean", 0.3, constant)
         wanted = student.module(calib.inputs)
         got = tequila._merged(model, student, trainees).module(calib.inputs)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("acts", ["float", "int8", "mxint8"])
-def test_the_loss_falls(build, acts):
+@pytest.mark.parametrize(
+    ("acts", "constant"),
+    [("float", "lambda"), ("int8", "lambda"), ("mxint8", "lambda"), ("int8", "mean"), ("int8", "error")],
+)
+def test_the_loss_falls(build, acts, constant):
     """Training brings the ternary network nearer to the float one, on every tiny network."""
     model, calib = build()
-    done = quantize(model, uniform("ternary", acts, steps=(("tequila", {"steps": 150, "lr": 0.05}),)), calib)
+    step = ("tequila", {"steps": 150, "lr": 0.05, "constant": constant})
+    done = quantize(model, uniform("ternary", acts, steps=(step,)), calib)
     report = done.meta["steps"][-1]["diagnostics"]
     assert report["loss_after"] < 0.7 * report["loss_before"]
     assert 0 < report["dead_after"] < 0.6 and report["changed"] > 0 and report["bias_share"] > 0
@@ -253,6 +313,7 @@ def test_answers_alone_count(distill):
     [
         ("int4", {}, r"layer 'net\.0' is to be int4; accepted: ternary, int2n"),
         ("ternary", {"quantizer": "seq"}, r"quantizer='seq'; accepted: absmean, absmedian, twn, lsq"),
+        ("ternary", {"constant": "sum"}, r"constant='sum'; accepted: lambda, mean, error"),
         ("ternary:group1", {}, r"layer 'net\.0' has scales in a format; accepted: tensor, row, group<size>"),
         ("ternary", {"steps": 0}, "steps, batch, rounds and states must be 1 or more"),
         ("ternary", {"distill": 0.5}, "which only a language model does"),

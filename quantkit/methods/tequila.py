@@ -17,6 +17,17 @@ The dead zone may be that of any quantizer, and `reactivate=0` leaves just that 
 arXiv 1902.08153: a learned, D = a / 2, no gradient of w outside [-a, a]; its gradient scale is left out, as Adam
 divides by it).
 
+Two other constants may stand in the place of C; all three are in the end a bias. With m_i the mean of input i,
+
+    constant="mean"     C_j = sum of the dead w_ji m_i
+    constant="error"    C_j = sum of all (w_ji - w^_ji) m_i
+
+"mean" gives every dead weight the lambda with which it misses nothing on average, where the paper's stands for the sign
+of an input that is not looked at; its gradient is m_i of the sum that lambda is of in the paper. "error" does so for
+live weights, too, and is the constant of least squared error: y_j = sum w^_ji (x_i - m_i) + w_ji m_i. Through it w has
+the gradient of the straight-through estimator and no other. It is bias correction (arXiv 1906.04721) inside the loop,
+and no longer a matter of the dead zone. m is a running mean over the batches that are trained on.
+
 Differs from the paper: the quantizer is TWN's unless "absmean", the paper's, is asked for: trained with it two language
 models lost less, with C and without; C itself changed little (reports/language/tequila.csv, tequila_arithmetic_short).
 By default the float network's outputs are distilled instead of predicting the next token (`distill`), learning rates
@@ -47,6 +58,9 @@ from quantkit.training import Straight, cosine, rounded, train
 
 CHANGES = frozenset({"weights", "bias", "trained"})
 Quantizer = Literal["absmean", "absmedian", "twn", "lsq"]
+Constant = Literal["lambda", "mean", "error"]
+RATE = 0.05
+"""Weight of a batch in the running mean of a layer's inputs."""
 TERNARY = (-1.0, 0.0, 1.0)
 
 
@@ -98,12 +112,14 @@ class Trainee(nn.Module):
     """A QLayer in training; takes its place in a copy of the network.
 
     w: the latent weight matrix (rows, columns), None of a layer whose quantized weight stays. a: the learned scales of
-    "lsq". reactivate: lambda.
+    "lsq". reactivate: lambda, 0 for no constant of any kind. mean: of the inputs, (1, channels, ...) with the positions
+    that a convolution slides over; None until there has been an input.
     """
 
-    def __init__(self, layer: QLayer, quantizer: Quantizer, reactivate: float) -> None:
+    def __init__(self, layer: QLayer, quantizer: Quantizer, reactivate: float, constant: Constant = "lambda") -> None:
         super().__init__()
-        self.layer, self.quantizer = layer, quantizer
+        self.layer, self.quantizer, self.constant = layer, quantizer, constant
+        self.mean: Tensor | None = None
         self.reactivate = 0.0 if layer.op == "embedding" else reactivate
         self.bias = nn.Parameter(layer.bias.detach().clone())
         self.w: nn.Parameter | None = None
@@ -131,18 +147,34 @@ class Trainee(nn.Module):
         matrix: Tensor = Straight.apply(self.w, t * s) if self.a is None else _Learned.apply(self.w, s.expand_as(t), t)
         if self.reactivate == 0:
             return matrix, self.bias
-        return matrix, self.bias + self.reactivate * (self.w * (t == 0)).sum(dim=1)
+        if self.constant == "lambda":
+            return matrix, self.bias + self.reactivate * (self.w * (t == 0)).sum(dim=1)
+        if self.mean is None:
+            return matrix, self.bias
+        missing = self.w - matrix if self.constant == "error" else self.w * (t == 0)
+        y = self.layer.product(self.mean, missing.reshape(self.layer.weight.shape))
+        return matrix, self.bias + y.flatten(2).mean(dim=2)[0] if self.layer.spatial else self.bias + y[0]
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, learning: bool) -> None:
+        """Start the mean of inputs, or move it while the layer is learning."""
+        if self.constant == "lambda" or self.reactivate == 0 or (self.mean is not None and not learning):
+            return
+        now = x.reshape(-1, *x.shape[-1 - self.layer.spatial :]).mean(dim=0, keepdim=True)
+        self.mean = now if self.mean is None else self.mean + RATE * (now - self.mean)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        matrix, bias = self.matrix_and_bias()
-        weight = matrix.reshape(layer.weight.shape)
         if layer.op == "embedding":
-            return layer.product(x, weight) + bias
+            matrix, bias = self.matrix_and_bias()
+            return layer.product(x, matrix.reshape(layer.weight.shape)) + bias
         if layer.in_scale is not None:
             x = x * layer.per_channel(layer.in_scale)
         if layer.act is not None:
             x = rounded(layer.act, layer.axis, x) * layer.act.scale
+        self.observe(x, learning=torch.is_grad_enabled())
+        matrix, bias = self.matrix_and_bias()
+        weight = matrix.reshape(layer.weight.shape)
         return layer.product(x, weight) + layer.per_channel(bias)
 
     @torch.no_grad()
@@ -212,6 +244,7 @@ def apply(
     batch: int = 64,
     lr: float = 0.05,
     reactivate: float = 1e-3,
+    constant: Constant = "lambda",
     quantizer: Quantizer = "twn",
     distill: float = 1.0,
     prompt_end: int | None = None,
@@ -225,10 +258,11 @@ def apply(
 
     steps: of Adam, `batch` samples each. lr: relative to the mean magnitude of the weight, and for a bias to that of
     the sum of a row; warmed up over 5 % of the run, then along a cosine to zero. reactivate: lambda, 0 for the
-    baselines. distill: 1 for the float network's outputs (of a policy: its actions, `quantkit.losses`; of a language
-    model: KL of the next token), 0 for the next token of the calibration text itself, in between for both. biases:
-    train those of the layers, too. others: train what has no ternary weight, too: layers left in float, normalizations.
-    rounds: with `calib.visit`, how often the policy acts to find `states` more states to be trained on.
+    baselines. constant: what C is; lambda only tells "mean" and "error" from none. distill: 1 for the float network's
+    outputs (of a policy: its actions, `quantkit.losses`; of a language model: KL of the next token), 0 for the next
+    token of the calibration text itself, in between for both. biases: train those of the layers, too. others: train
+    what has no ternary weight, too: layers left in float, normalizations. rounds: with `calib.visit`, how often the
+    policy acts to find `states` more states to be trained on.
 
     Returns the loss on the first four batches of samples before and after, the fraction of dead weights before and
     after, that of weights whose code changed, and the root mean square of C over that of the layers' outputs.
@@ -244,6 +278,8 @@ def apply(
             )
     if quantizer not in get_args(Quantizer):
         raise InputError(f"step 'tequila': quantizer={quantizer!r}; accepted: {', '.join(get_args(Quantizer))}")
+    if constant not in get_args(Constant):
+        raise InputError(f"step 'tequila': constant={constant!r}; accepted: {', '.join(get_args(Constant))}")
     if min(steps, batch, rounds, states) < 1 or lr <= 0 or reactivate < 0 or not 0 <= distill <= 1:
         raise InputError(
             "step 'tequila': steps, batch, rounds and states must be 1 or more, lr above 0, reactivate 0 or more and"
@@ -256,7 +292,7 @@ def apply(
         first = calib.inputs[: 4 * batch]
         example = torch.cat([teacher.module(x) for x in first.split(batch)])
         loss = _loss(model, example, calib.inputs, distill, (prompt_end, answer_end))
-    student, trainees = _student(model, quantizer, reactivate)
+    student, trainees = _student(model, quantizer, reactivate, constant)
     start = {name: t.codes()[0] for name, t in trainees.items() if t.w is not None}
 
     def score() -> float:
@@ -297,12 +333,14 @@ def apply(
     }
 
 
-def _student(model: Model, quantizer: Quantizer, reactivate: float) -> tuple[Model, dict[str, Trainee]]:
+def _student(
+    model: Model, quantizer: Quantizer, reactivate: float, constant: Constant = "lambda"
+) -> tuple[Model, dict[str, Trainee]]:
     """A copy of the network with trainable layers, by name."""
     student = model.copy()
     trainees = {}
     for name, layer in student.qlayers().items():
-        trainees[name] = Trainee(layer, quantizer, reactivate)
+        trainees[name] = Trainee(layer, quantizer, reactivate, constant)
         student.replace(name, trainees[name])
     for point in student.points().values():
         point.input_values = functools.partial(rounded, point.act, point.axis)  # type: ignore[method-assign]
