@@ -19,14 +19,18 @@ from torch import Tensor, fx, nn
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """A tensor in a file, its bare bytes."""
+    """A tensor in a file, its bare bytes; as it lay in memory, so that sums run in the same order."""
 
     path: Path
     dtype: torch.dtype
     shape: torch.Size
+    stride: tuple[int, ...]
 
     def read(self) -> Tensor:
-        return torch.from_numpy(np.fromfile(self.path, np.uint8)).view(self.dtype).reshape(self.shape)
+        value = torch.from_numpy(np.fromfile(self.path, np.uint8)).view(self.dtype).reshape(self.shape)
+        if value.stride() == self.stride or 0 in self.stride:  # the latter is expanded
+            return value
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype).copy_(value)
 
 
 class Store:
@@ -44,7 +48,7 @@ class Store:
             return value
         path = self.folder / str(next(self.numbers))
         _write(value, path)
-        return _OnDisk(path, value.dtype, value.shape)
+        return _OnDisk(path, value.dtype, value.shape, value.stride())
 
     def drop(self, kept: Any) -> None:
         if isinstance(kept, _OnDisk):
@@ -66,12 +70,13 @@ def _size(value: Tensor) -> int:
 
 
 def _write(kept: Any, path: Path) -> list[Any]:
-    """Put the bare bytes of a kept tensor into a file; its dtype and shape."""
+    """Put the bare bytes of a kept tensor into a file; its dtype, shape and stride."""
     if isinstance(kept, _OnDisk):
         shutil.copyfile(kept.path, path)
     else:
         kept.contiguous().flatten().view(torch.uint8).numpy().tofile(path)
-    return [str(kept.dtype).removeprefix("torch."), list(kept.shape)]
+    stride = kept.stride if isinstance(kept, _OnDisk) else kept.stride()
+    return [str(kept.dtype).removeprefix("torch."), list(kept.shape), list(stride)]
 
 
 def _get(kept: Any) -> Any:
@@ -236,8 +241,8 @@ class Stream:
                 self.follow(node)
             if node.name in index:
                 found = [
-                    _OnDisk(folder / f"{node.name}.{i}", getattr(torch, dtype), torch.Size(shape)).read()
-                    for i, (dtype, shape) in enumerate(index[node.name])
+                    _OnDisk(folder / f"{node.name}.{i}", getattr(torch, dtype), torch.Size(shape), tuple(stride)).read()
+                    for i, (dtype, shape, stride) in enumerate(index[node.name])
                 ]
                 self.values[node] = [self.store.put(value) for value in found]
         self.catch_up()
