@@ -194,11 +194,11 @@ module window #(
     end
   endgenerate
 
-  // the ring
+  // the ring; no word that a position needs is written while it is read
   wire [AB-1:0] get = line + at;
   generate
     if (BLOCK) begin : block
-      (* ram_style = "block" *) reg [BITS-1:0] cells [0:CELLS-1];
+      (* ram_style = "block", no_rw_check *) reg [BITS-1:0] cells [0:CELLS-1];
       always @(posedge clk) begin
         if (accept) cells[put] <= in_word;
         if (~mapped) out <= {BITS{1'b0}};
