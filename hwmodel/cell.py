@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hwmodel import fabric
 from hwmodel.accumulator import exact_bits, signed_bits, unit_range
 from hwmodel.convert import affine
 from hwmodel.cost import Cost, HwError
-from hwmodel.fabric import ram_luts
 from hwmodel.formats import Format, Int, bits, parse
 from hwmodel.gates import INDEX, S_RANGE, G
 from hwmodel.layer import address_bits, constants
+from hwmodel.mac import booth_rows, coefficients
 from hwmodel.memory import rom
 from hwmodel.reference import to_units
 from hwmodel.spec import CELL_GATES, LayerSpec, Recurrence, Rescale
@@ -221,6 +222,17 @@ def codes_of(cell: Cell, states: np.ndarray) -> np.ndarray:
     return cell.table[np.arange(cell.hidden) if len(cell.table) > 1 else 0, h & ((1 << cell.state.bits) - 1)]
 
 
+def product_luts(x_bits: int, y_bits: int) -> float:
+    """LUTs of `rtl/multiply.v` for a signed x and an unsigned y; on ECP5 at the rate of a converter's Booth rows."""
+    rows = booth_rows(x_bits, True, y_bits, False)
+    return rows if fabric.family() == "xc7" else float(coefficients()["convert"]["runtime"]["rows"]) * rows
+
+
+def waiting(width: int, cycles: int) -> Cost:
+    """What `rtl/delay.v` takes beside its last register: shift registers in LUTs, or flip-flops."""
+    return Cost(luts=width) if fabric.shift_registers() else Cost(ffs=(cycles - 1) * width)
+
+
 def frame_cost(spec: LayerSpec) -> Cost:
     """Of a cell, what is neither its products nor its gates: sums kept and scaled, constants, next state, codes."""
     found, gates = spec.recurrence, CELL_GATES[spec.op]
@@ -233,5 +245,5 @@ def frame_cost(spec: LayerSpec) -> Cost:
     if found.coded:
         assert spec.out is not None
         cost += rom(bits(spec.out), 1 << b).cost
-    cost += Cost(luts=ram_luts(x_bits, hidden) + 8, ffs=x_bits + 2 * address_bits(hidden) + 4)
+    cost += Cost(luts=fabric.ram_luts(x_bits, hidden) + 8, ffs=x_bits + 2 * address_bits(hidden) + 4)
     return cost + Cost(ffs=2 * b * hidden)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from hwmodel.cell import Cell, frame_cost, sums_of
+from hwmodel.cell import Cell, frame_cost, product_luts, sums_of, waiting
 from hwmodel.convert import round_clip
 from hwmodel.cost import Cost
 from hwmodel.fabric import adder
 from hwmodel.gates import INDEX, N_RANGE, S_RANGE, G, sigmoid, stored, tanh
-from hwmodel.mac import booth_rows
 from hwmodel.memory import rom
 from hwmodel.spec import LayerSpec, Rescale
 
@@ -46,8 +45,8 @@ def gates_cost(spec: LayerSpec) -> Cost:
         (2 * G + 3, 2 * G - found.state_fraction, b),
     ):
         cost += round_clip(Rescale("plain", 0, 0, width, shift, 0), out)
-    luts = booth_rows(t, True, G, False) + booth_rows(G + 2, True, G, False) + 3 * adder(t, t, False)
+    luts = product_luts(t, G) + product_luts(G + 2, G) + 3 * adder(t, t, False)
     luts += adder(G + 2, G + 2, False) + adder(2 * G + 3, 2 * G + 2, False)
-    luts += 2 * t + G + b * hidden  # delays in shift registers; the old state, loaded or shifted
-    cost += Cost(luts=luts, ffs=4 * t + 4 * t + b * hidden + 8 * G)
+    luts += b * hidden  # the old state, loaded or shifted
+    cost += Cost(luts=luts, ffs=4 * t + 4 * t + b * hidden + 8 * G) + waiting(t, 4) + waiting(t, 5) + waiting(G, 6)
     return cost + rom(G, 1 << INDEX).cost * 2 + rom(G + 1, 1 << INDEX).cost

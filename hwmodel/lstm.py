@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hwmodel.cell import Cell, frame_cost, sums_of
+from hwmodel.cell import Cell, frame_cost, product_luts, sums_of, waiting
 from hwmodel.convert import round_clip
 from hwmodel.cost import Cost
 from hwmodel.fabric import adder, ram_luts
 from hwmodel.gates import INDEX, N_RANGE, S_RANGE, G, sigmoid, stored, tanh
 from hwmodel.layer import address_bits
-from hwmodel.mac import booth_rows
 from hwmodel.memory import rom
 from hwmodel.spec import LayerSpec, Recurrence, Rescale
 
@@ -58,8 +57,9 @@ def gates_cost(spec: LayerSpec) -> Cost:
         (2 * G + 1, 2 * G - found.state_fraction, b),
     ):
         cost += round_clip(Rescale("plain", 0, 0, width, shift, 0), out)
-    luts = booth_rows(c, True, G, False) + 2 * booth_rows(G + 1, True, G, False) + 4 * adder(t, t, False)
+    luts = product_luts(c, G) + 2 * product_luts(G + 1, G) + 4 * adder(t, t, False)
     luts += adder(wide, wide - (G - found.memory_fraction), False)
-    luts += G + ram_luts(c, hidden)  # o in shift registers; c
+    luts += ram_luts(c, hidden)
     ffs = 4 * t + c + G + 2 * (2 * G + 1) + wide + c + 2 * address_bits(hidden)
-    return cost + Cost(luts=luts, ffs=ffs) + rom(G, 1 << INDEX).cost * 3 + rom(G + 1, 1 << INDEX).cost * 2
+    cost += Cost(luts=luts, ffs=ffs) + waiting(G, 5)
+    return cost + rom(G, 1 << INDEX).cost * 3 + rom(G + 1, 1 << INDEX).cost * 2
