@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hwmodel import accumulator
 from hwmodel.formats import BINARY, Format, Int
-from hwmodel.spec import LayerSpec
+from hwmodel.spec import LayerSpec, PerGroup, Window
 from quantkit.bands import BANDS, Bands, signed
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
@@ -34,18 +35,27 @@ def layer_shapes(model: Model) -> list[dict[str, Any]]:
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     """One spec per product with a weight, two of one in bands, in the order in which they run (`run_order`).
 
-    The accumulator is exact for the actual weights.
+    The accumulator is exact for the actual weights. Of a network of linear layers and convolutions of images all have
+    windows, if every one of them has hardware: what a map's lines take is priced.
 
     Embeddings multiply nothing and have none; a transposed convolution counts all products of its kernel.
     """
-    every, positions = model.layers(), _positions(model)
-    layers = {name: every[name] for name in positions if shape_of(every[name]).op != "embedding"}
+    every = model.layers()
+    shapes = flows(model, every)
+    layers = {name: every[name] for name in _ordered(every, shapes) if shape_of(every[name]).op != "embedding"}
+    positions = {name: _positions(layer, shapes.get(name)) for name, layer in layers.items()}
+    windows: dict[str, Window | None] = {}
+    for before, name in itertools.pairwise(["", *layers]):
+        windows[name] = _window(layers[name], shapes.get(name), shapes[before][1] if before in shapes else None)
+    if any(window is None for window in windows.values()) or all(shape_of(x).op == "linear" for x in layers.values()):
+        windows = dict.fromkeys(layers)
     followers = _activations(model)
     names = list(layers)
     specs: list[LayerSpec] = []
     for index, (name, layer) in enumerate(layers.items()):
         nxt = layers[names[index + 1]] if index + 1 < len(names) else None
-        specs.extend(specs_of(name, layer, nxt, positions[name], followers.get(name, "none")))
+        found = specs_of(name, layer, nxt, positions[name], followers.get(name, "none"))
+        specs.extend(replace(spec, window=windows[name]) if len(found) == 1 else spec for spec in found)
     return tuple(specs)
 
 
@@ -137,17 +147,47 @@ def flows(model: Model, layers: Mapping[str, nn.Module]) -> dict[str, tuple[torc
 
 def run_order(model: Model) -> list[str]:
     """The names of the layers in the order in which they first run on the example; behind them those that do not."""
-    return list(_positions(model))
-
-
-def _positions(model: Model) -> dict[str, int]:
-    """Outputs per input of each layer, in `run_order`."""
     layers = model.layers()
-    found = {
-        name: max(1, output[1:].numel() // shape_of(layers[name]).outputs)
-        for name, (_, output) in flows(model, layers).items()
-    }
-    return found | {name: 1 for name in layers if name not in found}
+    return _ordered(layers, flows(model, layers))
+
+
+def _ordered(layers: Iterable[str], shapes: Mapping[str, Any]) -> list[str]:
+    return [*shapes, *(name for name in layers if name not in shapes)]
+
+
+def _positions(layer: Plain | QLayer, shapes: tuple[torch.Size, torch.Size] | None) -> int:
+    """Output positions of one inference, by the shapes of `flows`."""
+    return 1 if shapes is None else max(1, shapes[1][1:].numel() // shape_of(layer).outputs)
+
+
+def _window(
+    layer: Plain | QLayer, shapes: tuple[torch.Size, torch.Size] | None, before: torch.Size | None
+) -> Window | None:
+    """The map that a layer reads; None where that is no image or no hardware here follows it.
+
+    Zeros that the network pads before the layer are part of the map. A linear layer reads one vector: the map that the
+    layer before it gives (shape `before`), if that is as long.
+    """
+    shape = shape_of(layer)
+    grouped = isinstance(layer, QLayer) and isinstance(layer.plan.granularity, PerGroup)
+    if shapes is None or grouped or shape.op not in ("linear", "conv2d"):
+        return None
+    read = shapes[0][1:]
+    if shape.op == "linear":
+        if len(read) != 1:
+            return None
+        if before is not None and len(before) == 4 and math.prod(before[1:]) == read[0]:
+            return Window(before[1], before[2], before[3], (before[2], before[3]))
+        return Window(read[0])
+    padding = getattr(layer, "padding", 0)
+    own = (0, 0) if padding == "valid" else padding
+    if isinstance(own, str) or len(read) != 3 or any(d != 1 for d in layer.dilation):  # type: ignore[union-attr]
+        return None
+    above, left = (int(p) for p in own)  # type: ignore[union-attr]
+    stride, kernel = tuple(layer.stride), shape.kernel  # type: ignore[arg-type, union-attr]
+    if above >= kernel[0] or left >= kernel[1]:
+        return None
+    return Window(read[0], read[1], read[2], kernel, stride, (above, above, left, left))  # type: ignore[arg-type]
 
 
 def _activations(model: Model) -> dict[str, str]:

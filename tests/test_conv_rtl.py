@@ -37,6 +37,7 @@ from quantkit.model import Calib, Model
 from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.rtl_conv import designs_of, input_codes, outputs, parts_of, seen
 from quantkit.rtl_episodes import Pilot
+from quantkit.specs import layer_specs
 
 DEVICE = find_device("xc7a35t")
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
@@ -507,6 +508,26 @@ def test_a_policy_is_one_design() -> None:
     with torch.inference_mode():
         want = model.module(images[:8]).numpy()
     assert np.array_equal(outputs(last, layers[last.name], sums), want)
+
+
+@pytest.mark.parametrize("made", [tiny_cnn, image_policy])
+def test_the_price_of_an_artifact_has_the_lines_of_its_design(made: object) -> None:
+    """What `hwmodel estimate` reads of a network prices each layer's window, ring and folds as its Verilog has them.
+
+    Other than what is emitted, it does not know the exact arithmetic behind the sums.
+    """
+    model, _ = made("int4", "int5")  # type: ignore[operator]
+    specs = [spec for design in designs_of(model)[0] for spec in design.network.specs]
+    for told, emitted_spec in zip(layer_specs(model), specs, strict=True):
+        assert told.window is not None and emitted_spec.window is not None
+        known = dataclasses.replace(told, rescale=emitted_spec.rescale, activation=emitted_spec.activation)
+        assert [(f.pe, f.simd) for f in folds(told)] == [(f.pe, f.simd) for f in folds(emitted_spec)]
+        for mine, its in zip(folds(known), folds(emitted_spec), strict=True):
+            assert conv.ring(told, mine.stream) == conv.ring(emitted_spec, its.stream)
+            if told.out == emitted_spec.out:
+                one, other = conv.window_cost(told, mine.stream), conv.window_cost(emitted_spec, its.stream)
+                assert one.luts == pytest.approx(other.luts, rel=0.05)
+                assert mine.cost.bram18 == its.cost.bram18
 
 
 def test_branches_part_designs_and_are_named() -> None:
