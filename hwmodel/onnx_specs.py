@@ -18,7 +18,7 @@ from hwmodel.accumulator import exact_bits
 from hwmodel.cost import HwError
 from hwmodel.formats import BINARY, TERNARY, Float, Format, FormatError, Int, max_value, min_value, parse, unit
 from hwmodel.reference import to_units
-from hwmodel.spec import Activation, Granularity, LayerSpec, PerGroup, PerRow, PerTensor
+from hwmodel.spec import Activation, Granularity, LayerSpec, PerGroup, PerRow, PerTensor, Window
 
 ACTIVATIONS: dict[str, Activation] = {
     "Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Elu": "elu", "LeakyRelu": "leaky_relu", "Gelu": "gelu",
@@ -68,7 +68,10 @@ class Quantized:
 
 
 def read_onnx(path: Path) -> list[LayerSpec]:
-    """One spec per product, in order; `HwError` names the file, and the layer, that is no such chain."""
+    """One spec per product, in order; `HwError` names the file, and the layer, that is no such chain.
+
+    All have windows where there are convolutions and the file tells every map.
+    """
     graph = _load(path)
     products = [node for node in graph.nodes if node.op in PRODUCTS]
     if not products:
@@ -89,6 +92,12 @@ def read_onnx(path: Path) -> list[LayerSpec]:
         else:
             spec = replace(spec, scale_pow2=False)
         specs.append(spec)
+    windows = [
+        _window(graph, node, spec, specs[i - 1] if i else None)
+        for i, (node, spec) in enumerate(zip(products, specs, strict=True))
+    ]
+    if all(window is not None for window in windows) and any(node.op == "Conv" for node in products):
+        specs = [replace(spec, window=window) for spec, window in zip(specs, windows, strict=True)]
     return specs
 
 
@@ -379,6 +388,34 @@ def _granularity(scale: np.ndarray, gain: np.ndarray, shape: tuple[int, ...]) ->
     if scale.ndim == 2 and scale.shape[1] > 1:
         return PerGroup(shape[1] // scale.shape[1])
     return PerRow() if scale.size > 1 or gain.size > 1 else PerTensor()
+
+
+def _window(graph: Graph, node: Node, spec: LayerSpec, before: LayerSpec | None) -> Window | None:
+    """The map that a product reads; None where it is not in the file or no hardware here follows it.
+
+    Of a product behind a convolution whose whole map it reads, this map.
+    """
+    if isinstance(spec.granularity, PerGroup):
+        return None
+    if node.op != "Conv":
+        if before is not None and before.op == "conv2d" and before.out_features * before.positions == spec.in_features:
+            source = next(n for n in graph.nodes if n.op == "Conv" and layer_name(n) == before.name)
+            height, width = graph.shapes[source.output][2:]
+            assert height is not None and width is not None
+            return Window(before.out_features, height, width, (height, width))
+        return Window(spec.in_features)
+    dims, facts = graph.shapes.get(node.inputs[0], ()), node.facts
+    if len(dims) != 4 or dims[2] is None or dims[3] is None:
+        return None
+    shared = spec.in_features // math.prod(facts.get("kernel_shape", (1,)))
+    kernel, stride = tuple(facts.get("kernel_shape", ())), tuple(facts.get("strides", (1, 1)))
+    top, left, bottom, right = facts.get("pads", (0, 0, 0, 0))
+    plain = facts.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID") and all(
+        d == 1 for d in facts.get("dilations", ())
+    )
+    if len(kernel) != 2 or not plain or max(top, bottom) >= kernel[0] or max(left, right) >= kernel[1]:
+        return None
+    return Window(shared * spec.groups, dims[2], dims[3], kernel, stride, (top, bottom, left, right))
 
 
 def _positions(graph: Graph, node: Node) -> int:

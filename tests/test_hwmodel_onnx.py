@@ -75,12 +75,12 @@ def test_granularities_are_read(granularity: str, to: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("to", ["qdq", "qcdq", "qonnx"])
 def test_convolutions_have_their_positions(to: str, tmp_path: Path) -> None:
-    """A convolution's matrix, positions and groups are those of the artifact."""
+    """A convolution's matrix, positions, groups and window are those of the artifact, and of the layer on its map."""
     model, calib = tiny_models.image_policy()
     model = quantize(model, uniform("int4", "int5"), calib)
     export_onnx(model, tmp_path / "x.onnx", to=to)  # type: ignore[arg-type]
     found, want = read_onnx(tmp_path / "x.onnx"), layer_specs(model)
-    keys = ("op", "out_features", "in_features", "positions", "groups", "weight", "act", "acc_bits")
+    keys = ("op", "out_features", "in_features", "positions", "groups", "weight", "act", "acc_bits", "window")
     assert [[getattr(s, k) for k in keys] for s in found] == [[getattr(s, k) for k in keys] for s in want]
 
 
