@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hwmodel import conv, joint
@@ -73,24 +73,49 @@ class _Edge:
 
     def __init__(self, source: int, given: int, reader: int, read: int, depth: int | None) -> None:
         part = math.gcd(given, read)
-        self.source, self.reader, self.depth = source, reader, depth
+        self.source, self.reader, self.depth = source, reader, depth  # depth: None where no add reads
         self.splits, self.collects = given // part, read // part
         self.split = self.collect = 0
         self.done = False  # the beat on offer has gone here, but not everywhere
         self.held, self.valid, self.most = 0, False, 0
+        self.moved = False
 
-    @property
-    def closes(self) -> bool:
-        """Whether the next part completes a beat of the reader."""
-        return self.collect == self.collects - 1
+    def ready(self, offers: Sequence[bool]) -> bool:
+        """Whether an add has this operand on offer."""
+        if self.depth:
+            return self.valid
+        return offers[self.source] and not self.done and self.collect == self.collects - 1
+
+    def move(self, offers: Sequence[bool], opened: Sequence[bool], adding: Mapping[int, bool]) -> bool:
+        """One cycle; whether a whole beat went to the reader, or into the queue before it."""
+        gave = self.moved = False
+        if offers[self.source] and not self.done:
+            closes = self.collect == self.collects - 1
+            if self.depth is None:
+                room = opened[self.reader]
+            else:
+                room = self.held < self.depth if self.depth else adding[self.reader]
+            if room or not closes:
+                gave, self.moved = closes, True
+                self.collect = 0 if closes else self.collect + 1
+                self.done = self.split == self.splits - 1
+                self.split = 0 if self.done else self.split + 1
+        if self.depth:
+            take = adding[self.reader]
+            read = self.held > 0 and (take or not self.valid)
+            if gave:
+                self.most = max(self.most, self.held + 1)
+            self.held += gave - read
+            self.valid = read or (self.valid and not take)
+            self.moved |= read
+        return gave
 
 
 class _Joint:
-    """The registers of an add or a mean that decide what moves, for one map."""
+    """The registers of an add or a mean that decide what moves, for one map: as `conv.State`."""
 
     def __init__(self, plan: Fold) -> None:
-        self.latency = plan.depth - 1
-        self.depth = plan.depth
+        self.latency, self.depth = plan.depth - 1, plan.depth
         self.beats = joint.beats(plan.spec, plan.pe)
         self.silent = 0 if plan.spec.op == "add" else self.beats - plan.spec.out_features // plan.pe
         self.total = self.reserved = 0
@@ -98,28 +123,45 @@ class _Joint:
 
     @property
     def open(self) -> bool:
+        """Whether there is room for what a beat may give."""
         return self.reserved < self.depth
 
     @property
     def done(self) -> bool:
+        """Whether nothing of the map is left."""
         return self.total == self.beats and not self.results
 
     def offers(self, at: int) -> bool:
+        """Whether a result is on offer."""
         return bool(self.results) and self.results[0] <= at
 
     def accept(self, at: int) -> None:
+        """One beat in, of both operands."""
         self.total += 1
         if self.total > self.silent:
             self.results.append(at + self.latency)
+            self.reserved += 1
+
+    def step(self, at: int, start: bool, taken: bool) -> None:
+        """The end of the cycle."""
+        if taken:
+            self.results.popleft()
+            self.reserved -= 1
+
+    def waits(self, at: int) -> list[int]:
+        """Cycles behind this one in which something may happen."""
+        return [self.results[0]] if self.results and self.results[0] > at else []
 
 
 class _Machine:
+    """A design in one inference: its parts, and the edges between them."""
+
     def __init__(self, plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> None:
         self.plans = plans
         self.parts = [_Joint(plan) if plan.spec.joint else conv.State(plan.stage) for plan in plans]
         self.edges: list[_Edge] = []
         self.readers: dict[int, list[_Edge]] = {i: [] for i in range(-1, len(plans) - 1)}
-        self.operands: dict[int, list[_Edge]] = {}
+        self.operands: dict[int, list[_Edge]] = {i: [] for i in depths}
         for i, sources in enumerate(links([plan.spec for plan in plans])):
             for slot, source in enumerate(sources):
                 given = plans[0].lanes if source < 0 else plans[source].units
@@ -127,112 +169,71 @@ class _Machine:
                 self.edges.append(edge)
                 self.readers[source].append(edge)
                 if i in depths:
-                    self.operands.setdefault(i, []).append(edge)
-        self.lead, self.inputs = plans[0].schedule.lead, plans[0].schedule.input_beats
+                    self.operands[i].append(edge)
+        self.sent = 0  # input beats
 
     def run(self) -> Flow:
-        parts, edges, operands = self.parts, self.edges, self.operands
-        joints = [(i, part) for i, part in enumerate(parts) if isinstance(part, _Joint)]
-        windows = [(i, part) for i, part in enumerate(parts) if not isinstance(part, _Joint)]
-        final = len(parts) - 1
-        plan = self.plans[-1]
-        left, sent = plan.spec.positions * plan.stream.beats, 0
-        at = begin = end = 0
-        still = 0
+        """All cycles of one inference, those without any move left out."""
+        first, last = self.plans[0].schedule, self.plans[-1]
+        left, final = last.spec.positions * last.stream.beats, len(self.parts) - 1
+        at = begin = end = still = 0
         while True:
-            offers = [part.offers(at) for part in parts]
-            offers.append(sent < self.inputs)  # of the network's input, number -1
-            opened = [part.open for part in parts]
-            starts = [part.starts(at) for _, part in windows]
-            moved = any(starts)
-            adding: dict[int, bool] = {}
-            for i, pair in operands.items():
-                adding[i] = opened[i] and all(
-                    edge.valid if edge.depth else offers[edge.source] and not edge.done and edge.closes for edge in pair
-                )
-                moved |= adding[i]
-            finished: list[_Edge] = []
-            for edge in edges:
-                write = False
-                if offers[edge.source] and not edge.done:
-                    closes = edge.closes
-                    if closes:
-                        if edge.depth is None:
-                            ready = opened[edge.reader]
-                        elif edge.depth:
-                            ready = edge.held < edge.depth
-                        else:
-                            ready = adding[edge.reader]
-                    if not closes or ready:
-                        moved = True
-                        edge.collect = 0 if closes else edge.collect + 1
-                        if closes and edge.depth is None:
-                            self._accept(edge.reader, at)
-                        write = closes and bool(edge.depth)
-                        edge.split += 1
-                        if edge.split == edge.splits:
-                            edge.split = 0
-                            finished.append(edge)
-                if edge.depth:
-                    read = edge.held > 0 and (not edge.valid or adding[edge.reader])
-                    moved |= read
-                    if write:
-                        edge.most = max(edge.most, edge.held + 1)
-                    edge.held += write - read
-                    edge.valid = read or (edge.valid and not adding[edge.reader])
+            offers = [part.offers(at) for part in self.parts]
+            offers.append(self.sent < first.input_beats)  # of the network's input, number -1
+            opened = [part.open for part in self.parts]
+            starts = [isinstance(part, conv.State) and part.starts(at) for part in self.parts]
+            adding = {i: opened[i] and all(edge.ready(offers) for edge in pair) for i, pair in self.operands.items()}
+            moved = [edge.move(offers, opened, adding) for edge in self.edges]
+            for edge, gave in zip(self.edges, moved, strict=True):
+                if gave and edge.depth is None:
+                    self._accept(edge.reader, at)
             for i, add in adding.items():
                 if add:
                     self._accept(i, at)
-            for edge in finished:
-                edge.done = True
-            taken = [False] * len(parts)
-            for source in {edge.source for edge in finished}:
-                if all(edge.done for edge in self.readers[source]):
-                    for edge in self.readers[source]:
-                        edge.done = False
-                    if source < 0:
-                        sent += 1
-                        if sent == self.lead:
-                            begin = at
-                    else:
-                        taken[source] = True
+            anything = any(starts) or any(adding.values()) or any(edge.moved for edge in self.edges) or offers[final]
+            before = self.sent
+            taken = self._taken()
+            if before < first.lead == self.sent:
+                begin = at
             if offers[final]:
-                taken[final] = moved = True
+                taken[final] = True
                 left -= 1
                 end = at
-            for i, one in joints:
-                if taken[i]:
-                    one.results.popleft()
-                    one.reserved -= 1
-            for (i, part), start in zip(windows, starts, strict=True):
-                part.step(at, start, taken[i])
-            if not left and sent == self.inputs and all(p.done for p in parts) and not any(e.held for e in edges):
-                break
-            if moved:
+            for part, start, gone in zip(self.parts, starts, taken, strict=True):
+                part.step(at, start, gone)
+            if not left and self.sent == first.input_beats and self._silent():
+                return Flow(end - begin, at + 1 - end, self._depths())
+            if anything:
                 at, still = at + 1, 0
                 continue
-            wakes = [t for part in parts for t in self._waits(part, at)]
-            still += 1
+            wakes, still = [t for part in self.parts for t in part.waits(at)], still + 1
             if not wakes and still > 2:
-                raise HwError(f"layer {plan.spec.name!r} waits for results that never come: a queue is too short")
+                raise HwError(f"layer {last.spec.name!r} waits for results that never come: a queue is too short")
             at = min(wakes, default=at + 1)
-        depths = tuple(
-            tuple(edge.most if edge.depth == ENDLESS else edge.depth or 0 for edge in operands.get(i, ()))
-            for i in range(len(parts))
-        )
-        return Flow(end - begin, at + 1 - end, depths)
 
     def _accept(self, reader: int, at: int) -> None:
         part = self.parts[reader]
         if isinstance(part, _Joint):
             part.accept(at)
-            part.reserved += part.total > part.silent
         else:
             part.accept()
 
-    @staticmethod
-    def _waits(part: object, at: int) -> list[int]:
-        if isinstance(part, _Joint):
-            return [part.results[0]] if part.results and part.results[0] > at else []
-        assert isinstance(part, conv.State)
-        return part.waits(at)
+    def _taken(self) -> list[bool]:
+        """Which parts' beats have gone to all their readers in this cycle."""
+        taken = [False] * len(self.parts)
+        for source, edges in self.readers.items():
+            if all(edge.done for edge in edges):
+                for edge in edges:
+                    edge.done = False
+                if source < 0:
+                    self.sent += 1
+                else:
+                    taken[source] = True
+        return taken
+
+    def _silent(self) -> bool:
+        return all(part.done for part in self.parts) and not any(edge.held or edge.valid for edge in self.edges)
+
+    def _depths(self) -> tuple[tuple[int, ...], ...]:
+        pairs = [self.operands.get(i, []) for i in range(len(self.parts))]
+        return tuple(tuple(e.most if e.depth == ENDLESS else e.depth or WIRES for e in pair) for pair in pairs)

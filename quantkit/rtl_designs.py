@@ -1,7 +1,8 @@
 """A quantized network with convolutions as a directory of Verilog: one design, or one for each piece between branches.
 
-Where the layers follow each other without a branch the directory is one design (`hwmodel.emit_conv`). Otherwise it
-holds a folder for each design, `network.json` that lists them, and a README that says what the host computes between.
+Where the layers follow each other without a branch, or branches meet in sums of integers (step joints), the directory
+is one design (`hwmodel.emit_conv`). Otherwise it holds a folder for each design, `network.json` that lists them, and a
+README that says what the host computes between.
 """
 
 from __future__ import annotations
@@ -81,15 +82,17 @@ def _document(entries: list[dict[str, Any]], after: Sequence[str], device: Devic
 
 
 def outside(document: dict[str, Any]) -> str:
-    """What the host computes beside the designs, one line for each place; empty if nothing but the ends."""
+    """What the host computes beside the designs, one line for each place, and how it could be hardware's; empty if
+    nothing but the ends."""
     lines = [
         f"before {entry['layers'][0]['name']}: {', '.join(entry['before'])}"
         for entry in document["designs"]
         if entry["before"]
     ]
-    return "\n".join(
-        [*lines, *([f"behind the last layer: {', '.join(document['after'])}"] if document["after"] else [])]
-    )
+    lines += [f"behind the last layer: {', '.join(document['after'])}"] if document["after"] else []
+    if any({"add", "mean", "adaptive_avg_pool2d"} & {*entry["before"]} for entry in document["designs"]):
+        lines.append("quantize with --step joints to have sums and means in hardware, too")
+    return "\n".join(lines)
 
 
 def _readme(designs: Sequence[Design], plans: Sequence[Sequence[Fold]], document: dict[str, Any]) -> str:

@@ -580,6 +580,7 @@ def test_the_command_names_what_it_leaves(tmp_path: Path, monkeypatch: pytest.Mo
     done = CliRunner().invoke(app, ["rtl", str(tmp_path), "-o", str(tmp_path / "rtl")])
     assert done.exit_code == 0, done.output
     assert "3 designs" in done.output and "before head: ReLU, add, ReLU, mean" in done.output
+    assert "quantize with --step joints" in done.output
     index = json.loads((tmp_path / "rtl" / "network.json").read_text())
     assert [entry["folder"] for entry in index["parts"]] == ["first", "left", "head"]
     assert (tmp_path / "rtl" / "left" / "policy_axis.v").is_file()

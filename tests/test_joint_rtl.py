@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_conv_rtl import convolution, emitted, prove, random_folds
+from test_conv_rtl import AXIS, convolution, emitted, prove, random_folds
 from test_emit import random_thresholds
 
 from hwmodel import joint, simulate
@@ -19,7 +19,7 @@ from hwmodel.cost import HwError
 from hwmodel.flow import ENDLESS, WIRES, flow, run
 from hwmodel.folding import Fold, joint_fold, layer_fold
 from hwmodel.formats import decode, levels, parse, unit
-from hwmodel.network import Layer, Network, sample_codes, trace
+from hwmodel.network import Layer, Network, reference, sample_codes, trace
 from hwmodel.spec import LayerSpec, PerTensor, Window
 
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
@@ -173,6 +173,36 @@ def test_pauses_change_nothing(name: str, tmp_path: Path) -> None:
     paused = offers.replace(";\n", " && ($random & 1);\n") + "          out_ready = ($random & 3) == 0;\n"
     (folder / "testbench.v").write_text(text.replace(offers, paused))
     assert simulate.check(folder, sample_codes(network, 5, seed=5), "iverilog").mismatch is None
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", ["residual", "around"])
+def test_maps_follow_each_other_at_once(name: str, tmp_path: Path) -> None:
+    """One map behind the other without a gap, with pauses on both sides: all sums in order, tlast behind each map."""
+    network, folder = NETWORKS[name](), tmp_path / "x"
+    plans = emitted(network, [joint_fold(s, 1) if s.joint else layer_fold(s, 1, 1) for s in network.specs], folder)
+    codes, width = sample_codes(network, 3, seed=4), network.products[-1].acc_bits
+    (folder / "words.txt").write_text("\n".join(f"{code:02x}" for code in codes.ravel()) + "\n")
+    word = 8 * -(-width // 8)
+    text = AXIS
+    for key, value in {
+        "in_bits": 8,
+        "out_bits": word,
+        "beats": codes.size,
+        "packet": network.inputs,
+        "packets": len(codes),
+    }.items():
+        text = text.replace("{" + key + "}", str(value))
+    assert plans[0].lanes == plans[-1].units == 1
+    (folder / "axis.v").write_text(text)
+    sources = ["network.v", "policy_axis.v", "axis.v", *(str(p) for p in sorted((folder / "rtl").glob("*.v")))]
+    subprocess.run(["iverilog", "-g2005", "-s", "testbench", "-o", "axis.vvp", *sources], cwd=folder, check=True)
+    lines = subprocess.run(["vvp", "-n", "axis.vvp"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    table = [line.split() for line in lines.splitlines()]
+    sums = [int(data, 16) for data, _, _ in table]
+    assert [s - (s >> (word - 1) << word) for s in sums] == reference(network, codes).ravel().tolist()
+    assert [int(last) for _, last, _ in table] == ([0] * (network.outputs - 1) + [1]) * len(codes)
 
 
 def fast(network: Network) -> list[Fold]:
