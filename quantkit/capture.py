@@ -38,6 +38,7 @@ from quantkit import recurrent
 from quantkit.model import Model
 from quantkit.policy import Policy
 from quantkit.qlayers import Attention, MatMul, QLayer, op_of
+from quantkit.repeats import traced_by_two
 from quantkit.reparametrize import copied, merge
 
 aten = torch.ops.aten
@@ -60,7 +61,8 @@ def captured(model: Model, *, inplace: bool = False) -> Model:
     if problem is None:
         try:
             with torch.random.fork_rng(devices=[]):  # building a layer draws its first weights
-                module = modularized(exported(module, (model.example,)), module)
+                graph = traced_by_two(module, lambda short: exported(short, (model.example,)))
+                module = modularized(exported(module, (model.example,)) if graph is None else graph, module)
         except Exception as error:  # whatever the module's own Python does under export
             problem = " ".join(str(error).split())[:200] or type(error).__name__
     if problem is not None:
