@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -17,6 +18,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 def main() -> None:
     """Console entry point. What the argument parser refuses is one line, as every other mistake."""
+    gc.set_threshold(50_000, 20, 100)  # imports and tracing make millions of objects that stay; looking through them
+    # as often as by default takes a tenth of a short command
     try:
         code = app(standalone_mode=False)
     except Exception as error:
