@@ -38,8 +38,8 @@ from quantkit import recurrent
 from quantkit.model import Model
 from quantkit.policy import Policy
 from quantkit.qlayers import Attention, MatMul, QLayer, op_of
-from quantkit.repeats import traced_by_two
 from quantkit.reparametrize import copied, merge
+from quantkit.repeats import traced_by_two
 
 aten = torch.ops.aten
 
