@@ -185,6 +185,8 @@ def moments(site: Site, samples: int, *, drift: bool = False) -> tuple[Tensor, T
     """
     layer = site.layer
     shared = not layer.spatial and layer.in_scale is None and layer.act is None
+    if drift and shared and len(site.floats):
+        return _moments_beside(site, samples)
     known = site.moments.get(samples) if shared else None
     if known is not None and not drift:
         return known, torch.zeros(0)
@@ -204,6 +206,25 @@ def moments(site: Site, samples: int, *, drift: bool = False) -> tuple[Tensor, T
     if shared:
         site.moments[samples] = H
     return H, C.div_(count)
+
+
+def _moments_beside(site: Site, samples: int) -> tuple[Tensor, Tensor]:
+    """`moments` with drift of a linear layer whose float inputs z are known: C = W E[(z - x) x^T].
+
+    Both expectations are taken over from a layer with the very same inputs.
+    """
+    keys = samples, (samples, "drift")
+    if keys[1] not in site.moments:
+        gram, G, count = Gram(), torch.zeros(1, *2 * [site.layer.in_channels]), 0
+        for x, z in rows(site, samples, floats=True):
+            count += x.shape[1]
+            gram.add(x)
+            G.baddbmm_((z - x).mT, x)
+        if gram.total is None:
+            return torch.zeros(0), torch.zeros(0)
+        site.moments |= {keys[0]: gram.total.div_(count), keys[1]: G.div_(count)}
+    H, G = (site.moments[key] for key in keys)
+    return H, site.layer.weight.detach().float() @ G
 
 
 def aimed(layer: QLayer, H: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ class _Run:
         self.streams = [self.current] if self.float is None else [self.float, self.current]
         self.unrun: list[str] = []  # layers done that the streams have still to go through
         self.tied: dict[str, str] = {n: o for n, o in model.meta.get("tied", {}).items() if n in self.layers}
-        self.moments: tuple[fx.Node | None, dict[int, Tensor]] = (None, {})  # of the inputs that a node makes
+        self.moments: tuple[fx.Node | None, dict[Any, Tensor]] = (None, {})  # of the inputs that a node makes
         self.waiting: str | None = None  # the layer whose specification waits for the next one's input
         self.begun = False
         self.block: dict[str, Any] = {}

@@ -160,8 +160,11 @@ BLOCK = 2**18
 """Values of the rows that are looked at together, about."""
 
 
-def rows(site: Site, samples: int = 0, *, targets: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """What meets the layer's weight matrix: inputs (groups, n, columns) with targets (groups, n, rows), or without.
+def rows(
+    site: Site, samples: int = 0, *, targets: bool = False, floats: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What meets the layer's weight matrix: inputs (groups, n, columns) with targets (groups, n, rows), with float
+    inputs, or alone.
 
     samples: how many of them in all, spread evenly over the calibration set; 0: every one of a linear layer, and of a
     convolution 16 per column, at least 8,192, as neighbouring positions of an image see nearly the same. Which ones,
@@ -187,7 +190,10 @@ def rows(site: Site, samples: int = 0, *, targets: bool = False) -> Iterator[tup
                 continue
         for few in [None] if at is None else at.split(block):
             xs.append(layer.columns(_stored(site.inputs, number), few))
-            ys.append(layer.output_rows(_stored(site.targets, number), few) if targets else xs[-1][:, :, :0])
+            if targets:
+                ys.append(layer.output_rows(_stored(site.targets, number), few))
+            else:
+                ys.append(layer.columns(_stored(site.floats, number), few) if floats else xs[-1][:, :, :0])
             held += xs[-1].shape[1]
             if held >= block:
                 x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
@@ -275,8 +281,8 @@ class Site:
     inputs: what reaches it now, batch by batch. targets: what it puts out in the float network,
     for the same batches; empty unless asked for. floats: what reaches it in the float network, of a
     graph with targets only, until `targets` are looked at. outputs: what the layer makes of `inputs`
-    as it leaves the site, if a visitor has computed it. moments: those of `inputs`, by the number of samples
-    asked for, which layers with the same inputs share (queries, keys and values; gate and up).
+    as it leaves the site, if a visitor has computed it. moments: those of `inputs`, by what they are of, as
+    `columns.moments` keeps them, which layers with the same inputs share (queries, keys and values; gate and up).
     """
 
     name: str
@@ -285,7 +291,7 @@ class Site:
     targets: Sequence[Tensor]
     floats: Sequence[Tensor] = field(default_factory=list)
     outputs: Sequence[Tensor] | None = None
-    moments: dict[int, Tensor] = field(default_factory=dict)
+    moments: dict[Any, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from hwmodel.spec import PerGroup, PerRow, PerTensor
 from quantkit.columns import aimed, factorize, moments, round_layer
 from quantkit.methods import act_scales, gptq
 from quantkit.model import Calib
-from quantkit.observers import Gram, walk
+from quantkit.observers import Gram, Site, walk
 from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.qtensor import dequantize, fit_scale, quantize, values_of
 from quantkit.recipe import make_plan, uniform
@@ -268,6 +268,25 @@ def test_drift_aims_at_the_float_output(name):
         missing = Y - layer.bias.reshape(layer.groups, -1)[group].double().numpy() - X @ w.T
         moved = np.linalg.lstsq(np.vstack([X, ridge]), np.vstack([missing, 0 * w.T]), rcond=None)[0]
         assert np.allclose(got[group], w + moved.T, atol=1e-4 * np.abs(w).max())
+
+
+def test_drift_by_float_inputs_is_drift_by_float_outputs():
+    """Where the layer's float inputs are known, C is the same without its outputs, which are not looked at; in numpy,
+    too; and a second layer with these inputs looks at nothing."""
+    generator = torch.Generator().manual_seed(4)
+    layers = [QLayer(nn.Linear(37, outputs), make_plan("int4", "float")) for outputs in (53, 5)]
+    z = [torch.randn(3, 29, 37, generator=generator) * 2 + 0.3 for _ in range(4)]
+    x = [one + 0.2 * torch.randn(one.shape, generator=generator) for one in z]
+    shared: dict = {}
+    for layer in layers:
+        with torch.no_grad():
+            targets = Site("a", layer, x, [layer(one) for one in z])
+            floats = Site("a", layer, [] if shared else x, [], z, moments=shared)
+            (H, C), (other_H, other_C) = moments(targets, 0, drift=True), moments(floats, 0, drift=True)
+        X, Z = (torch.cat(part).reshape(-1, 37).double().numpy() for part in (x, z))
+        wanted = layer.weight.double().numpy() @ ((Z - X).T @ X) / len(X)
+        assert np.allclose(C[0], wanted, atol=1e-4) and np.allclose(other_C[0], wanted, atol=1e-5)
+        assert torch.equal(H, other_H) and H.shape == (1, 37, 37) and C.shape == other_C.shape
 
 
 def test_without_drift_nothing_to_aim_at():

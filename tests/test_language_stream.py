@@ -21,6 +21,7 @@ from quantkit.capture import captured
 from quantkit.language_stream import join, partial_folder, quantize_streamed, why_whole
 from quantkit.loaders import hf
 from quantkit.model import Calib
+from quantkit.observers import Gram
 from quantkit.qlayers import LayerPlan
 from quantkit.recipe import Recipe, make_plan, quantize
 
@@ -92,13 +93,21 @@ def test_shared_embeddings_are_stored_once(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "quantkit.json").read_text())["shared"]
 
 
-def test_layers_with_one_input_share_its_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("drift", [False, True])
+def test_layers_with_one_input_share_its_moments(drift: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, keys and values have one matrix of second moments, gate and up another: 4 for 7 layers of a block."""
-    made = []
-    original = columns.moments
-    monkeypatch.setattr(columns, "moments", lambda site, n: made.append(site.name) or original(site, n))
-    streamed(folder(tmp_path), Recipe(BLOCKS.plan, (("gptq", {}),)), tmp_path / "q")
-    assert [name.rpartition(".")[2] for name in made] == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2
+    made: list[Gram] = []
+
+    class Counted(Gram):
+        """Second moments that leave a trace."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(columns, "Gram", Counted)
+    streamed(folder(tmp_path), Recipe(BLOCKS.plan, (("gptq", {"drift": drift}),)), tmp_path / "q")
+    assert len(made) == 2 * 4
 
 
 class Stop:
