@@ -261,20 +261,20 @@ class QLayer(nn.Module):
             x = x * self.per_channel(self.in_scale)
         return _values(x, self.act, self.axis)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The bare sum of products, (batch, out, ...) without bias."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The bare sum of products, (batch, out, ...), with `bias` only if it is given; an embedding heeds none."""
         if self.channels_last and self.op == "conv2d":
             x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
         match self.op:
             case "linear":
-                return F.linear(x, weight)
+                return F.linear(x, weight, bias)
             case "conv1d":
-                return F.conv1d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+                return F.conv1d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
             case "conv2d":
-                return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+                return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
             case "conv_transpose2d":
                 options = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-                return F.conv_transpose2d(x, turned(weight, self.groups), None, *options)  # type: ignore[arg-type]
+                return F.conv_transpose2d(x, turned(weight, self.groups), bias, *options)  # type: ignore[arg-type]
             case "embedding":
                 return F.embedding(x, weight)
 

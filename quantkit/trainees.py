@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hwmodel.formats import Format, Levels, levels, max_value, min_value
@@ -135,9 +134,9 @@ class Trainee(nn.Module):
                 layer.weight.shape
             )
         bias = layer.bias + self.bias * self.unit
-        if layer.op == "linear":
-            return F.linear(x, weight, bias)
-        return layer.product(x, weight) + layer.per_channel(bias)
+        if layer.op == "embedding":
+            return layer.product(x, weight) + bias
+        return layer.product(x, weight, bias)
 
     @torch.no_grad()
     def bound(self) -> None:
