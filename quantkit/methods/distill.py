@@ -15,10 +15,10 @@ for how much less a policy earns is the mean of such drops over the states that 
 few bits cannot imitate everywhere, so they are spent where it matters.
 
 Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
-and of the model at the start and those at the end of every round, one whose loss on these is not above the start's is
-kept: without visits that of the smallest loss; with them that whose own states, and how far into their episode they are
-met, are distributed most like the float policy's over the same episodes (`apart`), as a small error at the wrong place
-ends an episode and a large one may not matter.
+and of the model at the start and those at the end of every round that of the smallest loss on these is kept. With
+visits, those whose loss is at most a quarter larger act once more, and it is the one whose own states, and how far into
+their episode they are met, are distributed most like the float policy's over the same episodes (`apart`): a small error
+at the wrong place ends an episode and a large one may not matter, while one that errs everywhere was lucky.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def apart(a: Visits, b: Visits) -> float:
 
 JUDGING = (1, 2, 3)
 """`visit`'s seeds of the episodes that models are compared in; training takes the later ones."""
+SIMILAR = 1.25
+"""How many times the smallest loss a model may have to be compared."""
 
 
 Label = Callable[[Tensor], Tensor]
@@ -157,8 +159,8 @@ def apply(
     rounds: how often the policy acts to find states, `states` of them each time (1: never, only the calibration
     set is used, as for a network that cannot act). lr: of the latent weights, in grid units; it falls to zero along
     a cosine. slow: the rate of scales and biases, in units of lr. Returns the held-out loss before and after, both on
-    the final states, the round whose model was kept (0: the start), with visits what `apart` gives before and after,
-    the mean over the judging episodes, and how many states there were in the end.
+    the final states, the round whose model was kept (0: the start), with visits how far `apart` it acts, and how many
+    states there were in the end.
     """
     layers = trainable(model)
     for name, layer in model.qlayers().items():
@@ -179,28 +181,13 @@ def trainable(model: Model) -> dict[str, QLayer | Point]:
     }
 
 
-class ByLoss:
-    """The model of the smallest loss on the held-out states of a pool that stays as it is."""
+class Judge:
+    """Keeps the model that acts most like the float policy, in episodes that none is trained on."""
 
-    def __init__(self, start: Model, pool: Pool, loss: Aim) -> None:
-        self.best, self.pool, self.aim = start, pool, loss
-        self.smallest = pool.loss(start.module, loss)
-
-    def race(self, model: Model) -> bool:
-        """Whether the model takes the place of the best so far."""
-        value = self.pool.loss(model.module, self.aim)
-        if better := value < self.smallest:
-            self.best, self.smallest = model, value
-        return better
-
-
-class ByVisits:
-    """The model that acts most like the float policy, in episodes that none is trained on."""
-
-    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model, start: Model, states: int) -> None:
+    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model, states: int) -> None:
         self.visit, self.states = visit, states
         self.calm = [visit(teacher, states, seed) for seed in JUDGING]
-        self.best, self.ranks = start, [self.rank(start, i) for i in range(len(JUDGING))]
+        self.ranks = [math.inf] * len(JUDGING)  # of the best so far
 
     def rank(self, model: Model, i: int) -> float:
         """How far `apart` it is from the float policy in the i-th set of episodes."""
@@ -213,7 +200,7 @@ class ByVisits:
             ranks.append(self.rank(model, i))
             if not sum(ranks) < sum(self.ranks[: i + 1]):
                 return False
-        self.best, self.ranks = model, ranks
+        self.ranks = ranks
         return True
 
 
@@ -235,32 +222,32 @@ def _distill(
         if visit is not None:
             for actor in (teacher, start):
                 pool = pool.plus(Pool.of(visit(actor, states, max(JUDGING) + 1).states, label))
-        judge = ByLoss(start, pool, loss) if visit is None else ByVisits(visit, teacher, start, 2 * states)
-        first, kept = judge.ranks if isinstance(judge, ByVisits) else [], 0
         student, trainees = _student(start, pool)
     optimizer = _optimizer(trainees, lr, slow)
 
     def rate(t: int) -> float:
         return min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
 
-    def better(candidate: Model) -> bool:
-        return pool.loss(candidate.module, loss) <= pool.loss(start.module, loss) and judge.race(candidate)
-
+    candidates = [start]
     for number in range(rounds):
         span = range(steps * number // rounds, steps * (number + 1) // rounds)
         with torch.enable_grad():
             train(student, pool, loss, optimizer, rate, span, batch, calib.generator)
-        current = _stored(start, trainees)
-        if better(current):
-            kept = number + 1
+        candidates.append(_stored(start, trainees))
         if visit is not None and number + 1 < rounds:
             with torch.no_grad():
-                pool = pool.plus(Pool.of(visit(current, states, max(JUDGING) + 2 + number).states, label))
-    losses = [pool.loss(m.module, loss) for m in (start, judge.best)]
-    _copy_into(model, judge.best)
-    report = {"loss_before": losses[0], "loss_after": losses[1], "round": float(kept)}
-    if isinstance(judge, ByVisits):
-        report |= {"apart_before": sum(first) / len(first), "apart_after": sum(judge.ranks) / len(judge.ranks)}
+                pool = pool.plus(Pool.of(visit(candidates[-1], states, max(JUDGING) + 2 + number).states, label))
+    losses = [pool.loss(m.module, loss) for m in candidates]
+    order = sorted((i for i, v in enumerate(losses) if v <= losses[0]), key=lambda i: losses[i]) or [0]
+    kept, report = order[0], {}
+    if visit is not None:
+        judge = Judge(visit, teacher, 2 * states)
+        for i in order:
+            if not losses[i] > SIMILAR * losses[order[0]] and judge.race(candidates[i]):
+                kept = i
+        report = {"apart": sum(judge.ranks) / len(judge.ranks)}
+    _copy_into(model, candidates[kept])
+    report |= {"loss_before": losses[0], "loss_after": losses[kept], "round": float(kept)}
     return report | {"states": float(len(pool.train) + len(pool.held))}
 
 
