@@ -112,12 +112,15 @@ def test_episodes_need_an_environment_a_policy_and_quantkit(tmp_path: Path, monk
     spec = replace(SPECS[1], acc_bits=12)
     network = Network((Layer(spec, np.zeros((4, 16), np.int64), None),))
     (tmp_path / "network.json").write_text(json.dumps(network.to_json()))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "network.json").write_text(json.dumps({"parts": [{"folder": "a"}, {"folder": "b"}]}))
     drive = ["simulate", tmp_path, "--env", "Pendulum-v1"]
     for arguments, words in (
         (["simulate", tmp_path, "-n", "3", "--seed", "1"], "--episodes, --seed: for episodes, which need --env"),
         ([*drive, "--vectors", "x.npy"], "leave out --vectors"),
         (drive, "does not say which policy it was written from; give it by --policy DIR"),
         (["simulate", tmp_path / "none", "--env", "Pendulum-v1"], "has no network.json"),
+        (["simulate", tmp_path / "two", "--env", "Pendulum-v1"], "holds several designs"),
     ):
         code, _, err = run(*arguments)
         assert code == 2 and words in err and err.count("\n") == 1
