@@ -26,7 +26,9 @@ Two other constants may stand in the place of C; all three are in the end a bias
 of an input that is not looked at; its gradient is m_i of the sum that lambda is of in the paper. "error" does so for
 live weights, too, and is the constant of least squared error: y_j = sum w^_ji (x_i - m_i) + w_ji m_i. Through it w has
 the gradient of the straight-through estimator and no other. It is bias correction (arXiv 1906.04721) inside the loop,
-and no longer a matter of the dead zone. m is a running mean over the batches that are trained on.
+and no longer a matter of the dead zone. m is a running mean over the batches that are trained on. After 150 steps of
+stories260k the perplexity of "lambda" is 0.999 of TWN's, that of "mean" 0.978 and of "error" 0.927; bias correction
+behind the training instead of inside of it makes it 1.86 (3 seeds, reports/language/tequila_means.csv).
 
 Differs from the paper: the quantizer is TWN's unless "absmean", the paper's, is asked for: trained with it two language
 models lost less, with C and without; C itself changed little (reports/language/tequila.csv, tequila_arithmetic_short).
