@@ -15,7 +15,7 @@ policy's. `to_absmean` is the return less AbsMean's, paired by episode.
 Arithmetic: the language policy that GRPO has trained (benchmarks/train_arithmetic_policy.py), the same layers, trained
 on 8,192 answers of its own by KL to its logits where it answers; mean reward of greedy answers to 1,000 other problems,
 `agreement_percent` those on which the answer is the float policy's, `to_absmean` paired by problem. After 300 steps the
-reward is float's within its error; the 40 of tequila_arithmetic_short tell the methods apart.
+reward is float's within its error; the 40 of tequila_arithmetic_short and _means tell the methods apart.
 
 Lambda is the paper's 1e-3 and the quantizer the paper's, AbsMean, unless a row says so. "+ bias" trains a bias
 in every layer besides, which asks how much of the gain is just a bias. "mean inputs" and "mean error" are the constants
