@@ -29,10 +29,13 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Row]]:
         raise InputError(f"{folder} is not a study directory (no study.json); run quantkit sweep first")
     try:
         document = json.loads(path.read_text())
-        for part in ("settings", "reference", "margin"):
+        language = document["settings"].get("kind") == "language"
+        for part in ("reference",) if language else ("reference", "margin"):
             document[part]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is a damaged study; start a new study directory") from None
+    if language:
+        raise InputError(f"{folder} is a sweep of a language model; its table is {folder / 'perplexity.csv'}")
     every = {row["id"]: row for row in read_rows(folder / "rows.jsonl")}  # two sweeps at once may repeat a design
     whole = document["settings"].get("episodes", 0)
     rows = [

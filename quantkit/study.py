@@ -303,6 +303,15 @@ def attempt(study: Study, task: Task) -> Row:
 def describe_design(study: Study, recipe: Recipe) -> Row:
     """What of a row is known before anything was measured."""
     settings = study.settings
+    return describe_recipe(recipe) | {
+        "checkpoint_sha256": study.model.meta.get("sha256"),
+        "seeds": [settings.seed, settings.seed + settings.episodes - 1],
+        "versions": versions(),
+    }
+
+
+def describe_recipe(recipe: Recipe) -> Row:
+    """What a row says of its recipe: id, formats of weights and inputs, granularity, steps, family."""
     weights, acts = _format_texts(recipe)
     return {
         "id": design_id(recipe),
@@ -312,9 +321,6 @@ def describe_design(study: Study, recipe: Recipe) -> Row:
         "steps": "+".join(step_text(step) for step in recipe.steps) or "rtn",
         "family": family(recipe),
         "recipe": recipe.to_json(),
-        "checkpoint_sha256": study.model.meta.get("sha256"),
-        "seeds": [settings.seed, settings.seed + settings.episodes - 1],
-        "versions": versions(),
     }
 
 

@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _SEARCH = ("search", "search_fronts", "search_guide", "search_record", "search_space")
-_STUDIES = ("study", "targets", "gain", "backends", "sweep", "sensitivity", "surrogate", "allocate", *_SEARCH)
+_STUDIES = (
+    "study",
+    "targets",
+    "gain",
+    "backends",
+    "sweep",
+    "language_sweep",
+    "sensitivity",
+    "surrogate",
+    "allocate",
+    *_SEARCH,
+)
 _PAGES = ("report", "figures", "analysis_figure", "page", "pick", "product", "card", "markdown")
 TOP = {f"quantkit.{n}" for n in (*_STUDIES, *_PAGES, "analyze", "rtl_designs", "cli", "__main__")}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")

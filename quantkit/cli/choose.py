@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Mapping as Mapping_
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from quantkit.cli.options import (
     _CHOOSE,
+    _IN,
     _NUM,
     _OUT,
     _PRESETS,
@@ -45,6 +46,10 @@ from quantkit.cli.options import (
     targets_for,
 )
 from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
 
 
 @app.command(
@@ -97,23 +102,35 @@ def sweep(
     inputs: LabelledInputs = None,
     labels: Labels = None,
     calibration: OtherInputs = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text of a language model, documents split at <|endoftext|>.", rich_help_panel=_IN),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of its calibration windows.", rich_help_panel=_NUM)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Evaluate and cost every combination of formats, methods and granularity; draw the Pareto front.
 
     A policy is measured by the return of its episodes, a network with --inputs, --labels and --calibration by its
-    accuracy.
+    accuracy, a language model with --text and --calibration FILE.txt by its perplexity against stored bits, in one
+    process and without hardware.
     """
     from quantkit.recipe import check
     from quantkit.sweep import Space
 
     check_space(weights, acts, granularity)
     targets = targets_for(device, latency_us, luts, mapping)
-    pipelines = pipelines_of(step, preset, "policy" if labels is None else "network") or ((),)
+    kind: Literal["policy", "network", "language"] = "language" if text else "network" if labels else "policy"
+    pipelines = pipelines_of(step, preset, kind) or ((),)
     space = Space(
         listed(weights), listed(acts), listed(granularity), pipelines, exceptions(layer, listed(granularity)[0])
     )
     recipes = space.recipes()
+    if text is not None or window is not None:
+        _sweep_language(checkpoint, recipes, output, text, calibration, window, json)
+        return
     model = load(checkpoint, env, factory, normalize, inputs)
     labelled = labelled_of(checkpoint, model, inputs, labels, calibration)
 
@@ -154,6 +171,46 @@ def sweep(
         for name, why in left.items():
             warn(f"{name} stays in float: {why}")
     _show_report(report, json)
+
+
+def _sweep_language(
+    checkpoint: Path,
+    recipes: list[Recipe],
+    output: Path,
+    text: Path | None,
+    calibration: Path | None,
+    window: int | None,
+    json: bool,
+) -> None:
+    from quantkit.loading import is_hugging_face
+
+    if text is None or not is_hugging_face(checkpoint):
+        raise InputError(f"{checkpoint}: --text FILE.txt, with or without --window, is for a Hugging Face directory")
+    from quantkit.language_sweep import TABLE, best_of, sweep_language
+
+    model = load(checkpoint, None, None, "stage")
+    with progress_bar("designs", "designs") as update:
+        document, rows = sweep_language(
+            checkpoint, model, recipes, output, text=text, calibration=calibration, window=window, progress=update
+        )
+    reference, front = document["reference"], set(best_of(rows))
+    if json:
+        print_json({"reference": reference["mean"], "rows": rows, "front": [rows[i]["id"] for i in sorted(front)]})
+        return
+    say(f"float: perplexity {reference['mean']:.4f} of {reference['n']:,} documents, {reference['tokens']:,} tokens")
+    cells = []
+    for index, row in sorted(enumerate(rows), key=lambda pair: pair[1].get("bits_per_weight", 0.0)):
+        if "error" in row:
+            note(f"left out: {row['weights']}, {row['acts']}, {row['granularity']}, {row['steps']}: {row['error']}")
+            continue
+        names = [row["weights"].split()[0], row["acts"].split()[0], row["granularity"], row["steps"]]
+        numbers = [f"{row['score']['mean']:.4f}", f"{row['ratio']:.4f} ± {row['ratio_stderr'] or 0.0:.4f}"]
+        numbers += [f"{row['bits_per_weight']:.3f}", f"{row['weight_kib']:,.1f}", "*" * (index in front)]
+        cells.append([*names, *numbers])
+    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left")
+    columns |= dict.fromkeys(("perplexity", "against float", "bits", "KiB"), "right") | {"front": "left"}
+    print_table("Perplexity against bits stored for each quantized weight", columns, cells)
+    say(f"wrote {output / TABLE}")
 
 
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")

@@ -287,7 +287,7 @@ def recipe_of(
 
 
 def pipelines_of(
-    step: list[str] | None, preset: list[str] | None, kind: Literal["policy", "network"] = "policy"
+    step: list[str] | None, preset: list[str] | None, kind: Literal["policy", "network", "language"] = "policy"
 ) -> tuple[tuple[Step, ...], ...]:
     """The alternatives that repeated --step A+B and --preset, of this kind of model, stand for; () for none."""
     from quantkit.presets import preset_steps
@@ -311,7 +311,7 @@ def labelled_of(
         return None
     if "config" in model.meta:
         raise InputError(
-            f"{checkpoint} is a language model; a study measures policies, and networks on labelled inputs"
+            f"{checkpoint} is a language model: quantkit sweep takes it with --text FILE.txt, for its perplexity"
         )
     if inputs is None or labels is None or calibration is None:
         missing = ", ".join(name for name, path in given.items() if path is None)
