@@ -50,12 +50,14 @@ def write_card(place: Path, record: Mapping[str, Any], files: Mapping[str, tuple
 def number(value: float | None, digits: int = 5) -> str:
     """A number for people; - where there is none.
 
-    >>> number(2234), number(254.83382), number(None)
-    ('2,234', '254.83', '-')
+    >>> number(2234), number(254.83382), number(13980.0, 4), number(None)
+    ('2,234', '254.83', '13,980', '-')
     """
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:,.{digits}g}"
 
 
 def percent(value: float | None) -> str:
