@@ -40,23 +40,25 @@ class _Round(torch.autograd.Function):
 
 
 class _Quantize(torch.autograd.Function):
-    """a Q(x / a) with a = scale exp(log_a); the derivatives are the docstring's, in few passes over x."""
+    """a Q(x / a) with a = scale exp(log_a); the derivatives are the docstring's, in few passes over x.
+
+    Only x and the result are kept for them, which the operations before and after keep anyhow.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_a: Tensor, scale: float, fmt: Format) -> Tensor:
         a = scale * log_a.exp()
-        u = x / a
-        q = round_to(u, fmt)
-        ctx.save_for_backward(u, q, a)
-        ctx.limits = _limits(fmt)
-        return q * a
+        y = round_to(x / a, fmt, inplace=True).mul_(a)
+        ctx.save_for_backward(x, y)
+        ctx.limits = tuple(float(a) * limit for limit in _limits(fmt))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        u, q, a = ctx.saved_tensors
+        x, y = ctx.saved_tensors
         low, high = ctx.limits
-        slope = q - _inside(u, u, low, high)
-        return _inside(grad, u, low, high), slope.mul_(grad).sum() * a, None, None
+        slope = y - _inside(x, x, low, high)
+        return _inside(grad, x, low, high), slope.mul_(grad).sum(), None, None
 
 
 def _inside(x: Tensor, u: Tensor, low: float, high: float) -> Tensor:

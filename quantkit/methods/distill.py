@@ -322,7 +322,7 @@ def _student(start: Model, pool: Pool) -> tuple[nn.Module, dict[str, Trainee | O
 
         handles.append(trainee.layer.register_forward_hook(note))
     with torch.no_grad():
-        twin.module(pool.held[:512])
+        twin.module(pool.held[: min(512, portion(pool.held))])
     for handle in handles:
         handle.remove()
     for name, trainee in trainees.items():
