@@ -283,10 +283,16 @@ class QLayer(nn.Module):
         if self.op == "embedding":
             return self.product(x, kernel.weight) + self.bias
         gain = kernel.gain
-        y = self.product(self.input_values(x).to(kernel.weight.dtype), kernel.weight).float()
+        y = self._sum(self.input_values(x), kernel.weight)
         if gain is not None:
             y = y.mul_(self.per_channel(gain) if isinstance(gain, Tensor) else gain)
         return y.add_(self.per_channel(self.bias))
+
+    def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`product` in the dtype of the weight, as float32."""
+        if weight.dtype == torch.float64 and self.spatial == 2:  # few at a time: torch lays out all patches beforehand
+            return torch.cat([self.product(part.double(), weight).float() for part in x.split(8)])
+        return self.product(x.to(weight.dtype), weight).float()
 
     def real_input(self, x: Tensor) -> Tensor:
         """The input as the weight's columns meet it, in real units: scaled, and quantized if calibrated."""
