@@ -286,7 +286,8 @@ def whole(model: Model) -> Design | None:
                 parts.append(Part(name, Network((alone,)), to, outside, graph.pads(name)))
             else:
                 acts = [routes[source].quantizer.act for source in reads]  # type: ignore[union-attr]
-                joint = _joint(graph.steps[name], reads, acts, shapes[reads[0]], route)
+                alike = all(shapes[source] == shapes[reads[0]] for source in reads)
+                joint = _joint(graph.steps[name], reads, acts, shapes[reads[0]], route) if alike else None
                 if joint is None:
                     return None
                 found = joint

@@ -137,6 +137,25 @@ def test_onnxruntime_adds_the_same(tmp_path: Path) -> None:
         assert np.array_equal(found, model.module(images).numpy())
 
 
+class Gated(nn.Module):
+    """A mean that is added to every position of its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(torch.relu(x + x.mean((2, 3), keepdim=True))).flatten(1)
+
+
+def test_a_mean_that_all_positions_share_is_the_hosts() -> None:
+    """Hardware adds maps of one shape; other sums leave the network in several designs, as without the step."""
+    model, _ = made(kind=Gated)
+    assert whole(model) is None
+    assert [[part.name for part in design.parts] for design in designs_of(model)[0]] == [["first"], ["last"]]
+
+
 def test_without_the_step_sums_are_the_hosts() -> None:
     """Float operands have no design; nor do minifloats, which no adder of integers adds."""
     assert whole(made(steps=())[0]) is None

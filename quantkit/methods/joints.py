@@ -80,6 +80,6 @@ def _integer(text: str) -> Int:
         found: Format | None = parse(text)
     except FormatError:
         found = None
-    if not isinstance(found, Int) or found.bits < 2:
-        raise InputError(f"step 'joints': format {text!r} is not accepted; accepted: int2 .. int8, int16")
+    if not isinstance(found, Int) or not 2 <= found.bits <= 8:
+        raise InputError(f"step 'joints': format {text!r} is not accepted; accepted: int2 .. int8")
     return found
