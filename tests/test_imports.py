@@ -36,6 +36,7 @@ CORE = {
     "policy",
     "observers",
     "links",
+    "joints",
     "training",
     "kvgrid",
     "kvcontract",
