@@ -102,7 +102,7 @@ def _whole(
     (folds,) = plan_streams([design.network.specs], find_device(DEVICE))
     if (name, WHOLE) not in done:
         row = checked(model, design.parts, design.network, folds, seen(model, loaded.test_x[:images]), {})
-        scores = [vision_networks.measure(one.module, loaded)["accuracy"] for one in (model, without)]
+        scores = [round(vision_networks.measure(one.module, loaded)["accuracy"] or 0, 3) for one in (model, without)]
         row |= {"layers": len(folds), "accuracy": scores[0], "accuracy_without": scores[1]}
         keep({"network": name, "name": WHOLE} | row, work, done)
     yield done[name, WHOLE]
