@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hwmodel import formats
 from hwmodel.formats import Block, Format
@@ -515,8 +516,22 @@ class Attention(nn.Module):
         return self.values(scores.softmax(dim=-1), v)
 
 
+_CAUSAL = WeakTensorKeyDictionary()
+"""Masks that have been looked through: (version of the tensor, answer); one mask serves every block and batch."""
+
+
 def _hides_later(mask: Tensor, n: int, m: int) -> bool:
     """Whether a boolean mask shows every query the keys up to its own and no others; kernels need no mask for that."""
     if mask.dtype != torch.bool or n != m or mask.shape[-2:] != (n, m) or torch.compiler.is_compiling():
         return False
-    return torch.equal(mask, torch.ones(n, n, dtype=torch.bool, device=mask.device).tril().expand_as(mask))
+    if mask.is_inference():  # has no version
+        return _is_triangle(mask)
+    version, known = _CAUSAL.get(mask, (-1, False))
+    if version != mask._version:
+        known = _is_triangle(mask)
+        _CAUSAL[mask] = mask._version, known
+    return known
+
+
+def _is_triangle(mask: Tensor) -> bool:
+    return torch.equal(mask, torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril().expand_as(mask))

@@ -287,3 +287,22 @@ def test_normalized_weights_are_plain(wrap: Callable[[nn.Module], nn.Module], lo
     assert set(model.layers()) == {"conv", "fc"} and "float_layers" not in model.meta
     assert ("untraced" in model.meta) == loop
     assert set(quantize(model, uniform("int4", "int8"), Calib(x)).qlayers()) == {"conv", "fc"}
+
+
+def test_a_causal_mask_is_known_again_until_it_changes() -> None:
+    """What attention has found out of a mask holds for that tensor and its numbers, not for others."""
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    q, k, v = torch.randn(3, 2, 4, 6, 8).unbind()
+    attention = Attention()
+
+    def agrees() -> bool:
+        wanted = F.scaled_dot_product_attention(q, k, v, mask)
+        return all(torch.allclose(attention(q, k, v, mask), wanted, atol=1e-6) for _ in range(2))
+
+    assert agrees()
+    mask[1, 0, 3, 1] = False
+    assert agrees()
+    mask[1, 0, 3, 1] = True
+    assert agrees()
+    with torch.inference_mode():
+        assert torch.allclose(attention(q, k, v, mask.clone()), attention(q, k, v, mask), atol=1e-6)
