@@ -92,7 +92,7 @@ def encode(values: Tensor, fmt: Format) -> Tensor:
 
 def decode(codes: Tensor, fmt: Format) -> Tensor:
     """Grid values (float32) of bit patterns."""
-    return _value_table(fmt)[codes.long()]
+    return _value_table(fmt).index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
 def expand_scale(scale: Tensor, columns: int) -> Tensor:
@@ -436,6 +436,12 @@ _PIECE = 2**16
 def pack(codes: Tensor, bits: int) -> np.ndarray:
     """Codes packed without gaps, most significant bit first, uint8 of ceil(n * bits / 8) bytes."""
     flat, shifts = codes.flatten().numpy(), np.arange(bits - 1, -1, -1)
+    if 8 % bits == 0:  # whole codes to a byte
+        padded = np.pad(flat.astype(np.uint8, copy=False), (0, -len(flat) % (8 // bits)))
+        whole = np.zeros(len(padded) * bits // 8, np.uint8)
+        for i in range(8 // bits):
+            whole |= padded[i :: 8 // bits] << (8 - bits * (i + 1))
+        return whole
     pieces = [flat[i : i + _PIECE].astype(np.int64) for i in range(0, len(flat), _PIECE)]
     packed = [np.packbits(((piece[:, None] >> shifts) & 1).astype(np.uint8).reshape(-1)) for piece in pieces]
     return np.concatenate([np.empty(0, np.uint8), *packed])

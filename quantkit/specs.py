@@ -254,6 +254,8 @@ def sqnr_db(layer: QLayer) -> float | None:
     """Signal to quantization noise of a layer's weight in dB; None if float, inf if exact."""
     if layer.q is None:
         return None
-    weight = layer.weight.detach().double()
-    noise = (layer.effective_weight().double() - weight).square().sum()
-    return float("inf") if noise == 0 else float(10 * torch.log10(weight.square().sum() / noise))
+    weight = layer.weight.detach()
+    signal, noise = (
+        torch.linalg.vector_norm(x, dtype=torch.float64) for x in (weight, layer.effective_weight() - weight)
+    )
+    return float("inf") if noise == 0 else float(20 * torch.log10(signal / noise))
