@@ -7,7 +7,6 @@ of passes are rough: expect the seconds within a factor of two.
 
 from __future__ import annotations
 
-import itertools
 import resource
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 
 from hwmodel.formats import Int
 from quantkit.model import Calib, Model
-from quantkit.observers import one_thread
+from quantkit.observers import PANEL, one_thread
 from quantkit.qlayers import shape_of
 from quantkit.recipe import Recipe, full_steps, step_options
 from quantkit.rounding import round_to
@@ -71,8 +70,7 @@ def forecast(model: Model, recipe: Recipe, calib: Calib, *, memory: int, whole: 
     largest = max((model.layers()[n].weight.numel() for n in planned), default=0)
     columns = max((model.layers()[n].weight.shape[1] for n in planned), default=0)
     table = max(layer.weight.numel() for layer in model.layers().values())
-    outputs = [layer.weight.shape[0] for name, layer in layers if name in reached]
-    wide = max((a + b for a, b in itertools.pairwise(outputs)), default=0)
+    wide = max((layer.weight.shape[1] for name, layer in layers if name in reached), default=0)
     flowing = 4 * rows * streams * (2 * layers[0][1].weight.shape[1] + wide) if looks and planned else 0
     method = 4 * 8 * largest + 4 * 4 * columns**2 if planned else 0
     held = _used() + max(3 * 4 * table, method + (flowing if whole else min(flowing, memory)))
@@ -103,7 +101,7 @@ def _add(work: dict[str, list[float]], step: str, options: dict[str, Any], rows:
     """Operations and passes over elements of a step on a layer of n x m weights."""
     gram = step == "gptq" or options.get("scale") == "importance" or (step == "adaround" and m <= 4 * options["batch"])
     if gram:
-        work["inputs"][0] += 2 * rows * m * m
+        work["inputs"][0] += rows * m * (m + PANEL)
     match step:
         case "rtn":
             work["rounding"][1] += (SEARCH + 4) * n * m
@@ -111,7 +109,7 @@ def _add(work: dict[str, list[float]], step: str, options: dict[str, Any], rows:
             work["rounding"][0] += m**3 + 4 * n * m * m
             work["rounding"][1] += (SEARCH + 20) * n * m
             if options["drift"]:
-                work["inputs"][0] += 4 * rows * n * m + m**3
+                work["inputs"][0] += 2 * rows * m * m + m**3
         case "adaround":
             each = 2 * n * m * m if gram else 6 * options["batch"] * n * m
             work["rounding"][0] += options["steps"] * each

@@ -1,8 +1,9 @@
 """Quantize a Hugging Face directory block by block: weights are read when their layer's turn comes, and then dropped.
 
-Held at any time: the weights of the layer at its turn and of the one before it, and the activations between layers of
-the calibration set, of which what exceeds a budget lies on disk. Layers, their inputs and their order are those of
-`recipe.quantize` on the whole model, and so are the codes, bit for bit.
+Held at any time: the weights of the layer at its turn and of those that have not run yet, and what the calibration set
+is in front of it: its inputs and what later layers read, of which what exceeds a budget lies on disk. Layers, their
+inputs and their order are those of `recipe.quantize` on the whole model, and so are the codes, bit for bit, as long as
+that one keeps no activations in half precision (`observers.LARGE`).
 
 Every finished block (a decoder layer; what comes before the first, and behind the last) leaves in a work folder
 
