@@ -192,6 +192,13 @@ class Stream:
         self.values = {node: v for node, v in self.values.items() if self.last[node] >= end} | made
         self.fixed_values = {node: v for node, v in self.fixed_values.items() if self.last.get(node, -1) >= end}
 
+    def forget(self) -> None:
+        """Let go of everything; nothing may be asked for any more."""
+        for values in self.values.values():
+            for kept in values:
+                self.store.drop(kept)
+        self.waiting, self.values, self.fixed_values = [], {}, {}
+
     def _held(self, node: fx.Node) -> bool:
         return node.op not in ("placeholder", "get_attr", "output") and node not in self.fixed
 

@@ -379,6 +379,9 @@ class _Run:
     def _finish(self, number: int, end: int, *, last: bool) -> None:
         """Write the block; its .json, last of all, makes it count. last: nothing behind it looks at inputs."""
         if last:
+            for stream in self.streams:
+                stream.forget()
+            self.moments = (None, {})
             self._ran()
         else:
             self._catch_up()
