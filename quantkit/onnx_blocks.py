@@ -8,16 +8,16 @@ largest magnitude is found by bisection, where `floor(log2(x))` could be one off
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
 
 import numpy as np
 from onnx import FunctionProto
 
 from hwmodel import formats
-from hwmodel.formats import Block, Float, Format, Levels
+from hwmodel.formats import Block, Float
 from quantkit.errors import InputError
-from quantkit.onnx_formats import DOMAIN, Body, Graph, function_name, quantize_function
+from quantkit.onnx_formats import DOMAIN, Body, Graph, function_name, has_function, quantize_function
 from quantkit.qlayers import BlockAct
+from quantkit.qtensor import largest
 
 _LEAST, _MOST = 2.0**-127, 2.0**127
 """The smallest and the largest scale of e8m0."""
@@ -42,17 +42,13 @@ def block_quantizer(graph: Graph, x: str, act: BlockAct, name: str, *, axis: int
     """Nodes of `act.values(x, axis)`, in real units; axis: negative; channels: how many lie along it, if known."""
     scaled = isinstance(act.fmt.scale, Float)
     for fmt in (act.fmt.elem, act.fmt.scale):
-        if _has_function(fmt):
+        if has_function(fmt):
             inner = quantize_function(fmt)
             graph.functions.setdefault(inner.name, inner)
     base = [graph.constant(np.float32(act.base), f"{name}.base")] if scaled else []
     return graph.call(
         _function(act, axis, channels is None or channels % act.fmt.size != 0), [x, *base], f"{name}.values"
     )
-
-
-def _has_function(fmt: Format | str) -> TypeGuard[Float | Levels]:
-    return isinstance(fmt, Float) or (isinstance(fmt, Levels) and fmt.name == "binary")
 
 
 def _function(act: BlockAct, axis: int, padded: bool) -> FunctionProto:
@@ -96,7 +92,7 @@ def _padded(body: Body, shape: str, size: int, axis: int) -> tuple[str, str]:
 def _shared(body: Body, absmax: str, act: BlockAct) -> str:
     """The power of two of `qtensor.shared_exponent`; 1 for a block of zeros."""
     elem = act.fmt.elem
-    top = formats.max_value(elem) or 1.0
+    top = largest(elem)
     emax = math.frexp(top)[1] - 1
     finite = body.op("Min", absmax, body.number(_MOST))
     binade = body.number(_LEAST)
@@ -117,7 +113,7 @@ def _shared(body: Body, absmax: str, act: BlockAct) -> str:
 def _stored(body: Body, absmax: str, fmt: Block) -> str:
     """absmax over the element's largest value, as a minifloat times `base`; `base` for a block of zeros."""
     assert isinstance(fmt.scale, Float)
-    wanted = body.op("Div", absmax, body.number(formats.max_value(fmt.elem) or 1.0))
+    wanted = body.op("Div", absmax, body.number(largest(fmt.elem)))
     wanted = body.op("Max", wanted, body.number(float(np.finfo(np.float32).tiny)))
     wanted = body.op("Where", body.op("Equal", absmax, body.number(0.0)), "base", wanted)
     rounded = body.op(function_name("Quantize", fmt.scale), wanted, "base", domain=DOMAIN)
@@ -127,7 +123,7 @@ def _stored(body: Body, absmax: str, fmt: Block) -> str:
 def _rounded(body: Body, x: str, scale: str, fmt: Block) -> str:
     """Grid values of x / scale."""
     elem = fmt.elem
-    if _has_function(elem):
+    if has_function(elem):
         return body.op(function_name("Quantize", elem), x, scale, domain=DOMAIN)
-    low, high = (-1.0, 1.0) if isinstance(elem, Levels) else (formats.min_value(elem), formats.max_value(elem))
+    low, high = formats.min_value(elem), formats.max_value(elem)
     return body.op("Round", body.op("Clip", body.op("Div", x, scale), body.number(low), body.number(high)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
@@ -87,14 +87,14 @@ def quantizer(graph: Graph, x: str, act: ActQuant, name: str, *, real: bool = Fa
     """Quantize the float value `x`: grid values of `act.fmt`, or those times the scale if `real`."""
     fmt = act.fmt
     scale = graph.constant(np.float32(act.scale), f"{name}.scale")
-    if isinstance(fmt, Float) or (isinstance(fmt, Levels) and fmt.name == "binary"):
+    if has_function(fmt):
         values = graph.call(quantize_function(fmt), [x, scale], f"{name}.values")
         return graph.op("Mul", [values, scale], f"{name}.real") if real else values
     native = graph.four_bits and fmt in (
         Int(4),
         Int(4, signed=False),
     )  # Clip knows 8 bits but not 4, so only full-range formats
-    assert not isinstance(fmt, Block)  # an element format has one scale
+    assert not isinstance(fmt, Block | Float)  # an element format has one scale, and minifloats are done
     width = 4 if native else 16 if formats.bits(fmt) == 16 else 8
     kind = _TYPES[width, formats.is_signed(fmt)]
     low, high = _range(fmt)
@@ -192,6 +192,11 @@ def function_name(verb: str, fmt: Format) -> str:
     """
     text = str(fmt)
     return verb + (text.capitalize() if isinstance(fmt, Levels) else text.upper())
+
+
+def has_function(fmt: Format | str) -> TypeGuard[Float | Levels]:
+    """Whether rounding to a format is a function of its own; of the others Clip and Round are enough."""
+    return isinstance(fmt, Float) or (isinstance(fmt, Levels) and fmt.name == "binary")
 
 
 def quantize_function(fmt: Float | Levels) -> FunctionProto:

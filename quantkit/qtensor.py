@@ -154,11 +154,12 @@ def base_for(x: Tensor, fmt: Format, scale: ScaleFormat | None) -> float | None:
     if not isinstance(scale, Float):
         return None
     absmax = x.abs().amax().float()
-    base = absmax / (_top(fmt) * formats.max_value(scale))
+    base = absmax / (largest(fmt) * formats.max_value(scale))
     return float(base.clamp_min(2.0**-100)) if absmax > 0 else 1.0
 
 
-def _top(fmt: Format) -> float:
+def largest(fmt: Format) -> float:
+    """The largest value, 1 where none is positive, as of one signed bit."""
     return formats.max_value(fmt) or 1.0  # signed 1-bit: {-1, 0}
 
 
@@ -302,7 +303,7 @@ def fit_groups(
     if shared or (scale == "e8m0" and rule != "percentile"):
         return _shared(elements, absmax, fmt, rule, column_weight)
     empty = absmax == 0
-    top = _top(fmt)
+    top = largest(fmt)
     if scale is not None and rule in ("mse", "importance"):
         best = _search(elements, absmax / top, fmt, column_weight, lambda s: round_scale(s, scale, base))
     elif isinstance(fmt, Levels) and fmt.name == "binary" and rule in ("mse", "importance"):
@@ -343,7 +344,7 @@ def shared_exponent(absmax: Tensor, fmt: Format, rule: Literal["floor", "ceil", 
     >>> [shared_exponent(x, f, rule).tolist() for rule in ("floor", "ceil", "even")]
     [[0, 0, 0], [0, 1, 1], [0, 0, 1]]
     """
-    top = _top(fmt)
+    top = largest(fmt)
     emax = math.frexp(top)[1] - 1
     mantissa, exponent = torch.frexp(absmax)  # absmax = mantissa 2^exponent, 1/2 <= mantissa < 1
     if rule == "floor":

@@ -46,6 +46,7 @@ ACCURACY_FRACTION = 0.01
 """Of the distance between the float network and one that always gives the most frequent class."""
 
 USEFUL_FRACTION = 0.2
+"""What a network may lose of the same distance and still be worth proposing: `Study.floor`."""
 
 Origin = Literal["sweep", "allocation", "search"]
 

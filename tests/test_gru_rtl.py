@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
+from drifting import Drift
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -203,25 +202,6 @@ def test_the_stream_begins_episodes_by_tuser_and_reset(tmp_path: Path) -> None:
     got = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     want = reference(network, codes, first | (np.arange(24) == 19))
     assert [row[:-1] for row in got] == want.tolist() and {row[-1] for row in got} == {0}
-
-
-class Drift(gymnasium.Env[np.ndarray, np.ndarray]):
-    """Six numbers that drift and are pushed by two actions; 25 steps."""
-
-    observation_space = spaces.Box(-np.inf, np.inf, (6,), np.float32)
-    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.x = self.np_random.normal(size=6)
-        return self.x.astype(np.float32), {}
-
-    def step(self, action):
-        self.x = 0.9 * self.x + 0.3 * self.np_random.normal(size=6) + 0.5 * np.tile(np.clip(action, -1, 1), 3)
-        return self.x.astype(np.float32), -float(self.x @ self.x), False, False, {}
-
-
-gymnasium.register("Drift-v0", Drift, max_episode_steps=25)
 
 
 @pytest.mark.sim

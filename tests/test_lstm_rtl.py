@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
+from drifting import Drift
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer import Typer
@@ -142,25 +141,6 @@ def test_a_network_with_lstms_survives_json(tmp_path: Path) -> None:
             LayerSpec.from_json(records[1] | wrong)
 
 
-class Drift(gymnasium.Env):
-    """A state that decays, with noise, under the action; rewards its closeness to zero."""
-
-    observation_space = spaces.Box(-10, 10, (6,), np.float32)
-    action_space = spaces.Box(-1, 1, (2,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        self.x = self.np_random.normal(size=6)
-        return self.x.astype(np.float32), {}
-
-    def step(self, action):
-        self.x = 0.9 * self.x + 0.3 * self.np_random.normal(size=6) + 0.5 * np.tile(np.clip(action, -1, 1), 3)
-        return self.x.astype(np.float32), -float(self.x @ self.x), False, False, {}
-
-
-gymnasium.register("DriftLstm-v0", Drift, max_episode_steps=25)
-
-
 @pytest.mark.sim
 @icarus
 def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
@@ -169,7 +149,7 @@ def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
     network, host = network_of(model)
     plans = plan_network(network, DEVICE, latency_us=3)
     emit.write(network, plans, tmp_path, DEVICE)
-    flight = fly(model, tmp_path, EnvSpec("DriftLstm-v0"), episodes=3, seed=4, tool="iverilog")
+    flight = fly(model, tmp_path, EnvSpec("Drift-v0"), episodes=3, seed=4, tool="iverilog")
     assert flight.difference is None and flight.decisions == 75
     assert flight.cycles_min == flight.cycles_max == total_cycles(plans)
     returns = []
@@ -186,7 +166,7 @@ def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
     memory = tmp_path / "layer1_constants.mem"
     words = memory.read_text().split()
     memory.write_text("\n".join(f"{int(word, 16) ^ 128:0{len(word)}x}" for word in words) + "\n")
-    broken = fly(model, tmp_path, EnvSpec("DriftLstm-v0"), episodes=3, seed=4, tool="iverilog")
+    broken = fly(model, tmp_path, EnvSpec("Drift-v0"), episodes=3, seed=4, tool="iverilog")
     assert broken.difference is not None and "out_sums[" in broken.difference
 
 
