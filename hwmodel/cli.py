@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,30 @@ def fail(message: str) -> NoReturn:
     """Report bad input."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(2)
+
+
+def main() -> None:
+    """Console entry point. What the argument parser refuses is one line, as every other mistake."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        code = 2
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is None:
+            raise
+        context = getattr(error, "ctx", None)
+        if message := " ".join(usage().split()):  # empty after help that was asked for by saying nothing
+            print(f"error: {message} (see {context.command_path if context else 'hwmodel'} --help)", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code or 0)
 
 
 def checked_mapping(name: str) -> Any:
@@ -403,4 +428,4 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    main()

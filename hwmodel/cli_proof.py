@@ -113,8 +113,11 @@ def fit(
     command = f"hwmodel fit --out {out.name}" + (f" --csv {csv.name}" if csv else f" --parts {parts}")
     command += "" if family == "xc7" else f" --family {family}"
     with plain_errors(), pricing(checked_family(family)), Bar("synthesizing") as progress:
-        if not out.parent.is_dir():
-            fail(f"{out.parent} is no directory to write {out.name} into")
+        for file in (out, report):
+            if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+                fail(f"{file} cannot be written; expected a file in a directory that exists and may be written to")
+        if csv is not None and report is not None:
+            fail("--report lists synthesized units, which --csv has none of; leave out one of them")
         if csv is not None and family != "xc7":
             fail("--csv fits products of LUTs with six inputs; leave out --family")
         if csv is not None:

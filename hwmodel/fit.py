@@ -13,6 +13,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -722,7 +723,12 @@ def write_coeffs(path: Path, data: dict[str, Any]) -> None:
                 emit(v, f"{name}.{json.dumps(k)}" if name else json.dumps(k))
 
     emit(data, "")
-    path.write_text("\n".join(lines) + "\n")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text("\n".join(lines) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     mac.use_coefficients(path)
 
 
@@ -806,11 +812,13 @@ def fit_utilization(rows: Sequence[Utilization], out: Path, *, tool: str, comman
     random.Random(SEED).shuffle(shuffled)
     held, seen = shuffled[: len(rows) // 3 or 1], shuffled[len(rows) // 3 or 1 :]
     ours = deepcopy(mac.coefficients())
+    trial = out.with_name(f".{out.name}.trial")
     try:
-        write_coeffs(out, _with_products(ours, seen))
+        write_coeffs(trial, _with_products(ours, seen))
         guesses = [mac.mac_cost(r.weight, r.act, r.acc_bits, r.lanes).luts for r in held]
     finally:
         mac.use_coefficients(None)
+        trial.unlink(missing_ok=True)
     data = _with_products(ours, rows)
     found = residual_of([r.luts for r in held], guesses)
     data["fit"] = {

@@ -95,6 +95,35 @@ def test_malformed_specs_are_refused(text: str, tmp_path: Path) -> None:
     assert code == 2 and out == "" and "specs.json" in err and err.count("\n") == 1
 
 
+def test_what_the_parser_refuses_is_one_line(tmp_path: Path) -> None:
+    """An unknown command, a missing argument and a word in place of a number end as all bad input does."""
+    number = ["cost", "--weights", "int4", "--acts", "int4", "--lanes", "x"]
+    for arguments, words in ((["estimat"], "'estimate'"), (["estimate"], "'NETWORK'"), (number, "'--lanes'")):
+        done = subprocess.run([sys.executable, "-m", "hwmodel", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "" and words in done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_fit_refuses_outputs_that_it_could_not_write(tmp_path: Path) -> None:
+    """A directory, a folder that is missing, and a report that --csv has no rows for, before any work is done."""
+    rows = tmp_path / "mine.csv"
+    rows.write_text("weight,act,lanes,acc_bits,luts,ffs\n" + "int4,int4,2,20,70,50\n" * 4)
+    own = ["fit", "--csv", rows, "--out"]
+    for arguments, words in (
+        ([*own, tmp_path], "cannot be written"),
+        ([*own, tmp_path / "none" / "x.toml"], "cannot be written"),
+        (
+            ["fit", "--out", tmp_path / "x.toml", "--report", tmp_path / "none" / "x.csv"],
+            "none/x.csv cannot be written",
+        ),
+        ([*own, tmp_path / "x.toml", "--report", tmp_path / "x.csv"], "leave out one"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2 and out == "" and words in err and err.count("\n") == 1
+    assert run(*own, tmp_path / "x.toml")[0] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.csv", "x.toml"]
+
+
 def test_help_is_light() -> None:
     """Help answers to -h, shows an example, and loads neither numpy nor torch."""
     assert "Example:" in run("estimate", "-h")[1]
