@@ -36,6 +36,28 @@ from quantkit.rounding import all_finite
 
 Step = tuple[str, dict[str, Any]]
 
+LIMITS: dict[str, tuple[float, float]] = {
+    "alpha": (0, 1),
+    "batch": (1, math.inf),
+    "beta_end": (0, math.inf),
+    "beta_start": (0, math.inf),
+    "block": (1, math.inf),
+    "damp": (0, math.inf),
+    "lr": (0, math.inf),
+    "percentile": (0, 100),
+    "reg": (0, math.inf),
+    "ridge": (0, math.inf),
+    "rounds": (1, math.inf),
+    "slow": (0, math.inf),
+    "states": (1, math.inf),
+    "steps": (0, math.inf),
+    "sweeps": (1, math.inf),
+    "tolerance": (0, math.inf),
+    "warmup": (0, 1),
+}
+"""Least and largest value of the options of these names, whichever method has them; `samples` is 1 or more, or 0 (all)
+where that is the default. A method may ask for more."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -119,10 +141,34 @@ def parse_step(text: str) -> Step:
     options: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
-        if not equals or key not in accepted:
-            raise InputError(f"step {name!r} has no option {item!r}; its options: {', '.join(accepted) or 'none'}")
+        if key not in accepted:
+            raise InputError(_no_option(name, key))
+        if not equals:
+            raise InputError(f"step {name!r}, option {key!r} has no value; write {key}={accepted[key].default}")
         options[key] = _convert(value, accepted[key], f"step {name!r}, option {key!r}")
+    check_options(name, options)
     return name, options
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise InputError for an option that the method does not have, and for a number beyond its limits."""
+    accepted = step_options(name)
+    for key, value in options.items():
+        if key not in accepted:
+            raise InputError(_no_option(name, key))
+        least, most = LIMITS.get(key, (-math.inf, math.inf))
+        if key == "samples":
+            least = min(1, accepted[key].default)
+        if isinstance(value, int | float) and not least <= value <= most:
+            wanted = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise InputError(f"step {name!r}: {key}={value}; accepted: {wanted}")
+
+
+def _no_option(name: str, key: str) -> str:
+    accepted = step_options(name)
+    near = difflib.get_close_matches(key, accepted, n=1)
+    meant = f"did you mean {near[0]!r}? Its" if near else "its"
+    return f"step {name!r} has no option {key!r}; {meant} options: {', '.join(accepted) or 'none'}"
 
 
 def step_text(step: Step) -> str:
@@ -162,11 +208,12 @@ def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
 
 
 def full_steps(recipe: Recipe) -> tuple[Step, ...]:
-    """The steps of the recipe with the implied ones added."""
+    """The steps of the recipe with the implied ones added; InputError for an unknown one or one with bad options."""
     methods = shelves.methods()
-    for name, _ in recipe.steps:
+    for name, options in recipe.steps:
         if name not in methods:
             raise InputError(f"unknown step {name!r}; steps: {', '.join(methods)}")
+        check_options(name, options)
     changes = [methods[name].CHANGES for name, _ in recipe.steps]
     for kind in ("weights", "bias"):
         twice = [name for (name, _), c in zip(recipe.steps, changes, strict=True) if kind in c][1:]

@@ -85,6 +85,33 @@ def test_an_unknown_option_is_answered_with_the_known(name: str) -> None:
     assert all(key in str(caught.value) for key in step_options(name))
 
 
+def test_an_option_beyond_its_limits_is_refused_before_any_work() -> None:
+    """As text and as data, with what is accepted; each of these would end in nonsense, a hang or a traceback."""
+    beyond = {
+        "act_scales": {"percentile": 200.0, "samples": 0},
+        "adaround": {"batch": 0, "steps": -5, "warmup": 2.0, "samples": 0, "beta_end": -1.0},
+        "distill": {"rounds": 0, "states": 0, "slow": -1.0},
+        "equalize": {"alpha": 7.0, "sweeps": 0, "tolerance": -1.0},
+        "gptq": {"damp": -1.0, "block": 0, "ridge": -0.5, "samples": -1},
+        "smoothquant": {"alpha": -0.1},
+    }
+    for name, options in beyond.items():
+        for key, value in options.items():
+            for attempt in (
+                lambda name=name, key=key, value=value: parse_step(f"{name}:{key}={value}"),
+                lambda name=name, key=key, value=value: full_steps(
+                    uniform("int4", "int4", steps=((name, {key: value}),))
+                ),
+            ):
+                with pytest.raises(InputError, match=f"{key}={value}; accepted: "):
+                    attempt()
+    with pytest.raises(InputError, match="did you mean 'act_order'"):
+        parse_step("gptq:actorder=true")
+    with pytest.raises(InputError, match="no option 'dampen'; did you mean 'damp'"):
+        full_steps(uniform("int4", "int4", steps=(("gptq", {"dampen": 0.1}),)))
+    assert parse_step("gptq:samples=0") == ("gptq", {"samples": 0})
+
+
 @pytest.mark.parametrize(
     "text",
     [
