@@ -103,4 +103,7 @@ def read_inputs(path: Path) -> np.ndarray:
         raise InputError(
             f"{path}: holds {array.dtype} of shape {array.shape}; accepted: numbers of shape (samples, ...)"
         )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise InputError(f"{path}: holds {array[at]} at index {at}; all numbers must be finite")
     return array

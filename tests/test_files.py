@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from quantkit.errors import InputError
-from quantkit.files import check_new, new_directory, new_file, sha256_of
+from quantkit.files import check_new, new_directory, new_file, read_inputs, sha256_of
 
 FAILURES = [RuntimeError, KeyboardInterrupt, SystemExit]
 
@@ -135,3 +136,17 @@ def test_sabotage_writing_in_place_is_caught(tmp_path: Path) -> None:
         handle.write("half")
         raise RuntimeError
     assert listing(tmp_path) != {}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_inputs_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    """The message names the file, the value and its first index; files of whole numbers have none."""
+    x = np.zeros((5, 3), np.float32)
+    np.save(tmp_path / "good.npy", x)
+    x[3, 1] = x[4, 0] = bad
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(InputError, match=rf"x\.npy: holds {bad} at index \(3, 1\); all numbers must be finite"):
+        read_inputs(tmp_path / "x.npy")
+    assert read_inputs(tmp_path / "good.npy").shape == (5, 3)
+    np.save(tmp_path / "tokens.npy", np.ones((2, 4), np.int64))
+    assert read_inputs(tmp_path / "tokens.npy").dtype == np.int64

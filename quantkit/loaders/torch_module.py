@@ -63,7 +63,8 @@ def load(path: Path, *, factory: str | None, env: EnvSpec | str | None = None, i
     except Exception as error:  # whatever the module's own Python does with inputs that it is not made for
         where = factory if inputs is None else inputs
         raise InputError(
-            f"{where}: the network cannot take inputs of shape {tuple(example.shape)} ({one_line(error)})"
+            f"{where}: the network cannot take {str(example.dtype).removeprefix('torch.')} inputs of shape"
+            f" {tuple(example.shape)} ({one_line(error)})"
         ) from None
     return captured(Model(module, example, spec, meta))
 
@@ -155,7 +156,7 @@ def _example(module: nn.Module, factory: str, inputs: Path | None) -> Tensor:
     if inputs is not None:
         array = read_inputs(inputs)[:2]
         example = torch.from_numpy(array if example is None else array.astype(example.numpy().dtype))
-        example = example.float() if example.dtype == torch.float64 else example
+        example = example.float() if example.dtype in (torch.float64, torch.float16) else example
     if example is None and isinstance(module, Policy):
         return torch.stack([torch.zeros(module.obs_shape), torch.ones(module.obs_shape)])
     if not isinstance(example, Tensor) or example.ndim < 1:
