@@ -38,8 +38,9 @@ from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import Recipe, make_plan, parse_step, quantize
 from quantkit.rtl_episodes import Pilot, fly
 from quantkit.rtl_export import network_of
+from quantkit.seeds import EVALUATION_SEED
 from quantkit.study import calib_for, policy_of
-from quantkit.tasks.episodes import EVALUATION_SEED, act_of, rollout
+from quantkit.tasks.episodes import act_of, rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path("../shared/data")

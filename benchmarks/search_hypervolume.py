@@ -40,13 +40,12 @@ from quantkit.recipe import Recipe, Step
 from quantkit.results import Row, read_rows
 from quantkit.search import search
 from quantkit.search_space import SearchSpace
+from quantkit.seeds import CONFIRM
 from quantkit.study import Settings, Study, Task
 from quantkit.sweep import Space, complete, open_study
-from quantkit.tasks import episodes as episodes_task
 
 WEIGHTS = ("binary", "ternary", "int2", "int3", "int4", "int6", "int8")
 ACTS = ("int1", "binary", "ternary", "int2", "int3", "int4", "int5", "int6", "int8")
-FRESH_SEED = 500_000
 Point = tuple[float, float]
 
 
@@ -79,7 +78,7 @@ def hypervolume(points: Sequence[Point], luts: float, worst: float, best: float,
 
 def fresh(study: Study, rows: Sequence[Row], folder: Path, episodes: int) -> list[Point]:
     """The designs of the rows with returns of episodes that nothing has seen."""
-    settings = replace(study.settings, episodes=episodes, seed=FRESH_SEED)
+    settings = replace(study.settings, episodes=episodes, seed=CONFIRM.start)
     other = open_study(folder, study.model, settings)
     with workers(other) as mapper:
         again = complete(other, [Task(Recipe.from_json(row["recipe"])) for row in rows], folder, mapper)
@@ -189,5 +188,4 @@ if __name__ == "__main__":
     parser.add_argument("--plain", action="store_true", help="Round to nearest in place of preset fast.")
     parser.add_argument("--work", type=Path, default=Path("studies_out"), help="Studies; run again to go on.")
     args = parser.parse_args()
-    assert episodes_task.EVALUATION_SEED < FRESH_SEED
     main(args.agents, args.data, args.episodes, args.fresh, args.plain, args.work)

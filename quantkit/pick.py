@@ -31,7 +31,6 @@ from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
 from quantkit.pareto import COLUMNS, COSTS, front, knee, metric_of, value, why_knee
 from quantkit.policy import Policy
-from quantkit.product import CONFIRM_SEED as CONFIRM_SEED
 from quantkit.product import confirm_network, confirm_policy, export_network, export_policy, study_inputs
 from quantkit.recipe import Recipe, quantize
 from quantkit.report import default_cost, normalize_of, read_study

@@ -13,14 +13,13 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.export import export_onnx
 from quantkit.model import Model
+from quantkit.seeds import CONFIRM
 from quantkit.study import labelled_inputs, policy_of, verify_export
 from quantkit.sweep import digest
 from quantkit.tasks.accuracy import Labelled, answers
 from quantkit.tasks.episodes import Progress, compare_scores, evaluate_policy
 from quantkit.verify import onnx_outputs, verify
 
-CONFIRM_SEED = 500_000
-"""The first of the fresh seeds: far from those of evaluation and of calibration."""
 STATES, QONNX_STATES = 512, 256
 
 
@@ -76,7 +75,7 @@ def confirm_policy(
                 assert progress is not None
                 progress(base + done, 2 * episodes)
 
-        scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=CONFIRM_SEED, progress=tick))
+        scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=CONFIRM.start, progress=tick))
     verdict = compare_scores(scores[0], scores[1], margin=margin)
     return {"reference": scores[0].to_json(), "score": scores[1].to_json(), "verdict": verdict.to_json()}
 

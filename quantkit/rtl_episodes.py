@@ -21,9 +21,10 @@ from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy
 from quantkit.rtl_conv import has_convolutions, policy_of
 from quantkit.rtl_export import network_of
+from quantkit.seeds import EVALUATION_SEED
 from quantkit.simulate import compile_policy
 from quantkit.tasks.environments import make_env
-from quantkit.tasks.episodes import EVALUATION_SEED, Progress, rollout
+from quantkit.tasks.episodes import Progress, rollout
 
 
 @dataclass(frozen=True)

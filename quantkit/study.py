@@ -29,6 +29,7 @@ from quantkit.policy import Head, Policy
 from quantkit.racing import race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
+from quantkit.seeds import EVALUATION_SEED, FRESH, check_evaluation, visit
 from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
 from quantkit.statistics import Floats, Verdict, default_margin
@@ -62,7 +63,7 @@ class Settings:
     """
 
     episodes: int = 20
-    seed: int = episodes_task.EVALUATION_SEED
+    seed: int = EVALUATION_SEED
     device: Device | None = None
     latency_us: float | None = None
     luts: int | None = None
@@ -77,9 +78,7 @@ class Settings:
         return (Target(self.device, self.latency_us, self.luts, self.mapping), *self.also)
 
 
-def settings_for(
-    targets: tuple[Target, ...], episodes: int = 20, seed: int = episodes_task.EVALUATION_SEED
-) -> Settings:
+def settings_for(targets: tuple[Target, ...], episodes: int = 20, seed: int = EVALUATION_SEED) -> Settings:
     """Settings with these targets, the first of which leads."""
     if not targets:
         return Settings(episodes, seed)
@@ -151,17 +150,16 @@ def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
 
 
 def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Progress | None = None) -> np.ndarray:
-    """Observations from rollouts of the policy, of episodes from CALIBRATION_SEED on, above those of evaluations."""
+    """Observations from rollouts of the policy, of episodes whose seeds are `seeds.CALIBRATION`."""
     policy, spec = policy_of(model)
     act = episodes_task.act_of(policy)
     return episodes_task.collect_states(act, spec, n, episodes=8, progress=progress)
 
 
 def visited_states(model: Model, n: int, seed: int) -> Visits:
-    """`Calib.visit`: n observations of the model's own rollouts, of episodes that differ with `seed` from 1."""
+    """`Calib.visit`: n observations of the model's own rollouts, of the episodes `seeds.visit(seed)`."""
     policy, spec = policy_of(model)
-    first = episodes_task.CALIBRATION_SEED + 1_000_000 * seed
-    found = episodes_task.collect_visits(episodes_task.act_of(policy), spec, n, seed=first, episodes=8)
+    found = episodes_task.collect_visits(episodes_task.act_of(policy), spec, n, seed=visit(seed).start, episodes=8)
     return Visits(*map(torch.from_numpy, found))
 
 
@@ -199,13 +197,16 @@ def labelled_inputs(model: Model, inputs: Path, labels: Path, calibration: Path)
 
 
 def fresh_states(model: Model, n: int | None, inputs: Path | None = None, *, behind: int = 0) -> torch.Tensor:
-    """`n` inputs to measure on: of episodes that calibration does not see, or rows of a file.
+    """`n` inputs to measure on: of the episodes `seeds.FRESH`, which no method plays, or rows of a file.
 
     Of a file those behind the first `behind`, which calibrate; if there are none, the first ones. n: None is 2048 of
     a policy and 256 of a file.
     """
     if inputs is None and isinstance(model.module, Policy):
-        return visited_states(model, CALIBRATION_STATES if n is None else n, 1).states
+        policy, spec = policy_of(model)
+        n = CALIBRATION_STATES if n is None else n
+        act = episodes_task.act_of(policy)
+        return torch.from_numpy(episodes_task.collect_states(act, spec, n, seed=FRESH.start, episodes=8))
     rows = calib_for(model, None, inputs=inputs).inputs
     rows = rows[behind:] if len(rows) > behind else rows
     return rows[: 256 if n is None else n]
@@ -236,11 +237,15 @@ def prepare(
     progress: Progress | None = None,
     labelled: Labelled | None = None,
 ) -> Study:
-    """Score the float and a random policy and collect calibration states, or those of `labelled` inputs."""
+    """Score the float and a random policy and collect calibration states, or those of `labelled` inputs.
+
+    InputError for seeds that `seeds.check_evaluation` refuses.
+    """
     if labelled is not None:
         reference = labelled.score(model.module, progress)
         return Study(model, settings, labelled.calibration.numpy(), reference, labelled.constant(), labelled)
     policy, spec = policy_of(model)
+    check_evaluation(settings.seed, settings.episodes)
     options: dict[str, Any] = {"episodes": settings.episodes, "seed": settings.seed, "progress": progress}
     reference = episodes_task.evaluate_policy(policy, spec, **options)
     random = episodes_task.random_score(spec, **options)

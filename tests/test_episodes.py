@@ -13,9 +13,8 @@ from torch import nn
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 from quantkit.policy import Head, InputStage, Policy
+from quantkit.seeds import CALIBRATION
 from quantkit.tasks.episodes import (
-    CALIBRATION_SEED,
-    EVALUATION_SEED,
     act_of,
     collect_states,
     collect_visits,
@@ -251,7 +250,7 @@ def test_calibration_states_are_a_uniform_sample_of_the_rollout():
     """Collected states are distinct states of the episodes, all when asked for all, and do not depend on n_envs."""
     act, spec = linear_act(4, CARTPOLE), EnvSpec("CartPole-v1")
     seen = []
-    rollout(act, spec, episodes=20, seed=CALIBRATION_SEED, record=lambda obs, *_: seen.extend(map(tuple, obs)))
+    rollout(act, spec, episodes=20, seed=CALIBRATION.start, record=lambda obs, *_: seen.extend(map(tuple, obs)))
     states = collect_states(act, spec, 100)
     assert states.shape == (100, 4) and states.dtype == np.float32
     assert len({tuple(s) for s in states}) == 100 and {tuple(s) for s in states} <= set(seen)
@@ -264,7 +263,7 @@ def test_calibration_states_are_a_uniform_sample_of_the_rollout():
         act,
         spec,
         episodes=20,
-        seed=CALIBRATION_SEED,
+        seed=CALIBRATION.start,
         record=lambda obs, _n, t: met.update(zip(map(tuple, obs), t, strict=True)),
     )
     found, steps = collect_visits(act, spec, 100)
@@ -285,11 +284,6 @@ def test_more_states_than_twenty_episodes_have_need_more_episodes():
     """Rounds of further episodes are run until enough states were seen."""
     states = collect_states(linear_act(4, CARTPOLE), EnvSpec("CartPole-v1"), 1000, episodes=3)
     assert len({tuple(s) for s in states}) == 1000
-
-
-def test_calibration_seeds_are_not_evaluation_seeds():
-    """By default no calibration episode is an evaluation episode."""
-    assert CALIBRATION_SEED - EVALUATION_SEED >= 9_000
 
 
 def test_paired_scores_compare_with_the_default_margin():

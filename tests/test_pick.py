@@ -21,9 +21,10 @@ from quantkit.card import number
 from quantkit.errors import InputError
 from quantkit.page import page_data
 from quantkit.pareto import value
-from quantkit.pick import CONFIRM_SEED, loss_bound, parse_loss, rebuild, span_of, study_model, study_states, wanted
+from quantkit.pick import loss_bound, parse_loss, rebuild, span_of, study_model, study_states, wanted
 from quantkit.report import read_study
 from quantkit.results import append_row
+from quantkit.seeds import CONFIRM
 from quantkit.specs import layer_specs
 from quantkit.statistics import non_inferior
 
@@ -118,8 +119,8 @@ def test_fresh_seeds_are_fresh(taken: tuple[Path, dict[str, Any]]) -> None:
     """The confirmation equals `evaluate` of float and of the directory on seeds that the study does not have."""
     folder, record = taken
     for path, score in ((AGENT, record["fresh"]["reference"]), (folder, record["fresh"]["score"])):
-        again = document("evaluate", path, "-n", "3", "--seed", CONFIRM_SEED)
-        assert score["returns"] == again["returns"] and score["seed"] == CONFIRM_SEED
+        again = document("evaluate", path, "-n", "3", "--seed", CONFIRM.start)
+        assert score["returns"] == again["returns"] and score["seed"] == CONFIRM.start
     apart = np.subtract(record["fresh"]["score"]["returns"], record["fresh"]["reference"]["returns"])
     assert record["fresh"]["verdict"]["diff_mean"] == pytest.approx(apart.mean())
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 from quantkit.policy import Head, Policy
+from quantkit.seeds import CALIBRATION, EVALUATION_SEED
 from quantkit.simulate import compile_policy
 from quantkit.statistics import Method, Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
 from quantkit.tasks.environments import bare_env, check_fits, input_shape, make_env
@@ -41,9 +42,6 @@ Record = Callable[[np.ndarray, Sequence[int], Sequence[int]], None]
 Change = Callable[[Any], None]
 """Called with each fresh environment, unwrapped, before its reset: it may alter the dynamics."""
 
-EVALUATION_SEED = 1_000
-CALIBRATION_SEED = 10_000
-"""Far from EVALUATION_SEED: calibration never sees an evaluation episode (below 9,000 episodes)."""
 _WIDTH = 32
 _NEVER = 1_000_000
 
@@ -215,7 +213,7 @@ def collect_states(
     spec: EnvSpec,
     n: int,
     *,
-    seed: int = CALIBRATION_SEED,
+    seed: int = CALIBRATION.start,
     episodes: int = 20,
     n_envs: int | None = None,
     progress: Progress | None = None,
@@ -230,7 +228,7 @@ def collect_visits(
     spec: EnvSpec,
     n: int,
     *,
-    seed: int = CALIBRATION_SEED,
+    seed: int = CALIBRATION.start,
     episodes: int = 20,
     n_envs: int | None = None,
     progress: Progress | None = None,

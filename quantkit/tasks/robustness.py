@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 from quantkit.policy import Head, Policy
+from quantkit.seeds import EVALUATION_SEED
 from quantkit.statistics import mean, non_inferior
 from quantkit.tasks.environments import bare_env, check_fits, make_env
 from quantkit.tasks.episodes import (
-    EVALUATION_SEED,
     Act,
     Change,
     Progress,
