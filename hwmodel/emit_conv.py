@@ -1,9 +1,9 @@
 """Verilog of a network of windows: convolutions and dense layers, sums and means of maps, each a stream of positions.
 
-A stage is a window (`rtl/window.v`), the layer that a chain of linear layers has, too (`emit_layer`), and a queue of
-its results (`rtl/fifo.v`); of a sum or a mean `rtl/add.v` or `rtl/mean.v`, converters and that queue. Stages read each
-other as `flow` says. Maps stream line by line, column by column, the channels of a position in consecutive beats. The
-top `policy` has one valid/ready stream in and one out, `policy_axis` two AXI4-Streams.
+A stage is a window (`rtl/window.v`), the layer that a chain of linear layers has, too (`emit_layer`), or `rtl/pool.v`,
+and a queue of its results (`rtl/fifo.v`); of a sum or a mean `rtl/add.v` or `rtl/mean.v`, converters and that queue.
+Stages read each other as `flow` says. Maps stream line by line, column by column, the channels of a position in
+consecutive beats. The top `policy` has one valid/ready stream in and one out, `policy_axis` two AXI4-Streams.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hwmodel import emit
+from hwmodel import emit, pool
 from hwmodel.conv import depthwise, ring
 from hwmodel.devices import Device
 from hwmodel.emit_layer import Rom, converter_lines, layer_text, mem_text, rom_text
@@ -31,7 +31,7 @@ from hwmodel.plan import layer_costs, total, total_cycles
 
 VECTORS = 8
 ZERO = "1'b0"
-LIBRARY = ("window", "steps", "fifo", "regroup", "branch", "queue", "credit", "add", "mean")
+LIBRARY = ("window", "steps", "fifo", "regroup", "branch", "queue", "credit", "add", "mean", "pool")
 
 
 @cache
@@ -52,7 +52,7 @@ def stage_text(index: int, layer: Layer, plan: Fold) -> str:
     found, window = plan.stream, layer.spec.window
     assert window is not None
     word, leaving = found.codes * bits(layer.formats[1]), plan.units * result_bits(layer)
-    col = address_bits(plan.column_folds)
+    col = 1 if layer.spec.pool else address_bits(plan.column_folds)
     parameters = {
         "BITS": word,
         "WORDS": found.words,
@@ -77,6 +77,9 @@ def stage_text(index: int, layer: Layer, plan: Fold) -> str:
         "BLOCK": int(ring(layer.spec, found).kind == "bram"),
     }
     text = ", ".join(f".{name}({value})" for name, value in parameters.items())
+    if layer.spec.op == "max" and (fill := pool.least(layer.formats[1])):
+        width = bits(layer.formats[1])
+        text += f", .FILL({word}'h{sum(fill << i * width for i in range(found.codes)):x})"
     return f"""// {layer.spec.name}: {window.channels} x {window.height} x {window.width} to \
 {layer.spec.out_features} x {window.out_height} x {window.out_width}, {found.period} cycles a position
 module stage{index} (
@@ -101,6 +104,48 @@ module stage{index} (
   wire unused = &{{1'b0, busy, col, finished}};
 endmodule
 """
+
+
+def pool_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
+    """The module `layerN` of a "max" or an "average", and the memories of its converters."""
+    spec, pe, act = layer.spec, plan.pe, layer.formats[1]
+    average = spec.op == "average"
+    inner, leaving = layer.acc_bits if average else bits(act), pe * result_bits(layer)
+    facts = {"PE": pe, "BITS": bits(act), "OUT": inner, "KIND": pool.kind(act), "SUM": int(average)}
+    facts |= {"TAPS": spec.in_features, "WORDS": plan.stream.words}
+    lines: list[str] = ["  assign results = values;", "  assign write = fire;"]
+    roms: list[Rom] = []
+    if average:
+        lane = widened(layer, pe)
+        stages, lines, roms = converter_lines(index, lane, replace(plan, spec=lanes_of(spec, pe)), 1)
+        if any(" row" in line or " next" in line for line in lines):
+            lines = ["  wire [0:0] row = 1'b0, next = 1'b0;", *lines]
+        lines.append(f"  delay #(.N({stages}), .BITS(1)) through (clk, rst, fire, write);")
+    text = [
+        f"// {spec.name}: {spec.op} of {spec.in_features}, {pe} channels at once, {plan.cycles} cycles",
+        f"module layer{index} (",
+        "    input clk,",
+        "    input rst,",
+        "    input start,",
+        "    output busy,",
+        "    output [0:0] col,",
+        f"    input [{pe * bits(act) - 1}:0] acts,",
+        "    output write,",
+        f"    output [{leaving - 1}:0] results,",
+        "    output finished",
+        ");",
+        "  wire fire;",
+        f"  wire [{pe * inner - 1}:0] values;",
+        "  assign busy = 1'b0;",
+        "  assign col = 1'b0;",
+        "  assign finished = write;",
+        f"  pool #({', '.join(f'.{name}({value})' for name, value in facts.items())})",
+        "    windows (clk, rst, start, acts, fire, values);",
+        *lines,
+        "endmodule",
+        "",
+    ]
+    return "\n".join(text), roms
 
 
 def joint_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
@@ -388,7 +433,10 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
         if layer.spec.joint:
             text, roms = joint_text(index, layer, plan)
         else:
-            text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
+            if layer.spec.pool:
+                text, roms = pool_text(index, layer, plan)
+            else:
+                text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
             text = "\n".join([stage_text(index, layer, plan), text])
         texts += [text, *(rom_text(memory) for memory in roms)]
         files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
@@ -516,14 +564,22 @@ def _row(entry: dict[str, Any], plan: Fold, depths: Sequence[int]) -> str:
             *(entry["period"], f"{entry['luts']:g}", f"{entry['bram18']:g}"),
         )
         return f"| {' | '.join(map(str, cells))} |"
-    kind = ", depthwise" if depthwise(spec) else f", {spec.groups} groups" if spec.groups > 1 else ""
+    kind = (
+        f", {spec.op}"
+        if spec.pool
+        else ", depthwise"
+        if depthwise(spec)
+        else f", {spec.groups} groups"
+        if spec.groups > 1
+        else ""
+    )
     cells = (
         spec.name,
         f"{window.channels} x {window.height} x {window.width}",
         f"{window.kernel}, {window.stride}{kind}",
         window.padding,
         f"{spec.out_features} x {window.out_height} x {window.out_width}",
-        f"{spec.weight} x {spec.act}",
+        str(spec.act) if spec.pool else f"{spec.weight} x {spec.act}",
         *(entry[key] for key in ("pe", "simd", "converters", "lines", "period")),
         f"{entry['luts']:g}",
         f"{entry['bram18']:g}",

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hwmodel import conv, gru, joint, lstm
+from hwmodel import conv, gru, joint, lstm, pool
 from hwmodel.accumulator import type_bound
 from hwmodel.convert import converters, group_cost, group_scale_bits
 from hwmodel.cost import ZERO, Cost, HwError
@@ -71,7 +71,7 @@ class Fold:
     @property
     def lanes(self) -> int:
         """Input codes read at once: SIMD, or PE where every row has a channel of its own."""
-        return self.pe if self.spec.joint or conv.depthwise(self.spec) else self.simd
+        return self.pe if self.spec.joint or self.spec.pool or conv.depthwise(self.spec) else self.simd
 
     @property
     def stream(self) -> conv.Stream:
@@ -147,6 +147,8 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
     """
     if spec.joint:
         return tuple(joint_fold(spec, pe) for pe in divisors(spec.out_features))
+    if spec.pool:
+        return tuple(pool_fold(spec, pe) for pe in divisors(spec.out_features))
     if spec.recurrence is not None:
         return tuple(
             cell_fold(spec, x, h, port) for h in divisors(spec.out_features) for x in divisors(spec.in_features)
@@ -199,6 +201,18 @@ def joint_fold(spec: LayerSpec, pe: int) -> Fold:
     width = acc_bits(spec)
     found, cost = min(joint.options(spec, pe, width), key=lambda one: one[1].luts + BRAM_IN_LUTS * one[1].bram18)
     cycles = joint.beats(spec, pe) + joint.depth(found) - 1
+    return Fold(spec, pe, 1, cost, cycles, Memory("none", 0, 0, ZERO), found.method, width, pe)
+
+
+@kept
+def pool_fold(spec: LayerSpec, pe: int) -> Fold:
+    """A "max" or an "average" with `pe` channels at once."""
+    width = acc_bits(spec)
+    found, cost = min(pool.options(spec, pe, width), key=lambda one: one[1].luts + BRAM_IN_LUTS * one[1].bram18)
+    at = conv.stream(spec, pe, 1, pe)
+    assert spec.window is not None
+    stalls = conv.schedule(spec.window, at.words, at.lines, at.period, 1).stalls
+    cycles = spec.positions * at.period + stalls + pool.BEHIND + 1 + found.stages
     return Fold(spec, pe, 1, cost, cycles, Memory("none", 0, 0, ZERO), found.method, width, pe)
 
 

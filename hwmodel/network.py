@@ -10,6 +10,7 @@ whatever float pipeline they were searched in, so the integers say exactly what 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from hwmodel.cell import NOUNS, Cell, codes_of
 from hwmodel.cost import HwError
 from hwmodel.formats import Block, Format, bits, decode, encode, levels
 from hwmodel.reference import to_units
-from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup, links
+from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup, Window, links
 
 FORMAT_VERSION = 1
 MAX_ACC_BITS = 53
@@ -35,7 +36,7 @@ class Layer:
 
     spec: formats, accumulator bits, activation. codes: weights as bit patterns (rows, columns); columns of a window
     are channels, then lines, then columns of the kernel, the last fastest.
-    thresholds: Python integers (rows, levels of `spec.out` - 1), ascending in each row; None in the last
+    thresholds: Python integers (rows, levels of `spec.out` - 1), ascending in each row; None of op max, and in the last
     layer, whose sums leave. A level that no sum reaches has a threshold above the row's largest sum.
     line: float64 (rows, 3), gain and bias that turn a sum into the activation's input, and the real value of one step
     of the output format behind it: a hint to `affine`, which proves what it makes of it by the thresholds;
@@ -72,7 +73,10 @@ class Layer:
                 f"layer {name!r}: sums of {weight} x {act} need {self.acc_bits} bits; beyond {MAX_ACC_BITS} the float "
                 "simulation is not exact and there is nothing to equal"
             )
-        if (self.thresholds is None) != (self.spec.out is None):
+        if self.spec.op == "max":
+            if self.thresholds is not None or self.spec.out != act:
+                raise HwError(f"layer {name!r}: op max gives codes that it read, {act}, without thresholds")
+        elif (self.thresholds is None) != (self.spec.out is None):
             raise HwError(f"layer {name!r}: thresholds go with an output format")
         if self.line is not None and (self.line.shape != (shape[0], 3) or not np.isfinite(self.line).all()):
             raise HwError(f"layer {name!r}: gain, bias and step are finite numbers of shape {(shape[0], 3)}")
@@ -111,6 +115,8 @@ class Layer:
         acts = [self.formats[1], *([] if self.spec.second is None else [self.spec.second])]
         low, high = (np.array(ends, object) for ends in zip(*map(unit_range, acts), strict=True))
         units = self.units.astype(object)
+        if self.spec.op == "max":
+            return np.repeat(low, len(units)), np.repeat(high, len(units))
         return np.minimum(units * low, units * high).sum(axis=1), np.maximum(units * low, units * high).sum(axis=1)
 
 
@@ -261,7 +267,7 @@ def check_window(spec: LayerSpec) -> None:
             f"{name}: the window has {columns} columns and {positions} positions, "
             f"not {spec.in_features} and {spec.positions}"
         )
-    if any(window.padding) and spec.act is not None and not _has_zero(spec.act):
+    if any(window.padding) and spec.op != "max" and spec.act is not None and not _has_zero(spec.act):
         raise HwError(f"{name}: padding needs an input format with a zero, which {spec.act} has not")
 
 
@@ -327,6 +333,9 @@ def trace(network: Network, codes: np.ndarray, states: list[np.ndarray] | None =
             found.append(codes_of(layer, kept[at]))
             at += 1
             continue
+        if layer.spec.op == "max":
+            found.append(greatest(layer.spec, read[0]))
+            continue
         acts = (layer.formats[1], layer.spec.second)
         sums = layer_sums(layer, *(to_units(x, act) for x, act in zip(read, acts, strict=False) if act is not None))
         if layer.thresholds is None:
@@ -352,14 +361,30 @@ def layer_sums(layer: Layer, units: np.ndarray, second: np.ndarray | None = None
         return (maps * layer.units).sum(axis=-1).reshape(len(units), -1)
     if window is None:
         return units @ layer.units.T
-    (kh, kw), (sh, sw), (top, bottom, left, right) = window.kernel, window.stride, window.padding
-    maps = units.reshape(len(units), window.height, window.width, window.channels)
-    maps = np.pad(maps, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    patches = np.lib.stride_tricks.sliding_window_view(maps, (kh, kw), axis=(1, 2))[:, ::sh, ::sw]
+    patches = _patches(window, units, 0)
     shape = (*patches.shape[:3], spec.groups, spec.in_features)
     weights = layer.units.reshape(spec.groups, -1, spec.in_features)
     sums = np.einsum("nyxgc,grc->nyxgr", patches.reshape(shape), weights, optimize=True)
     return sums.reshape(len(units), -1)
+
+
+def greatest(spec: LayerSpec, codes: np.ndarray) -> np.ndarray:
+    """What "max" gives for codes (n, inputs): int64 (n, outputs), what is outside the map left out; +0 is above -0."""
+    window, fmt = spec.window, spec.act
+    assert window is not None and fmt is not None
+    order = sorted(legal_codes(fmt).tolist(), key=lambda c: (decode(c, fmt), math.copysign(1, decode(c, fmt))))
+    rank = np.full(2 ** bits(fmt), -1)
+    rank[order] = np.arange(len(order))
+    top = _patches(window, rank[codes], -1).max(axis=(-2, -1))
+    return np.array(order)[top].reshape(len(codes), -1)
+
+
+def _patches(window: Window, values: np.ndarray, outside: int) -> np.ndarray:
+    """What each position reads: (n, lines, columns, channels, kernel lines, kernel columns)."""
+    (kh, kw), (sh, sw), (top, bottom, left, right) = window.kernel, window.stride, window.padding
+    maps = values.reshape(len(values), window.height, window.width, window.channels)
+    maps = np.pad(maps, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=outside)
+    return np.lib.stride_tricks.sliding_window_view(maps, (kh, kw), axis=(1, 2))[:, ::sh, ::sw]
 
 
 def check_codes(network: Network, codes: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ def plan_network(
 
 def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int | None]:
     """The `port` of `layer_fold` for each layer; `HwError` for a name that no layer has."""
-    able = {spec.name for spec in specs if not spec.joint}
+    able = {spec.name for spec in specs if not spec.joint and not spec.pool}
     names = able if dsp == "all" else set() if dsp == "none" else set(dsp.split(","))
     if unknown := sorted(names - able):
         known = ", ".join(spec.name for spec in specs if spec.name in able)

@@ -157,7 +157,8 @@ class LayerSpec:
     name: dotted name of the layer.
     op: "linear", "conv2d", or "gru" or "lstm", which has both its products in one spec: `out_features` are the numbers
         of its state h, each with a row for every gate, and `acc_bits` those of the product with the input. Without
-        weights: "add", the sum of two maps, each times a power of two, and "mean", of every channel of a map.
+        weights: "add", the sum of two maps, each times a power of two, and "mean", of every channel of a map; "max" and
+        "average", of every channel of a window, whose columns count its elements. What leaves "max" are codes it read.
     out_features, in_features: rows and columns of the matrix one output position needs; for a
         convolution the columns are `in_channels / groups * kernel_height * kernel_width`.
     positions: output positions per inference (1 for a linear layer, height * width for a convolution).
@@ -181,7 +182,7 @@ class LayerSpec:
     """
 
     name: str
-    op: Literal["linear", "conv2d", "gru", "lstm", "add", "mean"]
+    op: Literal["linear", "conv2d", "gru", "lstm", "add", "mean", "max", "average"]
     out_features: int
     in_features: int
     positions: int = 1
@@ -203,13 +204,18 @@ class LayerSpec:
 
     @property
     def joint(self) -> bool:
-        """Whether it has no weights: "add" or "mean"."""
+        """Whether it has neither weights nor lines of its input: "add" or "mean"."""
         return self.op in ("add", "mean")
+
+    @property
+    def pool(self) -> bool:
+        """Whether it has lines, but no weights: "max" or "average"."""
+        return self.op in ("max", "average")
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates per inference."""
-        if self.joint:
+        if self.joint or self.pool:
             return 0
         if self.op in CELL_GATES:
             return CELL_GATES[self.op] * self.out_features * (self.in_features + self.out_features)

