@@ -1,4 +1,4 @@
-"""Where the maps of a captured network meet: operands of sums of two activations, and what means are taken of.
+"""Where the maps of a captured network meet: operands of sums of two activations, and what means and averages are of.
 
 Layers quantize their inputs, but a residual sum adds what layers and activations leave in float. A `Point` at every
 such value puts it on a grid (`quantkit.methods.joints`), so that the sum is one of integers. A point has the name of
@@ -7,7 +7,10 @@ the graph's node whose value it quantizes, with "_grid" behind it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,6 +23,62 @@ aten = torch.ops.aten
 ENDING = "_grid"
 _SILENT = (nn.Identity, nn.ZeroPad2d, nn.Flatten)
 _SHAPING = (aten.pad.default, aten.constant_pad_nd.default, aten.flatten.using_ints, aten.reshape.default)
+_MAXIMA = (aten.max_pool2d.default,)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Windows (height, width) over maps. op: "max", or "average" by `divisor` with zeros outside the map; ceil: windows
+    that begin inside the map and end outside are taken, too."""
+
+    op: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    divisor: int
+    ceil: bool
+
+    def beyond(self, size: int, axis: int) -> int:
+        """What is padded behind `size` lines (axis 0) or columns (axis 1).
+
+        >>> Pooling("max", (2, 2), (2, 2), (0, 0), 1, True).beyond(5, 0)
+        1
+        """
+        k, s, p = self.kernel[axis], self.stride[axis], self.padding[axis]
+        if not self.ceil:
+            return p
+        last = -(-(size + 2 * p - k) // s)
+        last -= last * s >= size + p
+        return max(p, last * s + k - size - p)
+
+
+def pooling(node: fx.Node) -> Pooling | None:
+    """A node's windows; None of any other node, of windows with gaps, and of averages of fewer numbers at the edges."""
+    if node.op != "call_function" or node.target not in (*_MAXIMA, aten.avg_pool2d.default):
+        return None
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    facts: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+
+    def pair(name: str, default: int) -> tuple[int, int]:
+        value = facts.get(name)
+        values = [value] if isinstance(value, int) else list(value or [default])
+        return values[0], values[-1]
+
+    kernel, padding, ceil = pair("kernel_size", 1), pair("padding", 0), bool(facts.get("ceil_mode"))
+    stride = pair("stride", 1) if facts.get("stride") else kernel
+    if node.target in _MAXIMA:
+        gaps = pair("dilation", 1) != (1, 1)
+        return None if gaps else Pooling("max", kernel, stride, padding, 1, ceil)
+    if ceil or (any(padding) and not facts.get("count_include_pad", True)):
+        return None
+    divisor = facts.get("divisor_override") or math.prod(kernel)
+    return Pooling("average", kernel, stride, padding, int(divisor), ceil)
+
+
+def is_average(node: fx.Node) -> bool:
+    """Whether a node takes averages over windows."""
+    found = pooling(node)
+    return found is not None and found.op == "average"
 
 
 def is_sum(node: fx.Node) -> bool:
@@ -39,10 +98,13 @@ def is_mean(node: fx.Node) -> bool:
 
 
 def sites(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes whose values a sum or a mean reads, in running order; those of points and the network's input aside."""
+    """The nodes whose values a sum, a mean or an average reads, in running order.
+
+    Those of points and the network's input aside.
+    """
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if is_sum(node) or is_mean(node):
+        if is_sum(node) or is_mean(node) or is_average(node):
             found |= dict.fromkeys(node.all_input_nodes[: 1 + is_sum(node)])
     modules = graph.owning_module
     assert modules is not None
@@ -79,7 +141,7 @@ def place(model: Model, names: Iterable[str] | None = None) -> list[str]:
 
 
 def readers(model: Model) -> dict[str, list[QLayer]]:
-    """The layers that read the very value of a node, zeros padded and shapes aside, by the node's name.
+    """The layers that read the very value of a node, zeros padded, shapes and maxima aside, by the node's name.
 
     A layer is listed at the first of the values that are the same in this sense.
     """
@@ -93,7 +155,7 @@ def readers(model: Model) -> dict[str, list[QLayer]]:
         sources = [origins[a] for a in node.all_input_nodes[:1]]
         if isinstance(held, QLayer):
             found.setdefault(sources[0].name, []).append(held)
-        same = isinstance(held, _SILENT) or node.target in _SHAPING
+        same = isinstance(held, _SILENT) or node.target in (*_SHAPING, *_MAXIMA)
         origins[node] = sources[0] if same and sources else node
     return found
 

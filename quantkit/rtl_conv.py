@@ -1,7 +1,8 @@
 """From a quantized network with convolutions to the integers of `hwmodel.emit_conv`.
 
 A layer whose output meets nothing but ascending activations, zero padding and flattening on its way to one other layer
-gives that layer's input codes, by thresholds as in `rtl_export`. Where every residual sum and mean reads integers at
+gives that layer's input codes, by thresholds as in `rtl_export`; a maximum over windows in between takes the greatest
+of these codes, which is the code of the greatest number. Where every residual sum, mean and average reads integers at
 scales that are powers of two (step joints), and layers that read one map read the same codes, sums, means and branches
 are hardware, too, and the network is one design (`whole`). Otherwise layers before them give their exact sums, and what
 follows is left to the host in float32, as the simulator computes it. Zeros padded before a layer are taken into its
@@ -10,6 +11,7 @@ window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from hwmodel.accumulator import signed_bits
+from hwmodel.accumulator import signed_bits, unit_range
 from hwmodel.affine import solved_layer
 from hwmodel.cost import HwError
-from hwmodel.formats import Int, unit
+from hwmodel.formats import Format, Int, unit
 from hwmodel.joint import FACTORS, ONES, widened
 from hwmodel.network import MAX_ACC_BITS, Layer, Network
 from hwmodel.spec import LayerSpec, PerTensor, Window
 from quantkit.bands import Bands
 from quantkit.errors import InputError
-from quantkit.joints import is_mean, is_sum
+from quantkit.joints import Pooling, is_mean, is_sum, pooling
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Point, QLayer
@@ -48,7 +50,8 @@ class Step:
     """One operation of a network. inputs: names of the steps read, "" for the network's own input.
 
     module: a layer, an activation, `nn.ZeroPad2d` or `nn.Flatten`; None for any other operation, told in `text`.
-    point: where a value is quantized that is no layer's input. joint: "add" of two values, or "mean" over a map.
+    point: where a value is quantized that is no layer's input. joint: "add" of two values, "mean" over a map, "max" or
+    "average" over the windows `pool`.
     """
 
     name: str
@@ -56,7 +59,8 @@ class Step:
     module: nn.Module | None
     text: str
     point: Point | None = None
-    joint: Literal["", "add", "mean"] = ""
+    joint: Literal["", "add", "mean", "max", "average"] = ""
+    pool: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Part:
 class Design:
     """Layers that feed each other as one piece of hardware: codes of the first one's input to sums of the last one.
 
-    parts: the layers with weights; sums and means between them are in `network` only. before: what the host computes
-    between other hardware and the first layer, in words.
+    parts: the layers with weights; steps without weights between them are in `network` only. before: what the host
+    computes between other hardware and the first layer, in words.
     """
 
     name: str
@@ -243,16 +247,18 @@ def parts_of(model: Model) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class _Route:
-    """What a layer, a sum or a mean gives: codes of `quantizer` behind the activations `between`, to (reader, operand)
-    pairs."""
+    """What a step gives: codes of `quantizer` behind the activations `between`, which are those of the steps `passed`,
+    to (reader, operand) pairs. The activations behind a maximum come before it: all of them ascend."""
 
+    passed: tuple[str, ...]
     between: tuple[nn.Module, ...]
     quantizer: QLayer | Point
     readers: tuple[tuple[str, int], ...]
 
 
 def whole(model: Model) -> Design | None:
-    """A network with branches, sums and means as one design; None where there are none or not all is integers."""
+    """A network with branches, sums, means or windows without weights as one design; None where there are none or not
+    all is integers."""
     graph = _graph(model)
     names = [name for name, step in graph.steps.items() if name in graph.layers or step.joint]
     first, last = names[0], names[-1]
@@ -314,6 +320,14 @@ def _route(graph: _Graph, name: str) -> _Route | None:
                 ways.append((between, layer))
                 if quantizer is not None:
                     ways.append((between, quantizer))
+            elif step.joint == "max":
+                behind = None if shaped or name == "" else _route(graph, step.name)
+                if behind is None:
+                    return False
+                ends.append((step.name, 0))
+                ways.append(((*between, *behind.passed), behind.quantizer))
+                if quantizer is not None:
+                    ways.append((between, quantizer))
             elif step.joint:
                 if quantizer is None or shaped:
                     return False
@@ -342,7 +356,7 @@ def _route(graph: _Graph, name: str) -> _Route | None:
     if not alike or not isinstance(quantizer.act, ActQuant):
         return None
     modules = [graph.steps[step].module for step in between]
-    return _Route(tuple(m for m in modules if m is not None), quantizer, tuple(ends))
+    return _Route(between, tuple(m for m in modules if m is not None), quantizer, tuple(ends))
 
 
 def _flat(graph: _Graph, step: Step) -> nn.Module | None:
@@ -376,24 +390,32 @@ def _product(spec: LayerSpec, layer: QLayer, route: _Route | None) -> Layer:
 def _joint(
     step: Step, sources: tuple[str, ...], acts: list[Any], map_: tuple[int, int, int], route: _Route | None
 ) -> Layer | None:
-    """A sum or a mean with the thresholds of the codes that leave it; None where operands do not align by shifts."""
-    if route is None or not all(isinstance(act.fmt, Int) and is_pow2(act.scale) for act in acts):
+    """A step without weights with the thresholds of the codes that leave it; None where operands do not align by
+    shifts."""
+    if route is None:
+        return None
+    if step.joint == "max":
+        return _maximum(step, sources, _act(route.quantizer), map_)
+    if not all(isinstance(act.fmt, Int) and is_pow2(act.scale) for act in acts):
         return None
     channels, height, width = map_
+    pool = step.pool or Pooling("average", (height, width), (1, 1), (0, 0), height * width, False)
     unit_value = min(act.scale for act in acts)
     factors = [round(act.scale / unit_value) for act in acts]
     if max(factors) > 128:
         return None
     formats = {"act": acts[0].fmt, "second": acts[1].fmt} if step.joint == "add" else {"act": acts[0].fmt}
     common: dict[str, Any] = {"granularity": PerTensor(), "acc_bits": MAX_ACC_BITS, "sources": sources, **formats}
+    count = 1 if step.joint == "add" else pool.divisor
     if step.joint == "add":
-        window, count = Window(1, height, width), 1
+        window = Window(1, height, width)
         spec = LayerSpec(step.name, "add", 1, 2, height * width, FACTORS, window=window, **common)
         codes = np.array([factors])
     else:
-        window, count = Window(1, height, width, (height, width)), height * width
-        spec = LayerSpec(step.name, "mean", 1, count, 1, ONES, window=window, **common)
-        codes = np.ones((1, count), np.int64)
+        window = _pooled(pool, (1, height, width))
+        taps, positions = math.prod(window.kernel), window.out_height * window.out_width
+        spec = LayerSpec(step.name, step.joint, 1, taps, positions, ONES, window=window, **common)  # type: ignore[arg-type]
+        codes = np.ones((1, taps), np.int64)
     low, high = Layer(spec, codes, None).sum_range
     if max(-int(min(low)), int(max(high))) >= 2**24:  # float32 would round the sum
         return None
@@ -402,7 +424,7 @@ def _joint(
 
     def values(sums: np.ndarray) -> np.ndarray:
         y = (sums * unit_value).astype(np.float32)
-        return rounded(between(y if count == 1 else y / np.float32(count)))
+        return rounded(between(y / np.float32(count)))
 
     following = route.quantizer.act
     assert isinstance(following, ActQuant)
@@ -410,6 +432,25 @@ def _joint(
     line = np.array([[unit_value / count, 0.0, following.scale * unit(following.fmt)]])
     spec = replace(plain.spec, out=following.fmt, activation=_named(_active(route.between)))
     return widened(solved_layer(Layer(spec, codes, table.astype(object), line)), channels)
+
+
+def _maximum(step: Step, sources: tuple[str, ...], fmt: Format, map_: tuple[int, int, int]) -> Layer:
+    """The greatest of the codes of each window."""
+    assert step.pool is not None
+    window, low_high = _pooled(step.pool, map_), unit_range(fmt)
+    taps, positions = math.prod(window.kernel), window.out_height * window.out_width
+    spec = LayerSpec(
+        step.name, "max", map_[0], taps, positions, ONES, fmt, fmt, PerTensor(), acc_bits=signed_bits(*low_high),
+        groups=map_[0], window=window, sources=sources,
+    )  # fmt: skip
+    return Layer(spec, np.ones((map_[0], taps), np.int64), None)
+
+
+def _pooled(pool: Pooling, map_: tuple[int, int, int]) -> Window:
+    """The windows over a map (channels, height, width)."""
+    (above, left), (_, height, width) = pool.padding, map_
+    padding = (above, pool.beyond(height, 0), left, pool.beyond(width, 1))
+    return Window(*map_, pool.kernel, pool.stride, padding)
 
 
 def _graph(model: Model) -> _Graph:
@@ -505,10 +546,11 @@ def _steps(model: Model) -> list[Step]:
         inputs = tuple(names[a] for a in n.all_input_nodes if a in names)
         held = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
         text = type(held).__name__ if held is not None else str(n.target).removeprefix("aten.").split(".")[0]
-        point, joint = held if isinstance(held, Point) else None, "add" if is_sum(n) else "mean" if is_mean(n) else ""
+        point, pool = held if isinstance(held, Point) else None, pooling(n)
+        joint = pool.op if pool else "add" if is_sum(n) else "mean" if is_mean(n) else ""
         if joint == "add":
             inputs = tuple(names[a] for a in n.args)  # type: ignore[index]
-        found.append(Step(names[n], inputs, held if _known(held) else None, text, point, joint))  # type: ignore[arg-type]
+        found.append(Step(names[n], inputs, held if _known(held) else None, text, point, joint, pool))  # type: ignore[arg-type]
     return found
 
 

@@ -90,8 +90,8 @@ def outside(document: dict[str, Any]) -> str:
         if entry["before"]
     ]
     lines += [f"behind the last layer: {', '.join(document['after'])}"] if document["after"] else []
-    if any({"add", "mean", "adaptive_avg_pool2d"} & {*entry["before"]} for entry in document["designs"]):
-        lines.append("quantize with --step joints to have sums and means in hardware, too")
+    if any({"add", "mean", "adaptive_avg_pool2d", "avg_pool2d"} & {*entry["before"]} for entry in document["designs"]):
+        lines.append("quantize with --step joints to have sums, means and averages in hardware, too")
     return "\n".join(lines)
 
 

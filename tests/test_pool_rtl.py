@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_conv_rtl import emitted, prove, random_folds
+from test_conv_rtl import DEVICE, emitted, prove, random_folds
 from test_joint_rtl import SAME, add, made, mean, product
+from torch import nn
+from torch.nn import functional
 
 from hwmodel import emit_conv, joint, pool, simulate, yosys
 from hwmodel.affine import solved
@@ -20,8 +22,11 @@ from hwmodel.fabric import pricing
 from hwmodel.folding import pool_fold
 from hwmodel.formats import bits, decode, encode, parse
 from hwmodel.network import Layer, Network, greatest, reference, sample_codes
-from hwmodel.plan import total
+from hwmodel.plan import plan_streams, total, total_cycles
 from hwmodel.spec import LayerSpec, PerTensor, Window
+from quantkit.model import Calib, Model
+from quantkit.recipe import Recipe, make_plan, quantize
+from quantkit.rtl_conv import designs_of, input_codes, outputs, seen
 
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
@@ -208,3 +213,102 @@ def test_what_is_no_pool_is_refused() -> None:
         Layer(dataclasses.replace(layer.spec, out=parse("uint3")), layer.codes, None)
     with pytest.raises(HwError, match="op average in hardware reads integers, not e2m1"):
         pool_fold(dataclasses.replace(average("pool", WINDOWS["halves"], "uint4", "uint4").spec, act=parse("e2m1")), 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# From quantized networks
+
+
+class LeNet(nn.Module):
+    """Two convolutions, each with a maximum behind its activation, or before it, and two dense layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 5, padding=2), nn.Conv2d(4, 6, 3)
+        self.pool = nn.MaxPool2d(2)
+        self.dense, self.head = nn.Linear(6 * 2, 10), nn.Linear(10, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(torch.relu(self.first(x)))
+        x = torch.relu(self.pool(self.second(x)))
+        return self.head(torch.tanh(self.dense(torch.flatten(x, 1))))
+
+
+class Signed(nn.Module):
+    """A padded maximum of values of both signs, with a convolution behind that pads zeros; ceil mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 2, padding=1), nn.Linear(6 * 4 * 3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(self.first(x), 3, 2, 1)
+        x = functional.max_pool2d(torch.tanh(self.second(x)), 2, 2, ceil_mode=True)
+        return self.head(x.flatten(1))
+
+
+class Averages(nn.Module):
+    """A stem with a maximum that two branches read, their sum, and averages over windows, padded and not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Conv2d(4, 6, 1),
+        )
+        self.halves, self.short = nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1)
+        self.head = nn.Linear(6 * 3 * 2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(torch.relu(self.stem(x)), 2, 1)
+        x = torch.relu(x + self.left(x))
+        return self.head(self.halves(self.right(self.short(x))).flatten(1))
+
+
+def quantized(kind: type[nn.Module], weights: str = "int4", acts: str = "int5") -> tuple[Model, torch.Tensor]:
+    """A network with its sums and averages of integers, and inputs for it."""
+    torch.manual_seed(3)
+    module, images = kind().eval(), torch.randn(40, 1, 14, 10)
+    model = Model(module, images[:1], meta={"kind": "module"})
+    return quantize(
+        model, Recipe((("*", make_plan(weights, acts, "row")),), (("joints", {}),), 0), Calib(images)
+    ), images
+
+
+@pytest.mark.parametrize("kind", [LeNet, Signed, Averages])
+@pytest.mark.parametrize(
+    ("weights", "acts"), [("int4", "int5"), ("e2m1", "int4"), ("ternary", "e2m2"), ("int8", "int8")]
+)
+def test_one_design_says_what_the_network_says(kind: type[nn.Module], weights: str, acts: str) -> None:
+    """From input codes to float outputs the integers of the one design are the simulator's, bit for bit."""
+    if kind is Averages and acts == "e2m2":
+        pytest.skip("averages are of integers")
+    model, images = quantized(kind, weights, acts)
+    ((design,), after), layers = designs_of(model), model.qlayers()
+    assert design.before == after == ()
+    assert [s.name for s in design.network.specs if not s.joint and not s.pool] == list(layers)
+    first, last = design.parts[0], design.parts[-1]
+    codes = input_codes(first, layers[first.name], seen(model, images)[first.name][0])
+    with torch.inference_mode():
+        want = model.module(images).numpy()
+    assert np.array_equal(outputs(last, layers[last.name], reference(design.network, codes)), want)
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("kind", [LeNet, Averages])
+def test_the_emitted_network_is_exact_and_on_time(kind: type[nn.Module], tmp_path: Path) -> None:
+    """The Verilog of the one design says what the simulator says, in the cycles of its plan."""
+    model, images = quantized(kind)
+    (design,), _ = designs_of(model)
+    (plans,) = plan_streams([design.network.specs], DEVICE, latency_us=80)
+    (tmp_path / "x").mkdir()
+    emit_conv.write(design.network, plans, tmp_path / "x", DEVICE)
+    layers, first, last = model.qlayers(), design.parts[0], design.parts[-1]
+    codes = input_codes(first, layers[first.name], seen(model, images[:3])[first.name][0])
+    with simulate.Simulation(tmp_path / "x", "iverilog") as rtl:
+        found = rtl.run(codes)
+    assert set(found.cycles.tolist()) == {total_cycles(plans)}
+    with torch.inference_mode():
+        assert np.array_equal(outputs(last, layers[last.name], found.sums), model.module(images[:3]).numpy())
