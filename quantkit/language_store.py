@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +53,6 @@ class Store:
             kept.path.unlink()
         elif isinstance(kept, Tensor):
             self.held -= _size(kept)
-
-
-def give_back() -> None:
-    """Return what is freed to the system where the C library holds on to it, as glibc does to pieces below 32 MiB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _size(value: Tensor) -> int:

@@ -2,8 +2,7 @@
 
 Held at any time: the weights of the layer at its turn and of those that have not run yet, and what the calibration set
 is in front of it: its inputs and what later layers read, of which what exceeds a budget lies on disk. Layers, their
-inputs and their order are those of `recipe.quantize` on the whole model, and so are the codes, bit for bit, as long as
-that one keeps no activations in half precision (`observers.LARGE`).
+inputs and their order are those of `recipe.quantize` on the whole model, and so are the codes, bit for bit.
 
 Every finished block (a decoder layer; what comes before the first, and behind the last) leaves in a work folder
 
@@ -35,7 +34,7 @@ from quantkit import __version__
 from quantkit.artifact import MARKER, TENSORS, TENSORS_META, entry, pack_layer, report, restore_layer, write_documents
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file
-from quantkit.language_store import Later, Store, Stream, give_back
+from quantkit.language_store import Later, Store, Stream
 from quantkit.loaders.hf import Weights, companions
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, one_thread
@@ -43,6 +42,7 @@ from quantkit.qlayers import Plain, QLayer, shape_of
 from quantkit.recipe import Recipe, StepReport, full_steps, give_plans, one_walk
 from quantkit.sources import source_digest
 from quantkit.specs import same_weight, specs_of
+from quantkit.spool import give_back
 
 GIB = 2**30
 

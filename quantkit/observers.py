@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 from quantkit.model import Calib, Model
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
-from quantkit.rounding import as_stored
+from quantkit.spool import Filed, Spool, give_back
 
 Observer = Callable[[Any, Tensor], None]
 
@@ -189,11 +188,11 @@ def rows(
             if not len(at):
                 continue
         for few in [None] if at is None else at.split(block):
-            xs.append(layer.columns(_stored(site.inputs, number), few))
+            xs.append(layer.columns(site.inputs[number], few))
             if targets:
-                ys.append(layer.output_rows(_stored(site.targets, number), few))
+                ys.append(layer.output_rows(site.targets[number], few))
             else:
-                ys.append(layer.columns(_stored(site.floats, number), few) if floats else xs[-1][:, :, :0])
+                ys.append(layer.columns(site.floats[number], few) if floats else xs[-1][:, :, :0])
             held += xs[-1].shape[1]
             if held >= block:
                 x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
@@ -205,13 +204,8 @@ def rows(
 
 
 def _shapes(parts: Sequence[Tensor]) -> list[torch.Size]:
-    return parts.shapes() if isinstance(parts, _Kept) else [x.shape for x in parts]
-
-
-def _stored(parts: Sequence[Tensor], number: int) -> Tensor:
-    """One batch as it waits, in half precision perhaps: what looks at a few places need not restore all."""
     parts = parts.made_now() if isinstance(parts, _Later) else parts
-    return parts.stored(number) if isinstance(parts, _Kept) else parts[number]
+    return parts.shapes() if isinstance(parts, _Kept) else [x.shape for x in parts]
 
 
 def unquantized(model: Model) -> set[str]:
@@ -419,8 +413,8 @@ def _once(graph: fx.Graph, wanted: set[str]) -> bool:
     return len(calls) == len(set(calls))
 
 
-LARGE = 2**18
-"""Values from which on what a node makes of all batches waits in half precision."""
+LARGE = 2**20
+"""Values from which on what a node makes of all batches waits in a file."""
 
 PORTION = 49_152
 """Input values of a batch, at most, where a graph is walked: 62 digits of MNIST.
@@ -435,31 +429,8 @@ def portion(inputs: Tensor) -> int:
     return max(32, PORTION // max(1, inputs[:1].numel()))
 
 
-@dataclass(frozen=True)
-class _Half:
-    """A tensor in float16, times 2^-exponent where its largest value asks for that: right to 2^-11 of each value, or
-    2^-21 of the largest."""
-
-    values: Tensor
-    exponent: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Half | Tensor:
-        """The tensor itself where it is not finite."""
-        low, high = torch.aminmax(as_stored(x))
-        top = max(-float(low), float(high))
-        if not math.isfinite(top):
-            return x
-        exponent = 0 if 2**-3 <= top < 2**15 else math.frexp(top)[1] - 15
-        return cls((x if exponent == 0 else x * 2.0**-exponent).half(), exponent)
-
-    def tensor(self) -> Tensor:
-        x = self.values.float()
-        return x if self.exponent == 0 else x.mul_(2.0**self.exponent)
-
-
 class _Kept(Sequence[Tensor]):
-    """What was kept of every batch, each restored when it is looked at."""
+    """What was kept of every batch, each read when it is looked at."""
 
     def __init__(self, kept: list[Any]) -> None:
         self.kept = kept
@@ -468,16 +439,11 @@ class _Kept(Sequence[Tensor]):
         return len(self.kept)
 
     def __getitem__(self, index: Any) -> Any:
-        return _restored(self.kept[index])
-
-    def stored(self, number: int) -> Tensor:
-        """One batch, in float16 where it waits so without a factor."""
-        value = self.kept[number]
-        return value.values if isinstance(value, _Half) and value.exponent == 0 else _restored(value)
+        return _read(self.kept[index])
 
     def shapes(self) -> list[torch.Size]:
-        """The shapes of all, without restoring any."""
-        return [value.values.shape if isinstance(value, _Half) else value.shape for value in self.kept]
+        """The shapes of all, without reading any."""
+        return [value.shape for value in self.kept]
 
 
 class _Later(Sequence[Tensor]):
@@ -500,21 +466,22 @@ class _Later(Sequence[Tensor]):
         return self.made
 
 
-def _restored(value: Any) -> Any:
-    return value.tensor() if isinstance(value, _Half) else value
+def _read(value: Any) -> Any:
+    return value.tensor() if isinstance(value, Filed) else value
 
 
 class _Batches:
     """A graph run on all batches, from one stop to the next; what nothing further reads is forgotten at once.
 
-    From `LARGE` values on, what waits for a later stop does so in half precision, which is finer than any grid here: a
-    network of images holds several such values at once.
+    From `LARGE` values on, what waits for a later stop does so in a file: a network of images holds several such values
+    at once, each as large as the calibration set many times over.
     """
 
     def __init__(self, module: fx.GraphModule, batches: Iterable[Tensor]) -> None:
         self.module, self.modules = module, dict(module.named_modules())
         self.nodes = list(module.graph.nodes)
         self.batches = list(batches)
+        self.spool = Spool()
         self.values: dict[fx.Node, list[Any]] = {}
         self.fixed: dict[fx.Node, Any] = {}
         self.place = 0
@@ -523,7 +490,7 @@ class _Batches:
     def of(self, node: fx.Node) -> Sequence[Tensor]:
         """What the node has made of each batch."""
         kept = self.values[node]
-        return _Kept(kept) if any(isinstance(value, _Half) for value in kept) else list(kept)
+        return _Kept(kept) if any(isinstance(value, Filed) for value in kept) else list(kept)
 
     def inputs(self, node: fx.Node) -> Sequence[Tensor]:
         """What reaches a module's first argument, batch by batch."""
@@ -551,7 +518,7 @@ class _Batches:
 
     def _kept(self, value: Any) -> Any:
         large = isinstance(value, Tensor) and value.dtype == torch.float32
-        return _Half.of(value) if large and value.numel() * len(self.batches) >= LARGE else value
+        return self.spool.put(value) if large and value.numel() * len(self.batches) >= LARGE else value
 
     def _run(self, node: fx.Node, now: dict[fx.Node, Any], batch: int) -> Any:
         if node.op == "placeholder":
@@ -566,7 +533,7 @@ class _Batches:
 
         def pick(used: fx.Node) -> Any:
             if used in self.values and used not in now:
-                now[used] = _restored(self.values[used][batch])
+                now[used] = _read(self.values[used][batch])
             return now[used]
 
         call: Any = self.modules[str(node.target)] if node.op == "call_module" else node.target
@@ -603,6 +570,8 @@ def _walk_graph(
         yield site
         outputs = site.outputs
         site.inputs, site.targets, site.floats, site.outputs = [], [], [], None  # the caller may hold on to it
+        if current.spool.end:
+            give_back()
         if not remaining:
             return
     for name in sorted(remaining):

@@ -1,6 +1,10 @@
-"""The walk through a graph: what a site is given, and what waits in half precision."""
+"""The walk through a graph: what a site is given, and what waits in a file."""
 
 from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from quantkit.model import Calib, Model
 from quantkit.observers import Sample, Site, collect, float_twin, rows, thinned, walk
 from quantkit.qlayers import Point, QLayer
 from quantkit.recipe import make_plan, parse_step, quantize, uniform
+from quantkit.spool import Filed, Spool
 
 BUILDS = {"attention": attention, "stream": stream, "images": wide_images}
 
@@ -55,22 +60,59 @@ def test_sites_show_what_a_pass_shows(name, portion, monkeypatch):
     assert sorted(visited) == sorted(done.qlayers())
 
 
-@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("name", BUILDS)
-def test_half_precision_is_fine_enough(name, size, monkeypatch):
-    """Where everything waits in half precision, values of any size stay right to 0.5 % of the largest, in float."""
+def test_waiting_in_a_file_changes_nothing(name, monkeypatch):
+    """Inputs, float inputs and outputs are the same bits, in the same order of memory, where everything is filed."""
     done, calib = quantized(name)
-    done = float_twin(done)  # a step of a quantizer turns a small difference into a large one
-    calib = Calib(calib.inputs * size, batch=37)
-    exact = seen(done, calib)
+    found = []
+    for large in (10**9, 1):
+        monkeypatch.setattr(observers, "LARGE", large)
+        sites = walk(done, calib, list(done.qlayers()), targets=True)
+        found.append([[list(x) for x in (site.inputs, site.floats, site.targets)] for site in sites])
+    filed = 0
+    for memory, file in zip(*found, strict=True):
+        for ours, theirs in zip(itertools.chain(*memory), itertools.chain(*file), strict=True):
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+            filed += ours.data_ptr() != theirs.data_ptr()
+    assert filed
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_full_disk_changes_nothing(name, monkeypatch):
+    """Where nothing can be written, what waits does so in memory."""
+    done, calib = quantized(name)
+
+    def inputs() -> list[torch.Tensor]:
+        return [joined(site.inputs) for site in walk(done, calib, list(done.qlayers()))]
+
+    expected = inputs()
     monkeypatch.setattr(observers, "LARGE", 1)
-    for site in walk(done, calib, list(done.qlayers())):
-        error = (joined(site.inputs) - exact[site.name]).abs().max()
-        assert error <= 5e-3 * exact[site.name].abs().max()
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("r+b", 0))
+    assert all(map(torch.equal, inputs(), expected))
+
+
+def test_places_in_the_file_are_used_again():
+    """Whatever is put and let go, what is kept comes back as it was, strides too, and the file grows to the most
+    that was kept at once.
+    """
+    spool, draw = Spool(), torch.Generator().manual_seed(0)
+    kept: list[tuple[torch.Tensor, Filed]] = []
+    for i in range(60):
+        x = torch.randn(2, 3, 4, 5, generator=draw)
+        dense = [x, x.to(memory_format=torch.channels_last), x.mT, x[1:]]
+        x = [*dense, x[:, ::2], x[:, :, :1].expand(2, 3, 4, 5)][i % 6]
+        kept.append((x, spool.put(x)))
+        back = kept[-1][1].tensor()
+        assert back.stride() == x.stride() if i % 6 < len(dense) else back.is_contiguous()
+        if len(kept) > 7:
+            kept.pop(int(torch.randint(8, (1,), generator=draw)))
+        for before, filed in kept:
+            assert torch.equal(filed.tensor(), before)
+    assert spool.end <= 8 * 3 * 2 * 3 * 4 * 5 * 4
 
 
 def test_what_is_not_finite_stays(monkeypatch):
-    """An infinite or missing value reaches the observers that name it, half precision or not."""
+    """An infinite or missing value reaches the observers that name it, filed or not."""
     monkeypatch.setattr(observers, "LARGE", 1)
     model, calib = stream()
     for key, layer in list(model.layers().items()):
@@ -80,18 +122,6 @@ def test_what_is_not_finite_stays(monkeypatch):
         inputs[3, 2] = bad
         site = next(walk(model, Calib(inputs), ["up"]))
         assert not joined(site.inputs).isfinite().all()
-
-
-def test_presets_end_as_well(monkeypatch):
-    """A network quantized with everything in half precision is as near to the float one as without."""
-    model, calib = wide_images()
-    errors = []
-    for large in (2**22, 1):
-        monkeypatch.setattr(observers, "LARGE", large)
-        done = quantize(model, uniform("int4", "int4", steps=(("gptq", {"drift": True}),)), calib)
-        with torch.no_grad():
-            errors.append(float((done.module(calib.inputs) - model.module(calib.inputs)).square().mean()))
-    assert errors[1] <= 1.1 * errors[0]
 
 
 @pytest.mark.parametrize("step", ["gptq:act_order=true,drift=true", "adaround:steps=40", "rtn:scale=importance"])
