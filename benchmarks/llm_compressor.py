@@ -3,13 +3,13 @@
     python -m venv ../llmc && ../llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
     python benchmarks/llm_compressor.py --python ../llmc/bin/python
 
-A Llama of 110 million random weights (float32, tied embeddings) and 32 x 512 random tokens; int4 in groups of 128, each
-with a symmetric scale, columns by falling second moment with scales fitted beforehand (`act_order=true`; "static"
-there), damping 0.01, head and embeddings in float. Ours is `quantkit quantize`, once as it is and once with
-`--memory 64MiB` for the activations between layers, the rest of which then lies on disk. llm-compressor runs `oneshot`
-with the scheme W4A16 and its own defaults (scales by minimum and maximum; one sequence at a time, or `--batch`) in an
-interpreter of its own, as it wants other versions of transformers and compressed-tensors. Each run is a process with
-`--threads` threads; they take turns.
+A Llama of 110 million random weights (tied embeddings), stored once in bfloat16 and once in float32, and 32 x 512
+random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales fitted
+beforehand (`act_order=true`; "static" there), damping 0.01, head and embeddings in float. Ours is `quantkit quantize`
+as it is; both calibrate in what the checkpoint is stored in, as is their default. "minmax" is ours with scales by
+minimum and maximum, as theirs are. llm-compressor runs `oneshot` with the scheme W4A16 and its own defaults (one
+sequence at a time, or `--batch`) in an interpreter of its own, as it wants other versions of transformers and
+compressed-tensors. Each run is a process with `--threads` threads; they take turns.
 
 `wall` and `cpu` are seconds from the end of the imports to the written directory, the smaller of `--repeats` each;
 `import_wall` what the imports took before. `peak_mib` is the largest resident memory of the whole process, `import_mib`
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 WORDS, WINDOW, HELD = 32_000, 512, 4
-SPILLING = "quantkit --memory 64MiB"
+MINMAX = "quantkit minmax"
 
 
 def main() -> None:
@@ -48,10 +48,17 @@ def main() -> None:
     args = parser.parse_args()
     from report import publish
 
+    rows = [row for dtype in ("bfloat16", "float32") for row in side_by_side(dtype, args)]
+    packages = ("torch", "transformers", "compressed-tensors")
+    publish("language/llm_compressor", rows, packages=packages, title="llm_compressor")
+
+
+def side_by_side(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of a network that is stored in `dtype`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        weights = make(folder, args.layers, args.hidden, args.sequences)
-        runs: dict[str, list[dict[str, float]]] = {"llm-compressor": [], "quantkit": [], SPILLING: [], "rtn": []}
+        weights = make(folder, args.layers, args.hidden, args.sequences, dtype)
+        runs: dict[str, list[dict[str, float]]] = {"llm-compressor": [], "quantkit": [], MINMAX: [], "rtn": []}
         for _ in range(args.repeats):
             for who, found in runs.items():
                 if who != "rtn" or not found:
@@ -61,17 +68,20 @@ def main() -> None:
         rows = []
         for who, found in runs.items():
             best = {key: min(one[key] for one in found) for key in found[0] if key != "load"}
-            row: dict[str, Any] = {"who": who, "weights": weights, "tokens": args.sequences * WINDOW}
-            row |= {"threads": args.threads, "load": max(round(one["load"], 1) for one in found)}
+            row: dict[str, Any] = {"who": who, "dtype": dtype, "weights": weights}
+            row |= {
+                "tokens": args.sequences * WINDOW,
+                "threads": args.threads,
+                "load": max(round(one["load"], 1) for one in found),
+            }
             row |= {key: round(value, 1) for key, value in best.items()} | errors[who]
             rows.append(row)
         for row in rows:
             row |= {f"times_{key}": round(row[key] / rows[0][key], 3) for key in ("wall", "cpu", "peak_mib")}
-    packages = ("torch", "transformers", "compressed-tensors")
-    publish("language/llm_compressor", rows, packages=packages, title="llm_compressor")
+    return rows
 
 
-def make(folder: Path, layers: int, hidden: int, sequences: int) -> int:
+def make(folder: Path, layers: int, hidden: int, sequences: int, dtype: str = "float32") -> int:
     """The network with a tokenizer of one word a token, and both texts; how many weights it has."""
     import torch
     import transformers
@@ -87,7 +97,7 @@ def make(folder: Path, layers: int, hidden: int, sequences: int) -> int:
         max_position_embeddings=2 * WINDOW,
         tie_word_embeddings=True,
     )
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder / "model")
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -135,10 +145,9 @@ def ours(who: str) -> Any:
     import quantkit.language_stream  # noqa: F401
     from quantkit.cli.options import app
 
-    step = "rtn" if who == "rtn" else "gptq:act_order=true"
+    step = "rtn" if who == "rtn" else "gptq:act_order=true" + (",scale=minmax" if who == MINMAX else "")
     command = ["quantize", "model", "-o", who, "--weights", "int4", "--acts", "float", "--granularity", "group128"]
-    command += ["--step", step, "--calibration", "text.txt", "--window", str(WINDOW)]
-    command += ["--memory", "64MiB" if who == SPILLING else "4GiB", "--json"]
+    command += ["--step", step, "--calibration", "text.txt", "--window", str(WINDOW), "--json"]
     return lambda: app(command, standalone_mode=False)
 
 

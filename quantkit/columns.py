@@ -191,7 +191,8 @@ def moments(site: Site, samples: int, *, drift: bool = False) -> tuple[Tensor, T
     if known is not None and not drift:
         return known, torch.zeros(0)
     w = layer.weight.detach().float().flatten(1).reshape(layer.groups, -1, layer.weight[0].numel())
-    gram, C, bias = Gram(), torch.zeros_like(w) if drift else torch.zeros(0), layer.bias.reshape(layer.groups, 1, -1)
+    gram, bias = Gram(half=site.half and layer.act is None), layer.bias.reshape(layer.groups, 1, -1)
+    C = torch.zeros_like(w) if drift else torch.zeros(0)
     count = 0
     for x, y in rows(site, samples, targets=drift):
         count += x.shape[1]
@@ -215,7 +216,7 @@ def _moments_beside(site: Site, samples: int) -> tuple[Tensor, Tensor]:
     """
     keys = samples, (samples, "drift")
     if keys[1] not in site.moments:
-        gram, G, count = Gram(), torch.zeros(1, *2 * [site.layer.in_channels]), 0
+        gram, G, count = Gram(half=site.half), torch.zeros(1, *2 * [site.layer.in_channels]), 0
         for x, z in rows(site, samples, floats=True):
             count += x.shape[1]
             gram.add(x)

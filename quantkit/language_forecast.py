@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from hwmodel.formats import Int
+from quantkit.language_stream import budget
 from quantkit.model import Calib, Model
-from quantkit.observers import PANEL, one_thread
+from quantkit.observers import PANEL, half_products, one_thread
 from quantkit.qlayers import shape_of
 from quantkit.recipe import Recipe, full_steps, step_options
 from quantkit.rounding import round_to
@@ -27,12 +28,15 @@ SEARCH = 31
 """Scales that `fit_scale` tries."""
 
 
-def forecast(model: Model, recipe: Recipe, calib: Calib, *, memory: int, whole: str | None) -> dict[str, Any]:
+def forecast(
+    model: Model, recipe: Recipe, calib: Calib, *, memory: int | None, whole: str | None, half: bool = False
+) -> dict[str, Any]:
     """Facts about a run that has not begun: seconds, of which parts, and memory_bytes at the peak.
 
-    model: captured, with or without weights. whole: why the model cannot be streamed, or None; `memory` limits
-    activations only of one that can. seconds is None where a step trains, as its time depends on more than shapes.
+    model: captured, with or without weights. whole: why the model cannot be streamed, or None; memory, half: as in
+    `language_stream.quantize_streamed`, of one that can. seconds is None where a step trains, as its time depends on more than shapes.
     """
+    memory = budget(model) if memory is None else memory
     layers = [(name, layer) for name, layer in model.layers().items() if shape_of(layer).op != "embedding"]
     plans = {n: recipe.plan_for(n, i, len(model.layers())) for i, n in enumerate(model.layers())}
     planned = [n for n, _ in layers if plans[n].weight is not None or plans[n].act is not None]
@@ -51,6 +55,7 @@ def forecast(model: Model, recipe: Recipe, calib: Calib, *, memory: int, whole: 
     order = [name for name, _ in layers]
     reached = order[: 1 + max((order.index(name) for name in planned), default=-1)]
     multiply, element = _rates()
+    fast = _products(half)
     work: dict[str, list[float]] = {key: [0.0, 0.0] for key in ("forward", "inputs", "rounding")}
     for name, layer in layers:
         n, m = layer.weight.shape
@@ -64,14 +69,17 @@ def forecast(model: Model, recipe: Recipe, calib: Calib, *, memory: int, whole: 
     if looks:
         work["forward"][0] += streams * blocks * 4 * rows * length * (layers[0][1].weight.shape[1])
         work["forward"][1] += streams * blocks * 8 * rows * length * heads
-    parts = {key: a / multiply + b / element for key, (a, b) in work.items()}
+    rates = {"forward": fast, "inputs": fast, "rounding": multiply}
+    parts = {key: a / rates[key] + b / element for key, (a, b) in work.items()}
 
     weights = sum(layer.weight.numel() for layer in model.layers().values())
     largest = max((model.layers()[n].weight.numel() for n in planned), default=0)
     columns = max((model.layers()[n].weight.shape[1] for n in planned), default=0)
     table = max(layer.weight.numel() for layer in model.layers().values())
     wide = max((layer.weight.shape[1] for name, layer in layers if name in reached), default=0)
-    flowing = 4 * rows * streams * (2 * layers[0][1].weight.shape[1] + wide) if looks and planned else 0
+    flowing = (
+        (2 if half else 4) * rows * streams * (2 * layers[0][1].weight.shape[1] + wide) if looks and planned else 0
+    )
     method = 4 * 8 * largest + 4 * 4 * columns**2 if planned else 0
     held = _used() + max(3 * 4 * table, method + (flowing if whole else min(flowing, memory)))
     trains = sorted(names - set(LAYERWISE))
@@ -87,7 +95,7 @@ def forecast(model: Model, recipe: Recipe, calib: Calib, *, memory: int, whole: 
         "calibration_tokens": rows,
         "activation_bytes": flowing,
         "spilled_bytes": 0 if whole else max(0, flowing - memory),
-        "matmul_gflops": multiply / 1e9,
+        "matmul_gflops": fast / 1e9,
         "elements_per_second": element,
     }
 
@@ -120,11 +128,17 @@ def _add(work: dict[str, list[float]], step: str, options: dict[str, Any], rows:
 
 def _rates() -> tuple[float, float]:
     """Operations of products of matrices, and elements that a rounding passes over, a second, on one thread."""
-    a, x = torch.randn(512, 512), torch.randn(2**18)
+    x = torch.randn(2**18)
     with one_thread():
-        product = _seconds(lambda: a @ a)
         passed = _seconds(lambda: round_to(x / 0.1, Int(4)).mul_(0.1).sub_(x).square_())
-    return 2 * 512**3 / product, len(x) / passed
+    return _products(half=False), len(x) / passed
+
+
+def _products(half: bool) -> float:
+    """Operations of products of matrices a second, on one thread, in float32 or bfloat16."""
+    a = torch.randn(512, 512)
+    with one_thread(), half_products(half):
+        return 2 * 512**3 / _seconds(lambda: a @ a)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from quantkit.observers import half_products
+from quantkit.qlayers import Attention, MatMul, QLayer
+
 
 @dataclass(frozen=True)
 class _OnDisk:
@@ -32,15 +35,20 @@ class _OnDisk:
 
 
 class Store:
-    """Keeps tensors in memory up to a budget in bytes, and the others in files."""
+    """Keeps tensors in memory up to a budget in bytes, and the others in files.
 
-    def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget, self.held = folder, budget, 0
+    half: float32 is kept in bfloat16, in memory and on disk alike; whoever reads it gets float32 again.
+    """
+
+    def __init__(self, folder: Path, budget: int, half: bool = False) -> None:
+        self.folder, self.budget, self.half, self.held = folder, budget, half, 0
         self.numbers = itertools.count()
 
     def put(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if self.half and value.dtype == torch.float32:
+            value = value.bfloat16()
         if self.held + _size(value) <= self.budget:
             self.held += _size(value)
             return value
@@ -53,6 +61,27 @@ class Store:
             kept.path.unlink()
         elif isinstance(kept, Tensor):
             self.held -= _size(kept)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A .safetensors file, written from where the tensors lie: the library's own function copies all of them first."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name, array in tensors.items():
+        kind = "BOOL" if array.dtype.kind == "b" else f"{array.dtype.kind.upper()}{8 * array.itemsize}"
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    with path.open("wb") as file:
+        file.write(framed(header))
+        for array in tensors.values():
+            np.ascontiguousarray(array).tofile(file)
+
+
+def framed(header: dict[str, Any]) -> bytes:
+    """The beginning of a .safetensors file: the length of what follows (8 bytes, little endian), and that in JSON."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _size(value: Tensor) -> int:
@@ -71,7 +100,8 @@ def _write(kept: Any, path: Path) -> list[Any]:
 
 
 def _get(kept: Any) -> Any:
-    return kept.read() if isinstance(kept, _OnDisk) else kept
+    value = kept.read() if isinstance(kept, _OnDisk) else kept
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 class Kept(Sequence[Tensor]):
@@ -120,6 +150,8 @@ class Stream:
 
     A batch goes through all of them before the next one does, so that only what is used behind them is held, and that
     until its last use. What depends on nothing but the size of a batch, as masks and rotations do, is made once a size.
+    With a store of bfloat16 the products of layers and of attention are those of `half_products`, but where inputs are
+    quantized; all else is computed in float32.
     """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor], store: Store) -> None:
@@ -220,7 +252,12 @@ class Stream:
         def pick(used: fx.Node) -> Any:
             return self._value(used, batch, now)
 
-        return call(*fx.map_arg(node.args, pick), **fx.map_arg(node.kwargs, pick))
+        args, kwargs = fx.map_arg(node.args, pick), fx.map_arg(node.kwargs, pick)
+        half = self.store.half and isinstance(call, nn.Linear | QLayer | MatMul | Attention)
+        if half and isinstance(call, Attention) and call.plain():  # of the fused kernel the operands decide
+            return call(*(x.bfloat16() if x.is_floating_point() else x for x in args), **kwargs).float()
+        with half_products(half and getattr(call, "act", None) is None):
+            return call(*args, **kwargs)
 
     def save(self, folder: Path) -> None:
         """Write every value that is alive, a file of bare bytes each, and an index; nothing may wait."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Tensor, fx, nn
 
 from hwmodel.spec import LayerSpec
@@ -34,7 +34,7 @@ from quantkit import __version__
 from quantkit.artifact import MARKER, TENSORS, TENSORS_META, entry, pack_layer, report, restore_layer, write_documents
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file
-from quantkit.language_store import Later, Store, Stream
+from quantkit.language_store import Later, Store, Stream, framed, save_tensors
 from quantkit.loaders.hf import Weights, companions
 from quantkit.model import Calib, Model
 from quantkit.observers import Site, Visit, one_thread
@@ -43,8 +43,6 @@ from quantkit.recipe import Recipe, StepReport, full_steps, give_plans, one_walk
 from quantkit.sources import source_digest
 from quantkit.specs import same_weight, specs_of
 from quantkit.spool import give_back
-
-GIB = 2**30
 
 
 def why_whole(model: Model, recipe: Recipe) -> str | None:
@@ -61,6 +59,14 @@ def why_whole(model: Model, recipe: Recipe) -> str | None:
     return None
 
 
+def budget(model: Model) -> int:
+    """Bytes of activations that are held where nothing else is asked for: those of the largest weight in float32.
+
+    At least 64 MiB. So weights and not the length of the text decide what is held at the peak.
+    """
+    return max(2**26, 4 * max((layer.weight.numel() for layer in model.layers().values()), default=0))
+
+
 def partial_folder(output: Path) -> Path:
     """The work folder of an output."""
     return output.with_name(f"{output.name}.partial")
@@ -74,25 +80,29 @@ def quantize_streamed(
     calib: Calib,
     output: Path,
     *,
-    memory: int = 4 * GIB,
+    memory: int | None = None,
+    half: bool = False,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Quantize a model for which `why_whole` is None into the directory `output`; what `artifact.summary` says.
 
     model, weights: what `hf.outline` of `source` gave, captured. memory: bytes of activations to hold; the rest lies in
-    the work folder beside the output. progress(layers done, layers). Goes on with what an earlier run left there, and
-    raises InputError if that was another run. The returned model has no weights.
+    the work folder beside the output; None: `budget`. half: compute the network's products and the inputs' second
+    moments from operands rounded to bfloat16, and keep activations so; weights are rounded in float32 all the same.
+    progress(layers done, layers). Goes on with what an earlier run left there, and raises InputError if that was
+    another run. The returned model has no weights.
     """
     check_new(output, force=force, marker=MARKER)
     calib.generator.manual_seed(recipe.seed)
     steps = one_walk(model, recipe, calib)
     assert steps is not None, "why_whole has not been asked"
     folder = partial_folder(output)
-    run = _Run(model, weights, calib, steps, folder, memory)
+    store = Store(folder / "spilled", budget(model) if memory is None else memory, half)
+    run = _Run(model, weights, calib, steps, folder, store)
     model.module.eval()
     try:
-        run.begin(_job(model, recipe, calib))
+        run.begin(_job(model, recipe, calib, half))
         with torch.no_grad(), one_thread():
             run.walk(progress)
     except InputError:
@@ -101,6 +111,8 @@ def quantize_streamed(
         raise
     model.meta["recipe"] = recipe.to_json()
     model.meta["steps"] = [vars(found) for found, _ in steps]
+    if half:
+        model.meta["calibrated_in"] = "bfloat16"
     blocks = run.blocks()
     parts = [folder / "rest.safetensors", *(folder / f"block-{i:03d}.safetensors" for i in range(len(blocks)))]
     shared = {name: other for block in blocks for name, other in block["shared"].items()}
@@ -116,13 +128,14 @@ def quantize_streamed(
     return model, summary
 
 
-def _job(model: Model, recipe: Recipe, calib: Calib) -> dict[str, Any]:
+def _job(model: Model, recipe: Recipe, calib: Calib, half: bool) -> dict[str, Any]:
     """What must be the same for a run to go on with another's blocks."""
     digest = hashlib.sha256(calib.inputs.contiguous().numpy().tobytes()).hexdigest()
     return {
         "recipe": recipe.to_json(),
         "checkpoint": model.meta["sha256"],
         "calibration": [digest, list(calib.inputs.shape), calib.batch],
+        "dtype": "bfloat16" if half else "float32",
         "versions": {"quantkit": __version__, "torch": torch.__version__},
         "source": source_digest(__name__),
     }
@@ -138,7 +151,7 @@ class _Run:
         calib: Calib,
         steps: list[tuple[StepReport, Visit]],
         folder: Path,
-        memory: int,
+        store: Store,
     ) -> None:
         self.model, self.weights, self.calib, self.folder = model, weights, calib, folder
         self.visits = [step for _, step in steps]
@@ -148,7 +161,7 @@ class _Run:
         self.twins = any(v.targets for v in self.visits)
         assert isinstance(model.module, fx.GraphModule)
         self.nodes = list(model.module.graph.nodes)
-        store, batches = Store(folder / "spilled", memory), calib.batches()
+        batches, self.half = calib.batches(), store.half
         self.current = Stream(model.module, batches, store)
         self.float = Stream(model.module, batches, store) if self.twins else None
         self.streams = [self.current] if self.float is None else [self.float, self.current]
@@ -192,7 +205,7 @@ class _Run:
             owner, _, leaf = name.rpartition(".")
             if owner not in self.layers or leaf not in ("weight", "bias", "in_scale"):
                 rest[name] = tensor.contiguous().numpy()
-        save_file(rest, self.folder / "rest.safetensors")
+        save_tensors(rest, self.folder / "rest.safetensors")
 
     def blocks(self) -> list[dict[str, Any]]:
         """The finished blocks, in order."""
@@ -281,7 +294,7 @@ class _Run:
         if sees and not all(stream.has_input(node) for stream in self.streams):
             self._catch_up()
         self._read(name)
-        site = Site(name, layer, [], [])  # type: ignore[arg-type]
+        site = Site(name, layer, [], [], half=self.half)  # type: ignore[arg-type]
         twin = _twin(layer) if sees and self.float is not None else None
         later = Later(lambda: self._targets(site, node, twin))  # type: ignore[arg-type]
         known: list[Any] | None = None
@@ -386,7 +399,7 @@ class _Run:
         else:
             self._catch_up()
         stem = self.folder / f"block-{number:03d}"
-        save_file(self.arrays, stem.with_suffix(".safetensors"))
+        save_tensors(self.arrays, stem.with_suffix(".safetensors"))
         shutil.rmtree(stem, ignore_errors=True)
         if self.sees and not last:
             stem.mkdir()
@@ -444,10 +457,8 @@ def join(parts: Sequence[Path], whole: Path) -> None:
             header[name] = facts | {"data_offsets": [at + o for o in facts["data_offsets"]]}
         starts.append(8 + length)
         at += part.stat().st_size - 8 - length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with whole.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+        target.write(framed(header))
         for part, start in zip(parts, starts, strict=True):
             with part.open("rb") as file:
                 _copy(file, start, target)

@@ -41,6 +41,28 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def has_half() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+@contextlib.contextmanager
+def half_products(wanted: bool = True) -> Iterator[None]:
+    """Products of float32 matrices with operands rounded to bfloat16 and sums in float32, where `has_half`.
+
+    A product of two bfloat16 numbers is exact in float32, so operands that are such numbers lose nothing but the order
+    of the sum. Products below some 16^3 multiplications stay in float32.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if wanted else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def collect(model: Model, calib: Calib, observers: Mapping[str, Observer]) -> None:
     """Run the model over the calibration inputs; `observers[name]` sees every input of the layer or point `name`.
 
@@ -171,7 +193,7 @@ def rows(
     """
     layer = site.layer
     columns = layer.weight[0].numel()
-    block = max(256, BLOCK // (columns * layer.groups))
+    block = max(512 if site.half else 256, BLOCK // (columns * layer.groups))
     counts, chosen = [], None
     if samples or layer.spatial:
         counts = [layer.positions(shape) for shape in _shapes(site.inputs)]
@@ -221,11 +243,11 @@ class Gram:
     """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count.
 
     What stands above the diagonal is summed nowhere but copied from below: half the work of a product where there are
-    many columns.
+    many columns. half: of x rounded to bfloat16.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype = torch.float32, half: bool = False) -> None:
+        self.dtype, self.half = dtype, half
         self.lower: Tensor | None = None
         self.count = 0
 
@@ -237,8 +259,12 @@ class Gram:
         rows = rows.to(self.dtype)
         if self.lower is None:
             self.lower = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
-        for start, end in _panels(rows.shape[2]):
-            self.lower[:, start:end, :end].baddbmm_(rows[:, :, start:end].mT, rows[:, :, :end])
+        with half_products(self.half):
+            for start, end in _panels(rows.shape[2], 2 * PANEL if self.half else PANEL):
+                if self.half and len(rows) == 1:  # several times faster in bfloat16 than a batch of one
+                    self.lower[0, start:end, :end].addmm_(rows[0, :, start:end].T, rows[0, :, :end])
+                else:
+                    self.lower[:, start:end, :end].baddbmm_(rows[:, :, start:end].mT, rows[:, :, :end])
         self.count += rows.shape[1]
 
     @property
@@ -250,8 +276,8 @@ class Gram:
         return self.lower
 
 
-def _panels(columns: int) -> list[tuple[int, int]]:
-    return [(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
+def _panels(columns: int, width: int = PANEL) -> list[tuple[int, int]]:
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 class AbsMax:
@@ -277,6 +303,7 @@ class Site:
     graph with targets only, until `targets` are looked at. outputs: what the layer makes of `inputs`
     as it leaves the site, if a visitor has computed it. moments: those of `inputs`, by what they are of, as
     `columns.moments` keeps them, which layers with the same inputs share (queries, keys and values; gate and up).
+    half: whether these are summed from inputs rounded to bfloat16, as the products of the network are.
     """
 
     name: str
@@ -286,6 +313,7 @@ class Site:
     floats: Sequence[Tensor] = field(default_factory=list)
     outputs: Sequence[Tensor] | None = None
     moments: dict[Any, Tensor] = field(default_factory=dict)
+    half: bool = False
 
 
 @dataclass

@@ -493,12 +493,12 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
-        if self._plain() and (mask is None or not self.causal):
+        if self.plain() and (mask is None or not self.causal):
             causal = self.causal or (mask is not None and _hides_later(mask, q.shape[-2], k.shape[-2]))
             return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, scale=self.scale)
         return self._explicit(q, k, v, mask)
 
-    def _plain(self) -> bool:
+    def plain(self) -> bool:
         """Whether both products are plain: nothing stands for a point, has or is asked for a format, or is observed."""
         products = (self.scores, self.values)
         points = [point for product in products for point in (product.left, product.right)]

@@ -101,8 +101,8 @@ def test_layers_with_one_input_share_its_moments(drift: bool, tmp_path: Path, mo
     class Counted(Gram):
         """Second moments that leave a trace."""
 
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
             made.append(self)
 
     monkeypatch.setattr(columns, "Gram", Counted)

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Job:
-    """model: captured; without weights, which `weights` reads, if it can be streamed. whole: why it cannot, or None."""
+    """model: captured; without weights, which `weights` reads, if it can be streamed. whole: why it cannot, or None.
+
+    half: whether it is computed in bfloat16.
+    """
 
     model: Model
     weights: Weights | None
     recipe: Recipe
     calib: Calib
     whole: str | None
+    half: bool
 
 
 def language_job(
@@ -34,6 +38,7 @@ def language_job(
     calibration: str | None,
     window: int | None,
     documents: int | None,
+    dtype: str = "auto",
 ) -> Job:
     """What is to be done to a directory; InputError for everything that can be told without reading weights."""
     from quantkit.capture import captured
@@ -53,7 +58,25 @@ def language_job(
     recipe = for_kind(recipe, preset, model)
     check(model, recipe)
     check_groups(model, recipe)
-    return Job(model, weights, recipe, calib, unread if weights is None else why_whole(model, recipe))
+    whole = unread if weights is None else why_whole(model, recipe)
+    return Job(model, weights, recipe, calib, whole, _half(dtype, weights, whole))
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def _half(dtype: str, weights: Weights | None, whole: str | None) -> bool:
+    """Whether --dtype asks for bfloat16; InputError where it cannot be had."""
+    from quantkit.observers import has_half
+
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r}; accepted: {', '.join(DTYPES)}")
+    if dtype == "bfloat16" and whole is not None:
+        raise InputError(f"--dtype bfloat16 is for what is quantized block by block; here {whole}")
+    if dtype == "bfloat16" and not has_half():
+        raise InputError("--dtype bfloat16: this processor does not multiply bfloat16; accepted here: auto, float32")
+    stored = weights is not None and whole is None and weights.stored_in() == "BF16"
+    return dtype == "bfloat16" or (dtype == "auto" and stored and has_half())
 
 
 def _calibration(
@@ -76,7 +99,7 @@ def _calibration(
 
 
 def run_language_job(
-    job: Job, checkpoint: Path, output: Path, memory: int, force: bool
+    job: Job, checkpoint: Path, output: Path, memory: int | None, force: bool
 ) -> tuple[Model, dict[str, Any]]:
     """Quantize into the directory; the model and its summary."""
     from quantkit.artifact import save_artifact, summary
@@ -87,8 +110,8 @@ def run_language_job(
     if job.weights is not None and job.whole is None:
         with progress_bar("quantize", "layers") as update:
             return quantize_streamed(
-                checkpoint, job.model, job.weights, job.recipe, job.calib, output, memory=memory, force=force,
-                progress=update,
+                checkpoint, job.model, job.weights, job.recipe, job.calib, output, memory=memory, half=job.half,
+                force=force, progress=update,
             )  # fmt: skip
     model = job.model if job.weights is None else load(checkpoint)
     with progress_bar("quantize", "steps") as update:
@@ -97,11 +120,11 @@ def run_language_job(
     return quantized, summary(quantized)
 
 
-def show_forecast(job: Job, checkpoint: Path, memory: int, json: bool) -> None:
+def show_forecast(job: Job, checkpoint: Path, memory: int | None, json: bool) -> None:
     """What `--dry-run` says."""
     from quantkit.language_forecast import forecast
 
-    found = forecast(job.model, job.recipe, job.calib, memory=memory, whole=job.whole)
+    found = forecast(job.model, job.recipe, job.calib, memory=memory, whole=job.whole, half=job.half)
     if json:
         print_json(found)
         return

@@ -82,9 +82,21 @@ def quantize(
     factory: Factory = None,
     normalize: Normalize = "stage",
     memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a language model: activations to hold, such as 4GiB; the rest goes to disk. Default: what its "
+            "largest weight takes.",
+            rich_help_panel=_NUM,
+        ),
+    ] = None,
+    dtype: Annotated[
         str,
-        typer.Option(help="Of a language model: activations to hold; the rest goes to disk.", rich_help_panel=_NUM),
-    ] = "4GiB",
+        typer.Option(
+            help="What a language model computes its products in when it is calibrated: float32, bfloat16, or auto, "
+            "as its weights are stored, where the processor has it.",
+            rich_help_panel=_NUM,
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -103,7 +115,7 @@ def quantize(
     from quantkit.files import check_new
 
     recipe = recipe_of(weights, acts, granularity, step, preset, layer, seed)
-    budget = bytes_of(memory, "--memory")
+    budget = None if memory is None else bytes_of(memory, "--memory")
     check_new(output, force=force, marker="quantkit.json")
 
     from quantkit.loading import gaps, is_hugging_face
@@ -111,12 +123,14 @@ def quantize(
     if factory is None and is_hugging_face(checkpoint):
         if inputs is not None or env is not None:
             raise InputError(f"{checkpoint} is a language model; --inputs and --env are for other networks")
-        job = language_job(checkpoint, recipe, preset, calibration, window, documents)
+        job = language_job(checkpoint, recipe, preset, calibration, window, documents, dtype)
         if dry_run:
             show_forecast(job, checkpoint, budget, json)
             return
         quantized, document = run_language_job(job, checkpoint, output, budget, force)
     else:
+        if dtype != "auto":
+            raise InputError(f"--dtype is for language models; {checkpoint} is none")
         if dry_run:
             raise InputError(f"--dry-run is for language models; {checkpoint} is none and takes seconds")
         quantized, document = _quantize_whole(

@@ -10,12 +10,15 @@ import difflib
 import functools
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -48,6 +51,15 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
 """Files beside the weights that a quantized directory takes along."""
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""What weights may be stored in, by the names of safetensors."""
 
 
 def sniff(path: Path) -> bool:
@@ -167,20 +179,48 @@ class Weights:
     transposed: set[str]
 
     @functools.cached_property
-    def _where(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def _where(self) -> dict[str, _Place]:
+        found: dict[str, _Place] = {}
         for file in self.files:
-            with safe_open(file, framework="pt") as handle:
-                found |= dict.fromkeys(handle.keys(), file)
+            with file.open("rb") as handle:
+                length = int.from_bytes(handle.read(8), "little")
+                header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            found |= {
+                key: _Place(file, facts["dtype"], tuple(facts["shape"]), 8 + length + facts["data_offsets"][0])
+                for key, facts in header.items()
+            }
         return found
 
+    def stored_in(self) -> str:
+        """The dtype that most numbers of the parameters are stored in, as files name it: F32, BF16, F16, ..."""
+        counts: Counter[str] = Counter()
+        for key in set(self.keys.values()):
+            place = self._where[key]
+            counts[place.dtype] += math.prod(place.shape)
+        return counts.most_common(1)[0][0]
+
     def read(self, name: str) -> Tensor:
-        """The parameter in float32; InputError for one that is not finite."""
-        key = self.keys[name]
-        with safe_open(self._where[key], framework="pt") as handle:
-            value: Tensor = handle.get_tensor(key).to(torch.float32, copy=True)
+        """The parameter in float32; InputError for one that is not finite or is not stored in floating point."""
+        place = self._where[self.keys[name]]
+        if place.dtype not in FLOATS:
+            raise InputError(f"{place.file}: {name!r} is stored in {place.dtype}; accepted: {', '.join(FLOATS)}")
+        dtype = FLOATS[place.dtype]
+        # not by the library, which maps the file: what has been read of that counts as memory of this process
+        raw = np.fromfile(place.file, np.uint8, math.prod(place.shape) * dtype.itemsize, offset=place.start)
+        value = torch.from_numpy(raw).view(dtype).reshape(place.shape).float()
         _check_finite(value, name, self.path)
         return value.T.contiguous() if name in self.transposed else value
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in a file a tensor begins."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
 
 
 def companions(path: Path) -> list[Path]:
