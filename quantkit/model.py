@@ -88,10 +88,10 @@ class Model:
 
 
 class Visits(NamedTuple):
-    """Inputs that a model met when it acted, and how many steps into its episode each was met."""
+    """Inputs that a model met when it acted, and what each of the episodes earned."""
 
     states: Tensor  # (n, *input_shape)
-    steps: Tensor  # (n,) int64
+    returns: Tensor  # (episodes,) float64
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Calib:
 
     generator: the source of randomness of every step that needs one. visit: `visit(model, n, seed)`
     gives n inputs that this model meets when it acts itself, of a policy with an environment only; the same episodes
-    for the same seed, from 1.
+    for the same seed, from 1, and as many for every model where n is 1.
     """
 
     inputs: Tensor

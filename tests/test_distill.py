@@ -14,11 +14,12 @@ from hwmodel.formats import levels
 from quantkit.errors import InputError
 from quantkit.losses import loss_for
 from quantkit.methods import act_scales, center, distill, input_grid
-from quantkit.model import Calib, Model
+from quantkit.model import Calib, Model, Visits
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import QLayer
 from quantkit.recipe import make_plan, quantize, uniform
 from quantkit.rounding import round_to
+from quantkit.statistics import non_inferior
 from quantkit.study import visited_states
 from quantkit.trainees import Trainee, inside_cell
 
@@ -101,8 +102,8 @@ def test_the_error_falls(name):
 
 
 def test_the_policy_acts():
-    """It is trained on visits of the float policy, the start and the rounds, each round's in new episodes; the models
-    of smallest loss are compared in others."""
+    """It is trained on visits of the float policy, the start and the rounds, each round's in new episodes; what they
+    earn is compared in others."""
     model = small_policies.cartpole()
     calib = small_policies.calib(model)
     asked = []
@@ -114,12 +115,16 @@ def test_the_policy_acts():
     calib.visit = visit
     recipe = uniform("int2", "int4", steps=(*RTN, ("distill", {"steps": 40, "rounds": 3, "states": 96})))
     done = quantize(model, recipe, calib)
-    judged, trained = ([s for n, s in asked if n == k] for k in (192, 96))
-    assert trained == [4, 4, 5, 6] and len(judged) + len(trained) == len(asked)
-    assert set(judged) == {1, 2, 3}
+    judged, trained = ([s for n, s in asked if n == k] for k in (1, 96))
+    assert trained == [7, 7, 8, 9, 10] and len(judged) + len(trained) == len(asked)
+    assert set(judged) == {1, 2, 3, 4, 5, 6}
     report = done.meta["steps"][-1]["diagnostics"]
-    assert report["states"] == 64 + 4 * 96
-    assert report["apart"] >= 0 and report["loss_after"] <= report["loss_before"]
+    assert report["states"] == 64 + 5 * 96
+    scores = [
+        np.concatenate([visited_states(m, 1, seed).returns.numpy() for seed in range(1, 7)]).mean()
+        for m in (done, model)
+    ]
+    assert report["gain"] == pytest.approx(scores[0] - scores[1])
     again = quantize(model, recipe, calib)
     for a, b in zip(done.qlayers().values(), again.qlayers().values(), strict=True):
         assert torch.equal(a.q.codes, b.q.codes) and torch.equal(a.q.scale, b.q.scale) and a.act == b.act
@@ -129,31 +134,32 @@ def test_the_policy_acts():
     assert not asked
 
 
-def test_apart():
-    """Policies that see the same states are as far apart as their episodes are shorter, in deviations of the first."""
-    states, steps = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), torch.arange(500)
-    whole = distill.Visits(states, steps)
-    assert distill.apart(whole, distill.Visits(states.flip(0), steps.flip(0))) == 0
-    shorter = distill.apart(whole, distill.Visits(states, steps // 5))
-    assert shorter == pytest.approx(np.abs(np.arange(500) - np.arange(500) // 5).mean() / np.arange(500).std())
-
-
-def test_a_race_is_won_after_every_set():
-    """The model kept has the smallest mean so far in each set of episodes; one that loses the first is not asked on."""
-    ranks = {"teacher": [0.0] * 3, "start": [4.0, 4.0, 4.0], "unlucky": [5.0, 0.0, 0.0], "better": [3.0, 4.0, 4.0]}
+def test_a_contest_is_won_by_what_is_sure():
+    """The model kept has, after every heat, the greatest lower bound of what it earns more than the float policy; one
+    that is behind after a heat does not play the next, and one that is level changes nothing."""
+    earn = {
+        "teacher": lambda seed: torch.full((8,), 10.0 * seed),
+        "even": lambda seed: torch.full((8,), 10.0 * seed - 1),
+        "tied": lambda seed: torch.full((8,), 10.0 * seed - 1),
+        "often": lambda seed: 10.0 * seed + torch.tensor([3.0, 3, 3, 3, 3, 3, 3, -20]),
+        "early": lambda seed: torch.full((8,), 10.0 * seed - 100 * (seed > 2)),
+        "last": lambda seed: torch.full((8,), -500.0),
+    }
     asked = []
 
     def visit(name, n, seed):
+        assert n == 1
         asked.append((name, seed))
-        grid = torch.arange(float(n)).reshape(n, 1)
-        spread = float(grid.std(unbiased=False))
-        return distill.Visits(grid + spread * ranks[name][seed - 1], torch.arange(n))
+        return Visits(torch.zeros(1), earn[name](seed))
 
-    judge = distill.Judge(visit, "teacher", 64)
-    assert judge.race("start") and judge.ranks == pytest.approx(ranks["start"])
-    assert not judge.race("unlucky") and asked[-1] == ("unlucky", 1)
-    assert judge.race("better") and judge.ranks == pytest.approx(ranks["better"])
-    assert not judge.race("start") and not judge.race("better")
+    contest = distill.Contest(visit, "teacher")
+    won = [contest.won(name) for name in ("last", "often", "early", "even", "tied")]
+    assert won == [True, True, False, True, False] and contest.gains.tolist() == [-1.0] * 48
+    heats = {name: {seed for other, seed in asked if other == name} for name in earn}
+    assert heats["often"] == heats["teacher"] == set(range(1, 7)) and heats["early"] == {1, 2, 3, 4, 5, 6}
+    assert heats["tied"] == {1}
+    sample = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    assert distill.sure(sample) == pytest.approx(non_inferior(sample.numpy() * 0, sample.numpy(), 1).low, abs=0.01)
 
 
 def test_visited_states_differ_from_evaluation():

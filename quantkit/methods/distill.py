@@ -1,9 +1,10 @@
 """Closed-loop distillation: refine a quantized policy until it acts like the float one where it goes itself.
 
-All layers are trained together through their quantizers (`quantkit.trainees`) on the float network's outputs; no reward
-is used. Rounds alternate (Ross, Gordon, Bagnell, "A Reduction of Imitation Learning and Structured Prediction to
-No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far acts, each time in new episodes,
-the states that it visits join the ones seen before, the float policy labels them, and training goes on.
+All layers are trained together through their quantizers (`quantkit.trainees`) on the float network's outputs; reward
+has no part in that, it chooses afterwards. Rounds alternate (Ross, Gordon, Bagnell, "A Reduction of Imitation Learning
+and Structured Prediction to No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far
+acts, each time in new episodes, the states that it visits join the ones seen before, the float policy labels them, and
+training goes on.
 A network that does not act is trained on the calibration set alone, the scales of attention's operands included.
 
 The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoint has Q-functions of squashed actions
@@ -16,9 +17,9 @@ few bits cannot imitate everywhere, so they are spent where it matters.
 
 Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
 and of the model at the start and those at the end of every round that of the smallest loss on these is kept. With
-visits, those whose loss is at most a quarter larger act once more, and it is the one whose own states, and how far into
-their episode they are met, are distributed most like the float policy's over the same episodes (`apart`): a small error
-at the wrong place ends an episode and a large one may not matter, while one that errs everywhere was lucky.
+visits, the return decides (`Contest`): a small error at the wrong place ends an episode and a large one may not matter,
+so that of a hopper's rounds, all of nearly the same loss, one earned an eighth of the float policy's return and one all
+but a fortieth.
 """
 
 from __future__ import annotations
@@ -44,34 +45,10 @@ from quantkit.trainees import Operand, Trainee
 CHANGES = frozenset({"refined", "bias"})
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """How differently two samples of as many states are distributed: mean over features of the Wasserstein-1
-    distance in standard deviations of `a`; features that are constant in `a` in those of both together.
-
-    >>> distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [1.0]]))
-    1.0
-    """
-    n = min(len(a), len(b))
-    x, y = (v[:n].reshape(n, -1).double() for v in (a, b))
-    spread = x.std(dim=0, unbiased=False)
-    both = torch.cat([x, y]).std(dim=0, unbiased=False)
-    spread = torch.where(spread > 1e-3 * both, spread, both)
-    moved = (x.sort(dim=0).values - y.sort(dim=0).values).abs().mean(dim=0)
-    return float((moved / torch.where(spread > 0, spread, torch.ones_like(spread))).mean())
-
-
-def apart(a: Visits, b: Visits) -> float:
-    """`distance` of the states plus that of how many steps into its episode each was met.
-
-    Return sums up reward over states and steps: where both are distributed alike, so is what is earned.
-    """
-    return distance(a.states, b.states) + distance(a.steps, b.steps)
-
-
-JUDGING = (1, 2, 3)
-"""`visit`'s seeds of the episodes that models are compared in; training takes the later ones."""
-SIMILAR = 1.25
-"""How many times the smallest loss a model may have to be compared."""
+FINALISTS = 6
+"""How many models of the smallest loss, and how many of the greatest return where they were trained, are compared."""
+HEATS = ((1,), (2,), (3, 4, 5, 6))
+"""`visit`'s seeds of the episodes that they are compared in; training takes the later ones."""
 
 
 Label = Callable[[Tensor], Tensor]
@@ -159,8 +136,8 @@ def apply(
     rounds: how often the policy acts to find states, `states` of them each time (1: never, only the calibration
     set is used, as for a network that cannot act). lr: of the latent weights, in grid units; it falls to zero along
     a cosine. slow: the rate of scales and biases, in units of lr. Returns the held-out loss before and after, both on
-    the final states, the round whose model was kept (0: the start), with visits how far `apart` it acts, and how many
-    states there were in the end.
+    the final states, the round whose model was kept (0: the start), with visits how much more than the float policy it
+    earned in the contest, and how many states there were in the end.
     """
     layers = trainable(model)
     for name, layer in model.qlayers().items():
@@ -181,27 +158,37 @@ def trainable(model: Model) -> dict[str, QLayer | Point]:
     }
 
 
-class Judge:
-    """Keeps the model that acts most like the float policy, in episodes that none is trained on."""
+class Contest:
+    """Which of several models earns most, in episodes that none was trained in."""
 
-    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model, states: int) -> None:
-        self.visit, self.states = visit, states
-        self.calm = [visit(teacher, states, seed) for seed in JUDGING]
-        self.ranks = [math.inf] * len(JUDGING)  # of the best so far
+    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model) -> None:
+        self.visit = visit
+        self.goals = [self.returns(teacher, heat) for heat in HEATS]
+        self.gains = torch.zeros(0)
+        """How much more than the float policy the best so far earned, (episodes,); empty before there is one."""
 
-    def rank(self, model: Model, i: int) -> float:
-        """How far `apart` it is from the float policy in the i-th set of episodes."""
-        return apart(self.calm[i], self.visit(model, self.states, JUDGING[i]))
+    def returns(self, model: Model, heat: tuple[int, ...]) -> Tensor:
+        """What it earns in the episodes of these seeds, (episodes,)."""
+        return torch.cat([self.visit(model, 1, seed).returns for seed in heat])
 
-    def race(self, model: Model) -> bool:
-        """Whether the model takes the place of the best so far: its mean must be smaller after each set."""
-        ranks: list[float] = []
-        for i in range(len(JUDGING)):
-            ranks.append(self.rank(model, i))
-            if not sum(ranks) < sum(self.ranks[: i + 1]):
+    def won(self, model: Model) -> bool:
+        """Whether the model takes the place of the best so far: its `sure` gain must be greater after each heat."""
+        gains = torch.zeros(0)
+        for goal, heat in zip(self.goals, HEATS, strict=True):
+            gains = torch.cat([gains, self.returns(model, heat) - goal])
+            if len(self.gains) and not sure(gains) > sure(self.gains[: len(gains)]):
                 return False
-        self.ranks = ranks
+        self.gains = gains
         return True
+
+
+def sure(gains: Tensor) -> float:
+    """The mean less 1.645 times its standard error: what it is at least, with 95 % confidence.
+
+    >>> sure(torch.tensor([2.0, 2.0, 2.0]))
+    2.0
+    """
+    return float(gains.mean() - 1.645 * gains.std() / math.sqrt(len(gains)))
 
 
 def _distill(
@@ -219,9 +206,12 @@ def _distill(
         teacher, start = float_twin(model), model.copy()
         label, loss, known = _aim(teacher, calib.inputs, None if visit is None else model.critic)
         pool = Pool.of(calib.inputs, label, known)
+        earned: list[float] = []
         if visit is not None:
             for actor in (teacher, start):
-                pool = pool.plus(Pool.of(visit(actor, states, max(JUDGING) + 1).states, label))
+                seen = visit(actor, states, HEATS[-1][-1] + 1)
+                pool = pool.plus(Pool.of(seen.states, label))
+            earned.append(float(seen.returns.mean()))
         student, trainees = _student(start, pool)
     optimizer = _optimizer(trainees, lr, slow)
 
@@ -234,18 +224,19 @@ def _distill(
         with torch.enable_grad():
             train(student, pool, loss, optimizer, rate, span, batch, calib.generator)
         candidates.append(_stored(start, trainees))
-        if visit is not None and number + 1 < rounds:
+        if visit is not None:
             with torch.no_grad():
-                pool = pool.plus(Pool.of(visit(candidates[-1], states, max(JUDGING) + 2 + number).states, label))
+                seen = visit(candidates[-1], states, HEATS[-1][-1] + 2 + number)
+                pool = pool.plus(Pool.of(seen.states, label))
+            earned.append(float(seen.returns.mean()))
     losses = [pool.loss(m.module, loss) for m in candidates]
-    order = sorted((i for i, v in enumerate(losses) if v <= losses[0]), key=lambda i: losses[i]) or [0]
+    order = sorted(range(len(candidates)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
     kept, report = order[0], {}
     if visit is not None:
-        judge = Judge(visit, teacher, 2 * states)
-        for i in order:
-            if not losses[i] > SIMILAR * losses[order[0]] and judge.race(candidates[i]):
-                kept = i
-        report = {"apart": sum(judge.ranks) / len(judge.ranks)}
+        rich, contest = sorted(order, key=lambda i: -earned[i]), Contest(visit, teacher)
+        for i in [i for i in rich if i in order[:FINALISTS] or i in rich[:FINALISTS]]:
+            kept = i if contest.won(candidates[i]) else kept
+        report = {"gain": float(contest.gains.mean())}
     _copy_into(model, candidates[kept])
     report |= {"loss_before": losses[0], "loss_after": losses[kept], "round": float(kept)}
     return report | {"states": float(len(pool.train) + len(pool.held))}

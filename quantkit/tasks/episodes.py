@@ -233,8 +233,8 @@ def collect_visits(
     n_envs: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts, and how many
-    steps into its episode each was met, (n,) int64.
+    """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts, and the
+    returns of all their episodes, (played,) float64.
 
     At least `episodes` episodes are run, and more in rounds of that many until n states were
     seen. The order is random, so any leading part is a uniform sample as well. Deterministic,
@@ -243,15 +243,15 @@ def collect_visits(
     """
     if n < 1:
         raise InputError(f"the number of calibration states must be at least 1, got {n}")
-    sample = _Sample(n)
-    first = 0
+    sample, first = _Sample(n), 0
+    returns: list[np.ndarray] = []
     while sample.seen < n:
         sample.streams.clear()
         sample.seed = seed + first
         options: dict[str, Any] = {"n_envs": n_envs, "progress": progress, "record": sample.record}
-        rollout(act, spec, episodes=episodes, seed=seed + first, **options)
+        returns.append(rollout(act, spec, episodes=episodes, seed=seed + first, **options).returns)
         first += episodes
-    return sample.best()
+    return sample.best(), np.concatenate(returns)
 
 
 class _Sample:
@@ -259,11 +259,11 @@ class _Sample:
 
     def __init__(self, n: int) -> None:
         self.n, self.seed, self.seen, self.held = n, 0, 0, 0
-        self.kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # states, steps, keys
+        self.kept: list[tuple[np.ndarray, np.ndarray]] = []  # states, keys
         self.bound = 1.0  # no key at or above it can still be among the n smallest
         self.streams: dict[int, np.random.Generator] = {}
 
-    def record(self, obs: np.ndarray, numbers: Sequence[int], steps: Sequence[int]) -> None:
+    def record(self, obs: np.ndarray, numbers: Sequence[int], _steps: Sequence[int]) -> None:
         for number in numbers:
             if number not in self.streams:
                 self.streams[number] = np.random.default_rng([self.seed + number, 2])
@@ -271,18 +271,18 @@ class _Sample:
         chosen = keys < self.bound
         self.seen += len(numbers)
         self.held += int(chosen.sum())
-        self.kept.append((obs[chosen], np.asarray(steps)[chosen], keys[chosen]))
+        self.kept.append((obs[chosen], keys[chosen]))
         if self.held > 2 * self.n + 64:
             self.best()
 
-    def best(self) -> tuple[np.ndarray, np.ndarray]:
-        """Forget all but the n best, and return them and their steps in order of their keys."""
-        states, steps, keys = (np.concatenate(part) for part in zip(*self.kept, strict=True))
+    def best(self) -> np.ndarray:
+        """Forget all but the n best, and return them in order of their keys."""
+        states, keys = (np.concatenate(part) for part in zip(*self.kept, strict=True))
         best = np.argsort(keys, kind="stable")[: self.n]
-        self.kept, self.held = [(states[best], steps[best], keys[best])], best.size
+        self.kept, self.held = [(states[best], keys[best])], best.size
         if best.size == self.n:
             self.bound = float(keys[best[-1]])
-        return states[best], steps[best]
+        return states[best]
 
 
 def compare_on_states(
