@@ -157,9 +157,12 @@ class State:
     """The registers of `rtl/window.v` and `rtl/fifo.v` that decide what moves, for one map."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.stream = stage, stage.stream
+        self.stage, self.stream, self.window = stage, stage.stream, stage.window
         self.line = stage.window.width * self.stream.words
         self.beats = stage.window.height * self.line
+        self.rows, self.columns = stage.window.out_height, stage.window.out_width
+        fold, done = self.stream.period // stage.folds, stage.tail - stage.share + 1
+        self.turns = [done + (f + 1) * fold + turn for f in range(stage.folds) for turn in range(stage.share)]
         self.total = 0  # beats in
         self.row = self.column = 0  # the position to start next
         self.free = 0  # the cycle from which it may start for what runs before it
@@ -174,8 +177,8 @@ class State:
 
     def _needed(self) -> int:
         """Beats that the position to start next waits for; more than there are if there is none."""
-        window, words = self.stage.window, self.stream.words
-        if self.row == window.out_height:
+        window, words = self.window, self.stream.words
+        if self.row == self.rows:
             return self.beats + 1
         if self.last >= window.height:
             return self.beats
@@ -185,46 +188,37 @@ class State:
     @property
     def done(self) -> bool:
         """Whether nothing of the map is left: no beat to come, no position and no result."""
-        return self.total == self.beats and self.row == self.stage.window.out_height and not self.results
+        return self.total == self.beats and self.row == self.rows and not self.results
 
     def starts(self, at: int) -> bool:
         """Whether a position starts in this cycle."""
-        room = self.reserved <= self.stage.depth - self.stream.beats
-        due = at == self.free or at >= self.free + (self.stage.share if self.column or self.row else 0)
-        return due and at >= self.free and self.total >= self.needed and room
+        if self.total < self.needed or at < self.free or self.reserved > self.stage.depth - self.stream.beats:
+            return False
+        return at == self.free or at >= self.free + (self.stage.share if self.column or self.row else 0)
 
-    def offers(self, at: int) -> bool:
-        """Whether a result is on offer."""
-        return bool(self.results) and self.results[0] <= at
-
-    def accept(self) -> None:
+    def accept(self, at: int) -> None:
         """One beat in."""
         self.total += 1
 
-    def step(self, at: int, start: bool, taken: bool) -> None:
-        """The end of the cycle."""
-        stage, window = self.stage, self.stage.window
+    def step(self, at: int, start: bool, taken: bool) -> list[int]:
+        """The end of the cycle; cycles behind it in which something else may change than a beat in or out makes."""
+        wakes: list[int] = []
         if taken:
             self.results.popleft()
             self.reserved -= 1
         if start:
             self.reserved += self.stream.beats
-            fold = self.stream.period // stage.folds
-            done = at + stage.tail - stage.share + 1
-            self.results.extend(done + (f + 1) * fold + turn for f in range(stage.folds) for turn in range(stage.share))
-            self.limit = self.last + self.stream.lines - window.kernel[0] + 1
+            self.results.extend([at + turn for turn in self.turns])
+            self.limit = self.last + self.stream.lines - self.window.kernel[0] + 1
             self.free = at + self.stream.period
             self.column += 1
-            if self.column == window.out_width:
-                self.column, self.row, self.last = 0, self.row + 1, self.last + window.stride[0]
+            if self.column == self.columns:
+                self.column, self.row, self.last = 0, self.row + 1, self.last + self.window.stride[0]
             self.needed = self._needed()
-        drained = self.row == window.out_height and at >= self.free
+            wakes = [self.free, self.free + self.stage.share]
+        drained = self.row == self.rows and at >= self.free
         self.open = self.total < self.beats and (self.full or self.total // self.line < self.limit or drained)
-
-    def waits(self, at: int) -> list[int]:
-        """Cycles behind this one in which something may happen."""
-        found = [t for t in (self.free, self.free + self.stage.share) if t > at]
-        return [*found, self.results[0]] if self.results and self.results[0] > at else found
+        return wakes
 
 
 def regroup_cost(width: int, units: int, codes: int) -> Cost:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from hwmodel import conv, joint
 from hwmodel.cost import HwError
@@ -78,7 +79,6 @@ class _Edge:
         self.split = self.collect = 0
         self.done = False  # the beat on offer has gone here, but not everywhere
         self.held, self.valid, self.most = 0, False, 0
-        self.moved = False
 
     def ready(self, offers: Sequence[bool]) -> bool:
         """Whether an add has this operand on offer."""
@@ -86,29 +86,24 @@ class _Edge:
             return self.valid
         return offers[self.source] and not self.done and self.collect == self.collects - 1
 
-    def move(self, offers: Sequence[bool], opened: Sequence[bool], adding: Mapping[int, bool]) -> bool:
-        """One cycle; whether a whole beat went to the reader, or into the queue before it."""
-        gave = self.moved = False
-        if offers[self.source] and not self.done:
-            closes = self.collect == self.collects - 1
-            if self.depth is None:
-                room = opened[self.reader]
-            else:
-                room = self.held < self.depth if self.depth else adding[self.reader]
-            if room or not closes:
-                gave, self.moved = closes, True
-                self.collect = 0 if closes else self.collect + 1
-                self.done = self.split == self.splits - 1
-                self.split = 0 if self.done else self.split + 1
-        if self.depth:
-            take = adding[self.reader]
-            read = self.held > 0 and (take or not self.valid)
-            if gave:
-                self.most = max(self.most, self.held + 1)
-            self.held += gave - read
-            self.valid = read or (self.valid and not take)
-            self.moved |= read
-        return gave
+    def give(self, room: bool) -> int:
+        """What is on offer moves, if there is room: 0 nothing, 1 a part of a beat, 2 a whole one to the reader."""
+        closes = self.collect == self.collects - 1
+        if closes and not room:
+            return 0
+        self.collect = 0 if closes else self.collect + 1
+        self.done = self.split == self.splits - 1
+        self.split = 0 if self.done else self.split + 1
+        return 2 if closes else 1
+
+    def queue(self, gave: bool, take: bool) -> bool:
+        """The end of a cycle of the queue; whether a word moved to its output."""
+        read = self.held > 0 and (take or not self.valid)
+        if gave:
+            self.most = max(self.most, self.held + 1)
+        self.held += gave - read
+        self.valid = read or (self.valid and not take)
+        return read
 
 
 class _Joint:
@@ -131,9 +126,9 @@ class _Joint:
         """Whether nothing of the map is left."""
         return self.total == self.beats and not self.results
 
-    def offers(self, at: int) -> bool:
-        """Whether a result is on offer."""
-        return bool(self.results) and self.results[0] <= at
+    def starts(self, at: int) -> bool:
+        """Never: it takes beats as they come."""
+        return False
 
     def accept(self, at: int) -> None:
         """One beat in, of both operands."""
@@ -142,25 +137,22 @@ class _Joint:
             self.results.append(at + self.latency)
             self.reserved += 1
 
-    def step(self, at: int, start: bool, taken: bool) -> None:
+    def step(self, at: int, start: bool, taken: bool) -> list[int]:
         """The end of the cycle."""
         if taken:
             self.results.popleft()
             self.reserved -= 1
-
-    def waits(self, at: int) -> list[int]:
-        """Cycles behind this one in which something may happen."""
-        return [self.results[0]] if self.results and self.results[0] > at else []
+        return []
 
 
 class _Machine:
-    """A design in one inference: its parts, and the edges between them."""
+    """A design in one inference, its parts and the edges between them; a cycle looks only at what may change."""
 
     def __init__(self, plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> None:
         self.plans = plans
         self.parts = [_Joint(plan) if plan.spec.joint else conv.State(plan.stage) for plan in plans]
         self.edges: list[_Edge] = []
-        self.readers: dict[int, list[_Edge]] = {i: [] for i in range(-1, len(plans) - 1)}
+        self.readers: dict[int, list[_Edge]] = {i: [] for i in range(-1, len(plans))}
         self.operands: dict[int, list[_Edge]] = {i: [] for i in depths}
         for i, sources in enumerate(links([plan.spec for plan in plans])):
             for slot, source in enumerate(sources):
@@ -170,66 +162,98 @@ class _Machine:
                 self.readers[source].append(edge)
                 if i in depths:
                     self.operands[i].append(edge)
+        self.queues = [edge for edge in self.edges if edge.depth]
         self.sent = 0  # input beats
+        self.wakes: dict[int, set[int]] = {}  # parts to look at in a cycle
+        self.times: list[int] = []  # these cycles, a heap
+        self.offers = [False] * len(plans) + [True]  # of the network's input, number -1
 
     def run(self) -> Flow:
         """All cycles of one inference, those without any move left out."""
-        first, last = self.plans[0].schedule, self.plans[-1]
-        left, final = last.spec.positions * last.stream.beats, len(self.parts) - 1
-        at = begin = end = still = 0
+        parts, offers, last = self.parts, self.offers, self.plans[-1]
+        adds = [(i, parts[i], a, b) for i, (a, b) in self.operands.items()]
+        lead, beats, final = self.plans[0].schedule.lead, self.plans[0].schedule.input_beats, len(parts) - 1
+        left = last.spec.positions * last.stream.beats
+        live = [edge for edge in self.readers[-1] if not edge.depth]  # whose beat on offer has not gone there
+        looked = set(range(len(parts)))  # parts that may start
+        begin = end = at = 0
         while True:
-            offers = [part.offers(at) for part in self.parts]
-            offers.append(self.sent < first.input_beats)  # of the network's input, number -1
-            opened = [part.open for part in self.parts]
-            starts = [isinstance(part, conv.State) and part.starts(at) for part in self.parts]
-            adding = {i: opened[i] and all(edge.ready(offers) for edge in pair) for i, pair in self.operands.items()}
-            moved = [edge.move(offers, opened, adding) for edge in self.edges]
-            for edge, gave in zip(self.edges, moved, strict=True):
-                if gave and edge.depth is None:
-                    self._accept(edge.reader, at)
-            for i, add in adding.items():
-                if add:
-                    self._accept(i, at)
-            anything = any(starts) or any(adding.values()) or any(edge.moved for edge in self.edges) or offers[final]
-            before = self.sent
-            taken = self._taken()
-            if before < first.lead == self.sent:
-                begin = at
+            woken = self.wakes.pop(at, set())
+            for i in woken:
+                if parts[i].results and parts[i].results[0] == at and not offers[i]:
+                    offers[i] = True
+                    live += [edge for edge in self.readers[i] if not edge.depth]
+            started = {i for i in looked | woken if parts[i].starts(at)}
+            adding = {i: part.open and a.ready(offers) and b.ready(offers) for i, part, a, b in adds}
+            moved = False
+            accepted: list[int] = []
+            finished: list[_Edge] = []
+            waiting: list[_Edge] = []
+            for edge in live:
+                plain = edge.depth is None
+                how = edge.give(parts[edge.reader].open if plain else adding[edge.reader])
+                moved |= how > 0
+                if how == 2 and plain:
+                    accepted.append(edge.reader)
+                (finished if edge.done else waiting).append(edge)
+            live = waiting
+            for edge in self.queues:
+                how = edge.give(edge.held < edge.depth) if offers[edge.source] and not edge.done else 0  # type: ignore[operator]
+                moved |= edge.queue(how == 2, adding[edge.reader]) or how > 0
+                if how and edge.done:
+                    finished.append(edge)
+            accepted += [i for i, add in adding.items() if add]
+            for i in accepted:
+                parts[i].accept(at)
+            taken = {e.source for e in finished if len(self.readers[e.source]) == 1 or self._gone(e.source)}
             if offers[final]:
-                taken[final] = True
+                taken.add(final)
                 left -= 1
                 end = at
-            for part, start, gone in zip(self.parts, starts, taken, strict=True):
-                part.step(at, start, gone)
-            if not left and self.sent == first.input_beats and self._silent():
-                return Flow(end - begin, at + 1 - end, self._depths())
-            if anything:
-                at, still = at + 1, 0
-                continue
-            wakes, still = [t for part in self.parts for t in part.waits(at)], still + 1
-            if not wakes and still > 2:
-                raise HwError(f"layer {last.spec.name!r} waits for results that never come: a queue is too short")
-            at = min(wakes, default=at + 1)
-
-    def _accept(self, reader: int, at: int) -> None:
-        part = self.parts[reader]
-        if isinstance(part, _Joint):
-            part.accept(at)
-        else:
-            part.accept()
-
-    def _taken(self) -> list[bool]:
-        """Which parts' beats have gone to all their readers in this cycle."""
-        taken = [False] * len(self.parts)
-        for source, edges in self.readers.items():
-            if all(edge.done for edge in edges):
-                for edge in edges:
+            for source in taken:
+                for edge in self.readers[source]:
                     edge.done = False
-                if source < 0:
-                    self.sent += 1
-                else:
-                    taken[source] = True
-        return taken
+            if -1 in taken:
+                taken.discard(-1)
+                self.sent += 1
+                begin = at if self.sent == lead else begin
+                offers[-1] = self.sent < beats
+                live += [edge for edge in self.readers[-1] if not edge.depth] if offers[-1] else []
+            looked = {*accepted, *taken}
+            for i in looked | started | woken:
+                self._wake(i, parts[i].step(at, i in started, i in taken))
+                if i in taken or not offers[i]:
+                    offers[i] = self._offering(i, at + 1)
+                    live += [edge for edge in self.readers[i] if not edge.depth] if offers[i] else []
+            if not left and self.sent == beats and self._silent():
+                return Flow(end - begin, at + 1 - end, self._depths())
+            if moved or started or accepted or taken or woken:
+                at += 1
+                while self.times and self.times[0] < at:
+                    heappop(self.times)
+            elif self.times:
+                at = heappop(self.times)
+            else:
+                raise HwError(f"layer {last.spec.name!r} waits for results that never come: a queue is too short")
+
+    def _gone(self, source: int) -> bool:
+        return all(edge.done for edge in self.readers[source])
+
+    def _wake(self, part: int, times: Sequence[int]) -> None:
+        for time in times:
+            if time not in self.wakes:
+                self.wakes[time] = set()
+                heappush(self.times, time)
+            self.wakes[time].add(part)
+
+    def _offering(self, part: int, at: int) -> bool:
+        """Whether a result is on offer in this cycle; if there is a later one, the part is looked at then."""
+        results = self.parts[part].results
+        if not results:
+            return False
+        if results[0] > at:
+            self._wake(part, [results[0]])
+        return results[0] <= at
 
     def _silent(self) -> bool:
         return all(part.done for part in self.parts) and not any(edge.held or edge.valid for edge in self.edges)

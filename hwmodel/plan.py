@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -26,7 +26,7 @@ from hwmodel.flow import flow, queue_depths
 from hwmodel.folding import Fold, default_cycles, fronts_of, predict, queues_of, search_folding, whole
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
-from hwmodel.spec import LayerSpec
+from hwmodel.spec import LayerSpec, links
 
 
 def plan_network(
@@ -114,19 +114,33 @@ def plan_streams(
             picked = zip(options, chosen(index), strict=True)
             return sum(whole(total(rows[i].folds).luts) for rows, i in picked)
 
+        def bound(index: int) -> int:
+            return sum(rows[i].bound for rows, i in zip(options, chosen(index), strict=True))
+
+        def bare(index: int) -> int:
+            return sum(
+                whole(cost.luts)
+                for rows, i in zip(options, chosen(index), strict=True)
+                for cost in predict(rows[i].folds)
+            )
+
         indices = range(len(prices))
         if luts is None:
             wanted = default_cycles(specs) if latency_us is None else math.floor(latency_us * clock_mhz + 1e-9)
-            best = bisect_left(indices, -wanted, key=lambda index: -cycles(index))
+            least = bisect_left(indices, -wanted, key=lambda index: -bound(index))
+            best = _first(least, len(prices), lambda index: cycles(index) <= wanted)
             if best == len(prices) and latency_us is not None:
                 raise HwError(
                     f"{latency_us:g} us at {clock_mhz:g} MHz cannot be met: the nearest is "
                     f"{cycles(best - 1) / clock_mhz:g} us ({cycles(best - 1)} cycles, {size(best - 1)} LUTs)"
                 )
             if latency_us is None:
-                best = max(0, min(best, len(prices) - 1, bisect_right(indices, device.luts, key=size) - 1))
+                best = min(best, len(prices) - 1)
+                if size(best) > device.luts:
+                    best = max(0, bisect_right(indices[:best], device.luts, key=size) - 1)
         else:
-            best = bisect_right(indices, luts, key=size) - 1
+            most = bisect_right(indices, luts, key=bare) - 1
+            best = most - _first(0, most + 1, lambda back: size(most - back) <= luts)
             if best < 0:
                 raise HwError(
                     f"{luts} LUTs cannot be met: the nearest is {size(0)} LUTs ({cycles(0) / clock_mhz:g} us)"
@@ -138,9 +152,11 @@ def plan_streams(
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """A chain at one limit. cycles: of its slowest layer; luts: of its layers."""
+    """A chain at one limit. cycles: of its slowest layer; bound: no more than those of the chain, which a layer beside
+    the first may begin before; luts: of its layers."""
 
     cycles: int
+    bound: int
     luts: float
     folds: tuple[Fold, ...]
 
@@ -148,13 +164,27 @@ class _Option:
 def _options(fronts: Sequence[Sequence[Fold]]) -> list[_Option]:
     """A chain at every limit that changes it, by ascending cycles and descending LUTs."""
     found: list[_Option] = []
+    reads = links([options[0].spec for options in fronts])
+    bound = [i for i, sources in enumerate(reads) if i == 0 or -1 not in sources]
     slowest = max(options[0].cycles for options in fronts)
     for limit in sorted({slowest, *(fold.cycles for options in fronts for fold in options if fold.cycles > slowest)}):
         folds = tuple(min((f for f in options if f.cycles <= limit), key=_luts) for options in fronts)
         cost = sum(map(_luts, folds))
         if not found or cost < found[-1].luts:
-            found.append(_Option(max(f.cycles for f in folds), cost, folds))
+            found.append(_Option(max(f.cycles for f in folds), max(folds[i].cycles for i in bound), cost, folds))
     return found
+
+
+def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The first of low .. high - 1 from which on something holds, tried first near `low`; `high` if it never does.
+
+    >>> _first(2, 100, lambda i: i >= 9)
+    9
+    """
+    step = 1
+    while low < high and not holds(min(low + step, high) - 1):
+        low, step = min(low + step, high), 2 * step
+    return low + bisect_left(range(low, min(low + step, high) - 1), True, key=holds) if low < high else high
 
 
 def _prices(rows: Sequence[_Option]) -> Iterator[float]:

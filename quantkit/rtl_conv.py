@@ -546,7 +546,7 @@ def _steps(model: Model) -> list[Step]:
         inputs = tuple(names[a] for a in n.all_input_nodes if a in names)
         held = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
         text = type(held).__name__ if held is not None else str(n.target).removeprefix("aten.").split(".")[0]
-        point, pool = held if isinstance(held, Point) else None, pooling(n)
+        point, pool = held if isinstance(held, Point) else None, None if held is not None else pooling(n)
         joint = pool.op if pool else "add" if is_sum(n) else "mean" if is_mean(n) else ""
         if joint == "add":
             inputs = tuple(names[a] for a in n.args)  # type: ignore[index]
@@ -566,6 +566,8 @@ def _function(n: fx.Node) -> nn.Module | None:
         return None
     if n.target in (aten.relu.default, aten.relu_.default):
         return nn.ReLU()
+    if (pool := pooling(n)) is not None and pool.kernel == pool.stride == (1, 1) and not any(pool.padding):
+        return nn.Identity()
     if n.target is aten.tanh.default:
         return nn.Tanh()
     if n.target is aten.sigmoid.default:
