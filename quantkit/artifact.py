@@ -214,7 +214,7 @@ def load_artifact(path: Path, *, factory: str | None = None) -> Model:
     try:
         document = json.loads(document_path.read_text())
         version = int(document["format_version"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no quantkit.json; not a directory written by quantkit quantize") from None
     except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{document_path}: damaged; quantize the checkpoint again") from None

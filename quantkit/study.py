@@ -26,6 +26,7 @@ from quantkit.errors import InputError
 from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model, Visits
 from quantkit.policy import Head, Policy
+from quantkit.qlayers import shape_of
 from quantkit.racing import race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
@@ -179,7 +180,20 @@ def calib_for(model: Model, n: int | None, progress: Progress | None = None, inp
         raise InputError(
             f"{inputs}: inputs of shape {array.shape} do not fit the network's (n, {', '.join(map(str, shape))})"
         )
+    if not model.example.is_floating_point():
+        _check_tokens(model, array, inputs)
     return Calib(torch.from_numpy(array[:n]).to(model.example.dtype))
+
+
+def _check_tokens(model: Model, ids: np.ndarray, path: Path) -> None:
+    """Raise InputError, naming the file, for ids that are not whole or that no embedding of the network has."""
+    if ids.dtype.kind == "f" and (ids != np.floor(ids)).any():
+        raise InputError(
+            f"{path}: holds numbers such as {ids[ids != np.floor(ids)][0]:g}; the network takes whole ones"
+        )
+    rows = [layer.weight.shape[0] for layer in model.layers().values() if shape_of(layer).op == "embedding"]
+    if rows and (ids.min() < 0 or ids.max() >= max(rows)):
+        raise InputError(f"{path}: holds {ids.min()}..{ids.max()}; the network's embedding has 0..{max(rows) - 1}")
 
 
 def labelled_inputs(model: Model, inputs: Path, labels: Path, calibration: Path) -> Labelled:

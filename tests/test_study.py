@@ -228,6 +228,25 @@ def test_images_are_calibrated_in_their_own_type(tmp_path: Path) -> None:
     assert calib_for(conv(), 2, inputs=tmp_path / "x.npy").inputs.dtype == torch.uint8
 
 
+def test_tokens_are_whole_and_have_an_embedding(tmp_path: Path) -> None:
+    """Ids that the embedding lacks, and numbers between two ids, are refused with the file and the range."""
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    model = Model(net, torch.zeros(1, 3, dtype=torch.int64))
+    for token, words in (
+        (9, "holds 0..9; the network's embedding has 0..8"),
+        (-1, "holds -1..0"),
+        (0.5, "such as 0.5"),
+    ):
+        ids = np.zeros((4, 3), type(token))
+        ids[2, 1] = token
+        np.save(tmp_path / "ids.npy", ids)
+        with pytest.raises(InputError, match=words) as caught:
+            calib_for(model, None, inputs=tmp_path / "ids.npy")
+        assert "ids.npy" in str(caught.value)
+    np.save(tmp_path / "ids.npy", np.full((4, 3), 8.0))
+    assert calib_for(model, None, inputs=tmp_path / "ids.npy").inputs.dtype == torch.int64
+
+
 def test_sabotage_a_random_step_is_caught(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a method drew from an unseeded generator, the reproducibility law would fail."""
     from quantkit import shelves
