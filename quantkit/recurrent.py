@@ -18,11 +18,15 @@ from quantkit.qlayers import Point
 
 
 class GRUCell(nn.Module):
-    """h' = (1 - z) n + z h with r, z, n as in `nn.GRUCell`; x (batch, inputs), h (batch, hidden)."""
+    """h' = (1 - z) n + z h with r, z, n as in `nn.GRUCell`; x (batch, inputs), h (batch, hidden).
+
+    hidden: numbers in the state; known without the layers, which methods that train replace.
+    """
 
     def __init__(self, ih: nn.Linear, hh: nn.Linear) -> None:
         super().__init__()
         self.ih, self.hh, self.state = ih, hh, Point()
+        self.hidden = hh.out_features // 3
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
         h = x.new_zeros(*x.shape[:-1], self.hidden) if h is None else self.state(h)
@@ -32,22 +36,18 @@ class GRUCell(nn.Module):
         n = torch.tanh(ni + r * nh)
         return n + z * (h - n)
 
-    @property
-    def hidden(self) -> int:
-        """Numbers in the state."""
-        return int(self.hh.weight.shape[0]) // 3
-
     def output(self, state: Tensor) -> Tensor:
         """What the cell gives of its state."""
         return state
 
 
 class LSTMCell(nn.Module):
-    """c' = f c + i g, h' = o tanh(c') as in `nn.LSTMCell`; the state is the pair (h, c)."""
+    """c' = f c + i g, h' = o tanh(c') as in `nn.LSTMCell`; the state is the pair (h, c), each of `hidden` numbers."""
 
     def __init__(self, ih: nn.Linear, hh: nn.Linear) -> None:
         super().__init__()
         self.ih, self.hh, self.state, self.cell = ih, hh, Point(), Point()
+        self.hidden = hh.out_features // 4
 
     def forward(self, x: Tensor, hc: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if hc is None:
@@ -57,11 +57,6 @@ class LSTMCell(nn.Module):
         i, f, g, o = (self.ih(x) + self.hh(h)).chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
-
-    @property
-    def hidden(self) -> int:
-        """Numbers in each of the two states."""
-        return int(self.hh.weight.shape[0]) // 4
 
     def output(self, state: tuple[Tensor, Tensor]) -> Tensor:
         """What the cell gives of its state: h."""

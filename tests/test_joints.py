@@ -194,3 +194,24 @@ def test_the_command_writes_one_design(tmp_path: Path) -> None:
     assert found.cycles_min == found.cycles_max == facts["cycles"]
     text = (tmp_path / "rtl" / "README.md").read_text()
     assert "| add, queue " in text and "| mean |" in text
+
+
+class Looked(nn.Module):
+    """A residual stream of rows that an embedding looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.mix, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.rows(ids)
+        return self.head(torch.relu(x + self.mix(x)).mean(1))
+
+
+def test_an_embedding_has_no_input_to_wait_for() -> None:
+    """Behind an embedding sums and means become integers as anywhere, in the order of steps that is accepted."""
+    torch.manual_seed(5)
+    ids = torch.randint(0, 9, (64, 5))
+    done = quantize(Model(Looked().eval(), ids[:2]), Recipe((("*", make_plan("int8", "int8")),), STEP, 0), Calib(ids))
+    assert done.points()
+    assert all(point.act is not None and is_pow2(point.act.scale) for point in done.points().values())

@@ -84,6 +84,21 @@ def test_a_recurrent_network_is_quantized_with_its_state():
         assert (done.module(longer) - exact).square().mean() < 1e-2 * exact.square().mean()
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_recurrent_network_can_be_trained(kind):
+    """`distill` trains through time: what it keeps is nearer to the float network than what it began with."""
+    torch.manual_seed(7)
+    net = Flier()
+    net.gru = kind(8, 7, batch_first=True)
+    model, x = Model(net.eval(), torch.zeros(2, 4, 6)), torch.randn(48, 6, 6)
+    errors = []
+    for steps in ((("rtn", {}),), (("rtn", {}), ("distill", {"steps": 40, "rounds": 1, "batch": 16, "lr": 0.02}))):
+        done = quantize(model, uniform("int3", "int4", steps=steps), Calib(x))
+        with torch.no_grad():
+            errors.append(float((done.module(x) - model.module(x)).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_the_state_is_stored_quantized():
     """The product with the state and the blend both see grid values of the state's format."""
     torch.manual_seed(6)

@@ -38,7 +38,8 @@ def apply(
     check(model)
     asked = _integer(act)
     names = place(model)
-    if late := [n for n, layer in model.qlayers().items() if names and layer.plan.act and not layer.act]:
+    summed = {n: layer for n, layer in model.qlayers().items() if layer.op != "embedding"}  # that one looks rows up
+    if late := [n for n, layer in summed.items() if names and layer.plan.act and not layer.act]:
         raise InputError(f"step 'joints' comes behind act_scales: layer {late[0]!r} has no scale of its input yet")
     seen = {name: Sample(samples) for name in names}
     if seen:
