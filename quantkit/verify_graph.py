@@ -63,17 +63,22 @@ class Steps:
     wrong: list[str] = field(default_factory=list)
 
 
-def stepper(gm: fx.GraphModule, path: Path, values: dict[str, str], target: str) -> Callable[..., Steps]:
-    """A function from the graph's inputs (n, ...) to the comparison of all nodes in `values`: name -> file's tensor."""
+def stepper(
+    gm: fx.GraphModule, path: Path, values: dict[str, str], target: str, *, actions: bool = False
+) -> Callable[..., Steps]:
+    """A function from the graph's inputs (n, ...) to the comparison of all nodes in `values`: name -> file's tensor.
+
+    The file's outputs must be the graph's as well; actions: but for the first, which a policy's head made of it.
+    """
     file = onnx.load(path)
-    outputs = {tensor.name for tensor in file.graph.output}
-    file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(values.values()) - outputs))
+    outputs = [tensor.name for tensor in file.graph.output]
+    file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(values.values()) - set(outputs)))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = sorted(set(values.values()))
+    names = sorted({*values.values(), *outputs})
 
     def compare(*inputs: np.ndarray) -> Steps:
         feed = {entry.name: array for entry, array in zip(session.get_inputs(), inputs, strict=True)}
@@ -81,7 +86,10 @@ def stepper(gm: fx.GraphModule, path: Path, values: dict[str, str], target: str)
         given = {key: torch.from_numpy(np.asarray(found[name])) for key, name in values.items()}
         forced = _Forced(gm, given, target)
         with torch.no_grad():
-            forced.run(*map(torch.from_numpy, inputs))
+            results = forced.run(*map(torch.from_numpy, inputs))
+        results = results if isinstance(results, list | tuple) else [results]
+        for name, result in [*zip(outputs, results, strict=True)][actions:]:
+            forced.check(name, torch.from_numpy(np.asarray(found[name])), result, False)
         return forced.steps
 
     return compare
@@ -124,9 +132,14 @@ class _Forced(fx.Interpreter):
             return result
         self.steps.compared += 1
         self.steps.exact += bits
+        self.check(name, given, result, bits)
+        return given.to(result.dtype) if given.shape == result.shape else result
+
+    def check(self, name: str, given: Tensor, result: Tensor, bits: bool) -> None:
+        """Note where a value of the file's is not the result, bit for bit or to rounding."""
         if given.shape != result.shape:
             self.steps.wrong.append(f"{name}: shape {tuple(given.shape)}, expected {tuple(result.shape)}")
-            return result
+            return
         difference = (given.double() - result.double()).abs()
         difference[given == result] = 0.0  # infinities
         worst = float(difference.max()) if difference.numel() else 0.0
@@ -134,4 +147,3 @@ class _Forced(fx.Interpreter):
         bound = 0.0 if bits or not finite.numel() else TOLERANCE * float(finite.max())
         if not worst <= bound:
             self.steps.wrong.append(f"{name}: differs by {worst:.3g}, allowed {bound:.3g}")
-        return given.to(result.dtype)
