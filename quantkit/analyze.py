@@ -244,11 +244,13 @@ def metric_of(head: Head | None) -> Metric:
 
 
 def damage(out: Tensor, reference: Tensor, head: Head | None) -> Damage:
-    """How far outputs (n, ...) are from float ones.
+    """How far outputs (n, ...) are from float ones; of a recurrent policy every step of (n, time, outputs) counts.
 
     >>> damage(torch.tensor([[1.0, 2.0], [5.0, 4.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), None).top1_change
     0.5
     """
+    if head is not None:
+        out, reference = (y.reshape(-1, y.shape[-1]) for y in (out, reference))
     a, b = out.double(), reference.double()
     sqnr = _db(float(b.square().sum()), float((a - b).square().sum()))
     if head is None:

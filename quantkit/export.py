@@ -8,7 +8,8 @@ is the batch and has no fixed size; targets for FPGA tools fix it to 1.
 
 Of a recurrent network one step in time is exported (`quantkit.stepwise`): behind `input` come its states (batch,
 size), and behind `output` the states of the next step, `state` and `next_state`, or `state_0`, ... where there are
-several. The first step takes zeros. The metadata say under `states` whose each is.
+several. The first step takes zeros. The metadata say under `states` whose each is. A recurrent policy has `obs` and
+`actions` in the place of `input` and `output`.
 
 Five targets. `qonnx` and `finn` are for FPGA tools and described in `quantkit.export_qonnx`,
 `qcdq` in `quantkit.export_qcdq`. The other two are QDQ (see `quantkit.onnx_formats`) and differ
@@ -179,7 +180,7 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     out_batch: list[Any] = [batch]
     values: dict[str, str] = {}
     if isinstance(net, stepwise.Step):
-        return _step(graph, net, model, to)
+        return _step(graph, net, model, to, postprocess)
     if isinstance(net, fx.GraphModule):
         graph.four_bits = False
         (last,), walk = export_graph.translate(net, graph, [source], to, [model.example])
@@ -204,10 +205,12 @@ def build_onnx(model: Model, *, to: Target = "qdq", postprocess: bool = False) -
     return _proto(graph, [entry], [leaving], model, to, postprocess, values)
 
 
-def _step(graph: Graph, step: stepwise.Step, model: Model, to: Target) -> ModelProto:
+def _step(graph: Graph, step: stepwise.Step, model: Model, to: Target, postprocess: bool) -> ModelProto:
     """The file of one step of a recurrent network."""
+    policy = model.module if isinstance(model.module, Policy) else None
     names = [f"state_{i}" for i in range(len(step.states))] if len(step.states) > 1 else ["state"]
-    sources, targets = ["input", *names], ["output", *(f"next_{name}" for name in names)]
+    sources, targets = ["obs" if policy else "input", *names], [f"next_{name}" for name in names]
+    targets.insert(0, "actions" if policy else "output")
     graph.four_bits = False
     nodes, walk = export_graph.translate(step.graph, graph, sources, to, step.examples)
     values = walk.named()
@@ -217,11 +220,14 @@ def _step(graph: Graph, step: stepwise.Step, model: Model, to: Target) -> ModelP
     ]
     leaving = []
     for node, target in zip(nodes, targets, strict=True):
-        graph.nodes.append(helper.make_node("Identity", [walk.names[node]], [target], name=target))
-        kind = TYPES[walk.facts[node].dtype or torch.float32]
-        leaving.append(helper.make_tensor_value_info(target, kind, walk.output_shape(node)))
+        x, kind, shape = walk.names[node], int(TYPES[walk.facts[node].dtype or torch.float32]), walk.output_shape(node)
+        if policy and postprocess and target == targets[0]:
+            x, kind, width = _head(graph, x, policy.head)
+            shape = ["batch", *width]
+        graph.nodes.append(helper.make_node("Identity", [x], [target], name=target))
+        leaving.append(helper.make_tensor_value_info(target, kind, shape))
     facts = [{"input": name, "output": f"next_{name}", **asdict(s)} for name, s in zip(names, step.states, strict=True)]
-    return _proto(graph, entries, leaving, model, to, False, values, {"states": canonical(facts)})
+    return _proto(graph, entries, leaving, model, to, postprocess, values, {"states": canonical(facts)})
 
 
 def _proto(
@@ -281,7 +287,7 @@ def network_of(model: Model, to: Target) -> Net:
     InputError, with the reason, for a network that could not be followed or is no chain.
     """
     module = model.module
-    if isinstance(module, Policy):
+    if isinstance(module, Policy) and not module.recurrent:
         return [(f"net.{name}", layer) for name, layer in module.net.named_children()]
     if stepwise.is_recurrent(module):
         return stepwise.step_graph(model)
@@ -321,6 +327,7 @@ def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
         "env": None if model.env is None else asdict(model.env),
         "observation_space": model.meta.get("observation_space"),
         "action_space": model.meta.get("action_space"),
+        "fields": [asdict(field) for field in policy.fields] if policy and policy.fields else None,
         "head": None if policy is None else asdict(policy.head),
         "normalizer": None if policy is None else _normalizer(policy.stage),
         "postprocess": postprocess,

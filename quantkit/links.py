@@ -44,16 +44,17 @@ class Link:
 
 
 def find_links(model: Model) -> list[Link]:
-    """Every link of a policy or a captured graph in the order of execution; of any other module, none.
+    """Every link of a policy or a captured graph in the order of execution; of any other module, and of a recurrent
+    policy, none.
 
     A layer that runs more than once, or shares its weight with another, is part of no link.
     """
     example = torch.cat([model.example, model.example])[:2]
     if isinstance(model.module, fx.GraphModule):
         return _gathered(free_factors(model.module, example))
-    if not isinstance(model.module, Policy):
-        return []
     policy = model.module
+    if not isinstance(policy, Policy) or policy.recurrent:
+        return []
     with torch.no_grad():
         graph, x = fx.GraphModule(policy.net, _Tracer().trace(policy.net)), policy.stage(example)
     found = free_factors(graph, x, policy)

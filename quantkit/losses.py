@@ -46,7 +46,13 @@ def _kl(y: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_for(head: Head | None, target: Tensor) -> Loss:
-    """The loss of the docstring for a head; `target` are float outputs on the calibration set."""
+    """The loss of the docstring for a head; `target` are float outputs on the calibration set.
+
+    Of a recurrent policy's outputs (sequences, time, outputs) it is the mean over time, one loss per sequence.
+    """
+    if head is not None and target.dim() == 3:
+        each = loss_for(head, target.flatten(0, 1))
+        return lambda y, t: each(y.flatten(0, 1), t.flatten(0, 1)).reshape(y.shape[:2]).mean(dim=1)
     if head is None:
         spread = target.double().var(dim=0, unbiased=False)
         weight = (1 / (spread + 1e-3 * spread.mean()).clamp_min(1e-12)).float()

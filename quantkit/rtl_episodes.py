@@ -62,7 +62,7 @@ class Pilot:
     def __init__(self, model: Model, folder: Path, tool: str | None = None) -> None:
         self.network, self.host = policy_of(model) if has_convolutions(model) else network_of(model)
         self._forward: Callable[[np.ndarray], np.ndarray] | None = None
-        if isinstance(model.module, Policy):
+        if isinstance(model.module, Policy) and not self.network.recurrent:
             self._forward = compile_policy(model.module)
         self._states, self._first = self.network.states(1), True
         self.rtl = Simulation(folder, tool)

@@ -125,6 +125,9 @@ def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
 def _chain(model: Model) -> tuple[InputStage, Head | None, list[tuple[str, nn.Module]]]:
     """Input stage, head (None: no policy) and layers by name with what is between them."""
     policy = model.module
+    if isinstance(policy, Policy) and policy.recurrent:
+        chain = chain_of(Model(policy.net, policy.stage(model.example)))
+        return policy.stage, policy.head, [(f"net.{name}", module) for name, module in chain]
     if isinstance(policy, Policy):
         return policy.stage, policy.head, [(f"net.{name}", m) for name, m in policy.net.named_children()]
     if not is_recurrent(policy):

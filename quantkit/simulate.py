@@ -5,7 +5,7 @@
 quantized MLP then costs about what the float module costs. The steps perform the same float32
 operations in the same order as the modules, so both agree bit for bit where inputs are
 quantized, because sums of products are then exact (see `qlayers`), and to float rounding
-elsewhere. Convolutions run in torch.
+elsewhere. Convolutions run in torch. A recurrent policy is taken one step at a time by `compile_step`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from hwmodel.formats import Format
-from quantkit.policy import InputStage, Policy
+from quantkit.policy import InputStage, Policy, Recurrent
 from quantkit.qlayers import BlockAct, QLayer
+from quantkit.recurrent import LSTMCell
 from quantkit.rounding import rounder
 
 Step = Callable[[np.ndarray], np.ndarray]
@@ -27,30 +28,85 @@ Step = Callable[[np.ndarray], np.ndarray]
 def compile_policy(policy: Policy) -> Step:
     """A function from raw observations (batch, *obs_shape) to network outputs (batch, outputs), float32.
 
-    It holds copies of the weights: compile again after changing the policy.
+    It holds copies of the weights: compile again after changing the policy. Of a recurrent policy it takes sequences
+    (batch, time, *obs_shape), and is the module itself.
     """
+    if policy.recurrent:
+        return _torch_step(policy)
     steps: list[Step] = [_input_stage(policy.stage)]
     modules = list(policy.net.children())
     if any(isinstance(m, nn.Conv2d) or (isinstance(m, QLayer) and m.op == "conv2d") for m in modules):
         return _torch_step(policy)
     for module in modules:
-        match module:
-            case QLayer():
-                steps.extend(_qlayer(module))
-            case nn.Linear():
-                bias = None if module.bias is None else module.bias.detach().numpy().copy()
-                steps.append(_linear(module.weight.detach().numpy(), bias))
-            case nn.ReLU():
-                steps.append(_relu)
-            case nn.Tanh():
-                steps.append(_tanh)
-            case nn.Hardtanh():
-                steps.append(_clip(module.min_val, module.max_val))
-            case nn.Flatten():
-                steps.append(_flatten)
-            case _:
-                steps.append(_torch_step(module))
+        steps.extend(_steps(module))
     return _chain(steps)
+
+
+NumpyStates = tuple[np.ndarray, np.ndarray]
+"""h and c (cells, batch, hidden) float32."""
+
+
+def compile_step(policy: Policy) -> Callable[[np.ndarray, NumpyStates], tuple[np.ndarray, NumpyStates]]:
+    """A function from raw observations (batch, *obs_shape) and the states of a recurrent policy to its outputs (batch,
+    outputs), float32, and the next states; of zero states it is `compile_policy` of a sequence of one.
+
+    It holds copies of the weights: compile again after changing the policy. A row does not depend on the others.
+    """
+    parts: list[Step | list[Callable[..., NumpyStates]]] = [_input_stage(policy.stage)]
+    for module in policy.net.children():
+        if isinstance(module, Recurrent):
+            parts.append([_cell(cell) for cell in module.loop.cells])  # type: ignore[arg-type]
+        else:
+            parts.extend(_steps(module))
+
+    def run(obs: np.ndarray, states: NumpyStates) -> tuple[np.ndarray, NumpyStates]:
+        x, h, c = obs, list[np.ndarray](), list[np.ndarray]()
+        for part in parts:
+            if not isinstance(part, list):
+                x = part(x)
+                continue
+            for cell in part:
+                x, memory = cell(x, states[0][len(h)], states[1][len(c)])
+                h.append(x)
+                c.append(memory)
+                x = x.copy()  # what follows may work in place
+        return x, (np.stack(h), np.stack(c))
+
+    return run
+
+
+def _cell(cell: LSTMCell) -> Callable[[np.ndarray, np.ndarray, np.ndarray], NumpyStates]:
+    """(x, h, c) -> h', c' as `LSTMCell` computes them; gates in torch, since numpy's differ in the last bit."""
+    ih, hh = _chain(_steps(cell.ih)), _chain(_steps(cell.hh))
+    stored = [None if point.act is None else _torch_step(point) for point in (cell.state, cell.cell)]
+
+    def step(x: np.ndarray, h: np.ndarray, c: np.ndarray) -> NumpyStates:
+        h, c = (s if store is None else store(s) for store, s in zip(stored, (h, c), strict=True))
+        with torch.inference_mode():
+            i, f, g, o = torch.from_numpy(ih(x.copy()) + hh(h.copy())).chunk(4, dim=-1)
+            memory = torch.sigmoid(f) * torch.from_numpy(c) + torch.sigmoid(i) * torch.tanh(g)
+            return (torch.sigmoid(o) * torch.tanh(memory)).numpy(), memory.numpy()
+
+    return step
+
+
+def _steps(module: nn.Module) -> list[Step]:
+    """One module as numpy steps, some of which work in place."""
+    match module:
+        case QLayer():
+            return _qlayer(module)
+        case nn.Linear():
+            bias = None if module.bias is None else module.bias.detach().numpy().copy()
+            return [_linear(module.weight.detach().numpy(), bias)]
+        case nn.ReLU():
+            return [_relu]
+        case nn.Tanh():
+            return [_tanh]
+        case nn.Hardtanh():
+            return [_clip(module.min_val, module.max_val)]
+        case nn.Flatten():
+            return [_flatten]
+    return [_torch_step(module)]
 
 
 def _chain(steps: list[Step]) -> Step:

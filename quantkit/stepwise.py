@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from quantkit.capture import exported, modularized
 from quantkit.errors import InputError
 from quantkit.model import Model
+from quantkit.policy import InputStage
 from quantkit.qlayers import Point, QLayer
 from quantkit.recurrent import Cell, GRUCell, LSTMCell, Unrolled
 
@@ -301,6 +302,17 @@ class _Leaf(nn.Module):
         return result
 
 
+class _Stage(nn.Module):
+    """A policy's input stage as fixed operations: export follows no question to its numbers."""
+
+    def __init__(self, stage: InputStage) -> None:
+        super().__init__()
+        self.stage, self.scales, self.clips = stage, stage.scales, stage.clips
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage.run(x, self.scales, self.clips)
+
+
 class _LeafCell(GRUCell):
     """A whole GRU cell as a leaf."""
 
@@ -363,6 +375,8 @@ def _with_leaves(module: nn.Module, box: _Box, whole: bool) -> nn.Module:
                 new: nn.Module = _Leaf(name, int(part.weight.shape[0]))
             case Point():
                 new = _Leaf(name, None)
+            case InputStage():
+                new = _Stage(part)
             case GRUCell() if whole:
                 new = _LeafCell(name, part)
             case LSTMCell() if whole:

@@ -30,13 +30,14 @@ from quantkit.qlayers import shape_of
 from quantkit.racing import race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
-from quantkit.seeds import EVALUATION_SEED, FRESH, check_evaluation, visit
+from quantkit.seeds import CALIBRATION, EVALUATION_SEED, FRESH, check_evaluation, visit
 from quantkit.simulate import compile_policy
 from quantkit.specs import bits_per_weight, layer_specs
 from quantkit.statistics import Floats, Verdict, default_margin
 from quantkit.targets import Target
 from quantkit.tasks import episodes as episodes_task
 from quantkit.tasks.accuracy import Labelled, answers, as_score, read_labels
+from quantkit.tasks.environments import refuse_masks
 from quantkit.tasks.episodes import Progress, Score
 
 if TYPE_CHECKING:
@@ -132,9 +133,10 @@ class Study:
 
 
 def outputs_of(model: Model, states: np.ndarray) -> np.ndarray:
-    """Outputs (states, outputs) of a policy or of any network."""
+    """Outputs (states, outputs) of a policy or of any network; of a recurrent policy every step is a state."""
     if isinstance(model.module, Policy):
-        return compile_policy(model.module)(states)
+        out = compile_policy(model.module)(states)
+        return out.reshape(-1, out.shape[-1])
     rows = torch.from_numpy(states).to(model.example.dtype)
     with torch.inference_mode():
         return torch.cat([model.module(part) for part in rows.split(128)]).float().numpy()
@@ -147,21 +149,32 @@ def policy_of(model: Model) -> tuple[Policy, EnvSpec]:
     if model.env is None:
         problem = model.meta.get("env_problem") or "the checkpoint does not tell its environment"
         raise InputError(f"{problem}; give it with --env ID")
+    if model.meta.get("algo") == "maskableppo":
+        refuse_masks(model.env)
     return model.module, model.env
 
 
 def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Progress | None = None) -> np.ndarray:
-    """Observations from rollouts of the policy, of episodes whose seeds are `seeds.CALIBRATION`."""
+    """Observations from rollouts of the policy, of episodes whose seeds are `seeds.CALIBRATION`.
+
+    Of a recurrent policy sequences with about n observations, (sequences, time, *obs_shape).
+    """
+    return _met(model, n, CALIBRATION.start, progress)[0]
+
+
+def _met(model: Model, n: int, seed: int, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """n observations from rollouts from this seed on, of a recurrent policy in sequences, and the episodes' returns."""
     policy, spec = policy_of(model)
-    act = episodes_task.act_of(policy)
-    return episodes_task.collect_states(act, spec, n, episodes=8, progress=progress)
+    act, options = episodes_task.act_of(policy), {"seed": seed, "episodes": 8, "progress": progress}
+    if not policy.recurrent:
+        return episodes_task.collect_visits(act, spec, n, **options)  # type: ignore[arg-type]
+    time = model.example.shape[1]
+    return episodes_task.collect_sequences(act, spec, -(-n // time), time, **options)  # type: ignore[arg-type]
 
 
 def visited_states(model: Model, n: int, seed: int) -> Visits:
     """`Calib.visit`: n observations of the model's own rollouts, of the episodes `seeds.visit(seed)`."""
-    policy, spec = policy_of(model)
-    found = episodes_task.collect_visits(episodes_task.act_of(policy), spec, n, seed=visit(seed).start, episodes=8)
-    return Visits(*map(torch.from_numpy, found))
+    return Visits(*map(torch.from_numpy, _met(model, n, visit(seed).start)))
 
 
 def calib_for(model: Model, n: int | None, progress: Progress | None = None, inputs: Path | None = None) -> Calib:
@@ -217,10 +230,7 @@ def fresh_states(model: Model, n: int | None, inputs: Path | None = None, *, beh
     a policy and 256 of a file.
     """
     if inputs is None and isinstance(model.module, Policy):
-        policy, spec = policy_of(model)
-        n = CALIBRATION_STATES if n is None else n
-        act = episodes_task.act_of(policy)
-        return torch.from_numpy(episodes_task.collect_states(act, spec, n, seed=FRESH.start, episodes=8))
+        return torch.from_numpy(_met(model, CALIBRATION_STATES if n is None else n, FRESH.start)[0])
     rows = calib_for(model, None, inputs=inputs).inputs
     rows = rows[behind:] if len(rows) > behind else rows
     return rows[: 256 if n is None else n]
@@ -416,7 +426,7 @@ def fidelity(quantized: Model, states: np.ndarray, reference: np.ndarray) -> dic
 
 
 def _whole(
-    study: Study, act: episodes_task.Act, spec: EnvSpec, known: tuple[tuple[float, ...], tuple[int, ...]]
+    study: Study, act: episodes_task.Actor, spec: EnvSpec, known: tuple[tuple[float, ...], tuple[int, ...]]
 ) -> Score:
     """The score on all episodes; those that are known are not played."""
     settings, n = study.settings, len(known[0])
@@ -427,7 +437,7 @@ def _whole(
     return episodes_task.score(episodes_task.Rollout(returns, lengths.astype(np.int64), settings.seed, rest.seconds))
 
 
-def _raced(study: Study, act: episodes_task.Act, spec: EnvSpec) -> tuple[Score, Verdict]:
+def _raced(study: Study, act: episodes_task.Actor, spec: EnvSpec) -> tuple[Score, Verdict]:
     """The score on the episodes that a race played, and its verdict."""
     parts: list[episodes_task.Rollout] = []
 

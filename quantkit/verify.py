@@ -14,7 +14,8 @@ float rounding, each node on the file's own values. There an input is explained 
 
 A recurrent network's file takes one step, and its states carry a difference on. It is run over whole sequences with its
 own states, and torch takes every step from the states that the file had: what is compared are single steps, their
-outputs and states, and again the nodes.
+outputs and states, and again the nodes. Of a recurrent policy whole episodes are played as well, both sides with their
+own states.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -45,6 +46,9 @@ from quantkit.simulate import compile_policy
 from quantkit.statistics import t_quantile
 from quantkit.verify_graph import stepper
 
+if TYPE_CHECKING:
+    from quantkit.tasks.episodes import Actor
+
 Act = Callable[[np.ndarray], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
@@ -63,7 +67,7 @@ _FIRST = 4  # inputs that are always compared node by node
 class Evaluate(Protocol):
     """Returns of `episodes` episodes with seeds seed, seed + 1, ...: an array (episodes,)."""
 
-    def __call__(self, act: Act, *, episodes: int, seed: int) -> np.ndarray: ...
+    def __call__(self, act: Actor, *, episodes: int, seed: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def verify(
     missing, no ONNX, or of another artifact (checkpoint, recipe or shapes), and for unfit states.
     """
     if stepwise.is_recurrent(model.module):
-        return _verify_steps(model, Path(onnx_path), states, progress)
+        found = _verify_steps(model, Path(onnx_path), states, progress)
+        return _with_episodes(found, model, Path(onnx_path), episodes, seed, evaluate, progress) if episodes else found
     session, facts = _open(model, Path(onnx_path))
     head = model.module.head if isinstance(model.module, Policy) else None
     as_actions = facts["postprocess"] == "true"
@@ -211,6 +216,8 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
     """`verify` of a recurrent network over sequences (n, time, ...), time first where the network has it so."""
     session, facts = _open(model, path)
     step = stepwise.step_graph(model)
+    head = model.module.head if isinstance(model.module, Policy) else None
+    as_actions = facts["postprocess"] == "true"
     x = np.asarray(sequences, np.float32)
     if x.ndim != model.example.dim() or x.shape[2:] != tuple(model.example.shape[2:]) or 0 in x.shape:
         wanted = ", ".join(map(str, model.example.shape[2:]))
@@ -223,6 +230,8 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
         inputs = [np.ascontiguousarray(x[:, t]), *kept]
         with torch.inference_mode():
             want.append([y.numpy() for y in step.graph(*map(torch.from_numpy, inputs))])
+        if head and as_actions:
+            want[-1][0] = head.actions(want[-1][0])
         try:
             got.append(session.run(None, dict(zip(names, inputs, strict=True))))
         except Exception as error:
@@ -240,8 +249,11 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
     for found, reference in zip(differences, ours, strict=True):
         found[~np.isfinite(found)] = np.inf
         deviates |= found.max(axis=1) > OUTPUT_TOLERANCE * float(np.abs(reference).max(initial=1e-30))
+    same = ~deviates
+    if head:
+        same = _same_actions(head, *((y if as_actions else head.actions(y)) for y in (ours[0], theirs[0])))
     differing = np.flatnonzero(deviates)
-    compare = stepper(step.graph, path, json.loads(facts["values"]), facts["target"])
+    compare = stepper(step.graph, path, json.loads(facts["values"]), facts["target"], actions=as_actions)
     wrong: dict[int, str] = {}
     for row in sorted({*range(min(_FIRST * len(x), len(deviates))), *differing.tolist()}):
         steps = compare(*(part[row : row + 1] for part in given))
@@ -250,10 +262,10 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
     first = min(wrong, default=0)
     return Agreement(
         n=len(deviates),
-        compared="outputs and states of single steps",
+        compared=f"{'actions' if as_actions else 'outputs'} and states of single steps",
         max_abs=float(differences[0].max()),
         max_lsb=None,
-        action_agreement=float(1 - deviates.mean()),
+        action_agreement=float(same.mean()),
         first_mismatch=int(differing[0]) if differing.size else None,
         flips=int(differing.size) - sum(deviates[row] for row in wrong),
         unexplained=len(wrong),
@@ -266,6 +278,35 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
         reason=f"{len(wrong)} of the steps compared node by node have a wrong one: {wrong[first]}" if wrong else "",
         nodes=steps.compared,
         exact_nodes=steps.exact,
+    )
+
+
+def _with_episodes(
+    found: Agreement,
+    model: Model,
+    path: Path,
+    episodes: int,
+    seed: int,
+    evaluate: Evaluate | None,
+    progress: Progress | None,
+) -> Agreement:
+    """The agreement of a recurrent policy's steps, and its returns in whole episodes beside."""
+    policy = _acting(model, evaluate)
+    from quantkit.tasks.episodes import act_of
+
+    acts = {"episodes in onnxruntime": onnx_act(path, policy.head), "episodes in torch": act_of(policy)}
+    pair = _played(acts, model, episodes, seed, evaluate, progress)
+    ok = found.ok and _equal_means(*pair)
+    reason = f"mean return {pair[0].mean():.6g} in onnxruntime, {pair[1].mean():.6g} in torch on the same seeds"
+    return replace(
+        found,
+        episodes=episodes,
+        seed=seed,
+        mean=float(pair[0].mean()),
+        mean_torch=float(pair[1].mean()),
+        equal_returns=int((pair[0] == pair[1]).sum()),
+        ok=ok,
+        reason=found.reason or ("" if ok else reason),
     )
 
 
@@ -287,14 +328,23 @@ def _nodes(
     return wrong, steps.compared, steps.exact
 
 
-def onnx_act(path: Path, head: Head) -> Act:
-    """The actions of an exported policy as a numpy function, for `quantkit.tasks.episodes`."""
+def onnx_act(path: Path, head: Head) -> Actor:
+    """The actions of an exported policy as a numpy function, for `quantkit.tasks.episodes`; of one with states, too."""
     path = Path(path)
     session = _session(path)
-    run = _runner(session, path)
-    if session.get_modelmeta().custom_metadata_map.get("postprocess") == "true":
-        return run
-    return lambda obs: head.actions(run(obs))
+    as_actions = session.get_modelmeta().custom_metadata_map.get("postprocess") == "true"
+    entry, *states = session.get_inputs()
+    if not states:
+        run = _runner(session, path)
+        return run if as_actions else lambda obs: head.actions(run(obs))
+    from quantkit.tasks.episodes import Recalling
+
+    def step(obs: np.ndarray, held: tuple[np.ndarray, ...]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        kept = {state.name: part[0] for state, part in zip(states, held, strict=True)}
+        out, *after = session.run(None, {entry.name: np.ascontiguousarray(obs, input_dtype(entry.type)), **kept})
+        return out if as_actions else head.actions(out), tuple(part[None] for part in after)
+
+    return Recalling(step, tuple((1, state.shape[1]) for state in states))
 
 
 def onnx_outputs(path: Path) -> Act:
@@ -448,16 +498,33 @@ def _returns(
     progress: Progress | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns of the same episodes through onnxruntime and through torch."""
-    policy = model.module
-    if not isinstance(policy, Policy):
-        raise InputError("whole episodes need a policy; this model is a plain module: use episodes=0")
-    if evaluate is None and model.env is None:
-        raise InputError("whole episodes need an environment and this model names none: use episodes=0")
+    policy = _acting(model, evaluate)
     forward, head = compile_policy(policy), policy.head
-    acts: dict[str, Act] = {
+    acts: dict[str, Actor] = {
         "episodes in onnxruntime": runtime if as_actions else lambda obs: head.actions(runtime(obs)),
         "episodes in torch": lambda obs: head.actions(forward(obs)),
     }
+    return _played(acts, model, episodes, seed, evaluate, progress)
+
+
+def _acting(model: Model, evaluate: Evaluate | None) -> Policy:
+    """The policy, if there are episodes for it."""
+    if not isinstance(model.module, Policy):
+        raise InputError("whole episodes need a policy; this model is a plain module: use episodes=0")
+    if evaluate is None and model.env is None:
+        raise InputError("whole episodes need an environment and this model names none: use episodes=0")
+    return model.module
+
+
+def _played(
+    acts: dict[str, Actor],
+    model: Model,
+    episodes: int,
+    seed: int,
+    evaluate: Evaluate | None,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of the same episodes by each of two actors."""
     found = []
     for name, act in acts.items():
         if evaluate is not None:

@@ -266,7 +266,7 @@ def test_policy_that_is_no_state_dict(value: Any, tmp_path: Path) -> None:
 
 _LSTM = {
     "__module__": "sb3_contrib.common.recurrent.policies",
-    "__init__": "<function RecurrentActorCriticPolicy.__init__ at 0x1>",
+    "__init__": "<function RecurrentActorCriticCnnPolicy.__init__ at 0x1>",
 }
 _OWN = {"__module__": "__main__", "__init__": "<function MyPolicy.__init__ at 0x1>"}
 
@@ -274,7 +274,7 @@ _OWN = {"__module__": "__main__", "__init__": "<function MyPolicy.__init__ at 0x
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"policy_class": _LSTM}, ["RecurrentActorCriticPolicy", "accepted: PPO"]),
+        ({"policy_class": _LSTM}, ["RecurrentActorCriticCnnPolicy", "accepted: PPO"]),
         ({"policy_class": _OWN}, ["__main__.MyPolicy", "accepted: PPO"]),
         ({"policy_class": None}, ["policy class", "accepted: PPO"]),
         ({"policy_kwargs": None}, ["no readable policy_kwargs"]),

@@ -41,7 +41,24 @@ def assert_same_actions(agent: Any, policy: Policy, seen: np.ndarray, raw: np.nd
     else:
         np.testing.assert_array_equal(actual, expected)
         assert len(np.unique(expected)) > 1, "the action must vary, else the comparison is empty"
-    np.testing.assert_allclose(policy.predict(raw[0])[0], actual[0], rtol=1e-5, atol=1e-5)
+    first = {key: value[0] for key, value in raw.items()} if isinstance(raw, dict) else raw[0]
+    np.testing.assert_allclose(policy.predict(first)[0], actual[0], rtol=1e-5, atol=1e-5)
+
+
+def assert_same_memory(agent: Any, policy: Policy, steps: int = 5) -> None:
+    """With the states that each leaves, SB3 and `policy` go on alike, also where episodes start again."""
+    theirs = ours = None
+    starts = np.random.default_rng(1).random((steps, 64)) < 0.3
+    for t in range(steps):
+        seen = tiny.observations(agent.observation_space, seed=3 + 10 * t)
+        options = {"episode_start": starts[t], "deterministic": True}
+        expected, theirs = agent.predict(seen, state=theirs, **options)
+        actual, ours = policy.predict(seen, state=ours, **options)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+        assert ours is not None and theirs is not None
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+            assert np.ptp(a) > 0.1
 
 
 @pytest.mark.parametrize("name", tiny.AGENTS)
@@ -53,7 +70,12 @@ def test_actions_equal_sb3(name: str, tmp_path: Path) -> None:
     assert_same_actions(agent, model.module, tiny.observations(agent.observation_space))
     assert model.meta["algo"] == tiny.AGENTS[name][0].lower()
     assert model.meta["kind"] == "policy" and len(model.meta["sha256"]) == 64 and model.meta["source"] == path.name
-    assert model.example.shape == (2, *agent.observation_space.shape)
+    time = (sb3.SEQUENCE,) if model.module.recurrent else ()
+    if model.module.recurrent:
+        assert_same_memory(agent, model.module)
+    assert model.example.shape == (2, *time, *model.module.obs_shape)
+    if not model.module.fields:
+        assert model.module.obs_shape == agent.observation_space.shape
     json.dumps(model.meta)
     rebuilt = build(json.loads(json.dumps(describe(model.module))))
     rebuilt.load_state_dict(model.module.state_dict())
@@ -85,6 +107,41 @@ def test_normalizer_with_clip(name: str, mode: Any, tmp_path: Path) -> None:
     assert (np.abs(seen) == venv.clip_obs).mean() > 0.1
     assert_same_actions(agent, model.module, seen, raw)
     assert model.meta["normalizer"]["mode"] == mode and model.module.stage.scales is (mode == "stage")
+
+
+@pytest.mark.parametrize("mode", ["stage", "fold"])
+@pytest.mark.parametrize("keys", [None, ["observation", "desired_goal"]])
+def test_normalizer_by_key(keys: list[str] | None, mode: Any, tmp_path: Path) -> None:
+    """Of a dictionary VecNormalize has statistics by key; keys that it leaves alone are not clipped either."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    algorithm, policy, observation, action, kwargs = tiny.AGENTS["ppo-goal"]
+    venv = VecNormalize(tiny.make_venv(observation, action), clip_obs=1.25, norm_obs_keys=keys)
+    rng = np.random.default_rng(2)
+    for rms in venv.obs_rms.values():
+        rms.mean, rms.var = rng.normal(0.4, 0.6, rms.mean.shape), rng.uniform(0.1, 3.0, rms.mean.shape)
+    agent = tiny.make_agent(algorithm, policy, observation, action, kwargs, venv)
+    agent.save(tmp_path / "agent.zip")
+    venv.save(str(tmp_path / "vecnormalize.pkl"))
+    raw = {key: 2 * value for key, value in tiny.observations(agent.observation_space).items()}
+    seen = venv.normalize_obs(raw)
+    assert (np.abs(seen["observation"]) == 1.25).mean() > 0.1
+    assert (np.abs(seen["achieved_goal"]) > 1.25).any() == (keys is not None)
+    assert_same_actions(agent, load_checkpoint(tmp_path / "agent.zip", normalize=mode).module, seen, raw)
+
+
+def test_normalizer_of_other_keys_is_refused(tmp_path: Path) -> None:
+    """Statistics of a key that the policy does not take are named."""
+    _, path = real("ppo-mixed", tmp_path)
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    _, _, observation, action, _ = tiny.AGENTS["ppo-goal"]
+    VecNormalize(tiny.make_venv(observation, action)).save(str(tmp_path / "vecnormalize.pkl"))
+    with pytest.raises(
+        InputError, match=r"vecnormalize\.pkl: normalizes the key 'achieved_goal'; the policy's keys: bits"
+    ):
+        load_checkpoint(path)
 
 
 def normalized_agent(name: str, tmp_path: Path) -> tuple[Any, Any]:
@@ -161,16 +218,15 @@ def test_bare_linear_of_old_ars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "policy", "observation", "action", "words"),
     [
-        ("PPO", "MultiInputPolicy", ("dict", ("box", (3,), -1.0, 1.0)), ("discrete", 2), "MultiInputActorCriticPolicy"),
-        ("RecurrentPPO", "MlpLstmPolicy", ("box", (3,), -1.0, 1.0), ("discrete", 2), "RecurrentActorCriticPolicy"),
-        ("PPO", "MlpPolicy", ("discrete", 6), ("discrete", 2), "observation space Discrete"),
+        ("PPO", "MultiInputPolicy", ("dict", {"x": ("image", (36, 36, 3))}), ("discrete", 2), "image 'x' in a Dict"),
+        ("RecurrentPPO", "CnnLstmPolicy", ("image", (36, 36, 3)), ("discrete", 2), "RecurrentActorCriticCnnPolicy"),
         ("PPO", "MlpPolicy", ("box", (3,), -1.0, 1.0), ("box", (2, 2), -1.0, 1.0), "action space Box of shape"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
     algorithm: str, policy: str, observation: Any, action: Any, words: str, tmp_path: Path
 ) -> None:
-    """Dictionaries, recurrent policies, one-hot observations and matrix actions are refused by name."""
+    """Images in dictionaries, recurrent policies with images and matrix actions are refused by name."""
     pytest.importorskip("stable_baselines3")
     pytest.importorskip("sb3_contrib")
     tiny.make_agent(algorithm, policy, observation, action, {}).save(tmp_path / "a.zip")

@@ -145,7 +145,7 @@ def test_names_are_never_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "words"),
     [
         ({"obs_rms": None}, "no statistics"),
-        ({"obs_rms": {"a": RunningMeanStd(MEAN, VAR)}}, "per key of a dictionary"),
+        ({"obs_rms": {"a": RunningMeanStd(MEAN, VAR)}}, "normalizes the key 'a'"),
         ({"obs_rms": RunningMeanStd(MEAN, VAR[:2])}, "variance of shape"),
         ({"obs_rms": RunningMeanStd(MEAN * [1, np.nan, 1], VAR)}, r"unusable mean at \[1\]"),
         ({"obs_rms": RunningMeanStd(MEAN, VAR * [1, 1, -1])}, r"unusable variance at \[2\]"),

@@ -22,6 +22,12 @@ _BOX5, _BOX3 = ("box", (5,), -3.0, 3.0), ("box", (3,), -1.0, 1.0)
 _WIDE = ("box", (2,), [-2.0, -1.5], [3.0, 2.25])
 _IMAGE = ("image", (36, 36, 3))
 _SMALL_CNN = {"features_extractor_kwargs": {"features_dim": 16}}
+_GOAL = (
+    "dict",
+    {"observation": _BOX5, "achieved_goal": ("box", (2,), -2.0, 2.0), "desired_goal": ("box", (2,), -2.0, 2.0)},
+)
+_MIXED = ("dict", {"z": ("box", (2, 3), -2.0, 2.0), "mode": ("discrete", 4), "bits": ("multibinary", 3)})
+_LSTM = {"lstm_hidden_size": 8, "net_arch": [9]}
 AGENTS: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]] = {
     "ppo-discrete": ("PPO", "MlpPolicy", _BOX5, ("discrete", 4), {}),
     "ppo-box": ("PPO", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": {"pi": [7, 9], "vf": [6]}}}),
@@ -104,6 +110,97 @@ AGENTS: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...], dict[str, An
     "td3-cnn": ("TD3", "CnnPolicy", _IMAGE, _WIDE, {"policy_kwargs": {"net_arch": [8], **_SMALL_CNN}}),
     "ddpg": ("DDPG", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": [8, 8]}}),
     "tqc": ("TQC", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": [8, 8]}}),
+    "ppo-state": ("PPO", "MlpPolicy", ("discrete", 6), ("discrete", 3), {"policy_kwargs": {"net_arch": [9]}}),
+    "ppo-states": ("PPO", "MlpPolicy", ("multidiscrete", [3, 4]), _WIDE, {"policy_kwargs": {"net_arch": [9]}}),
+    "dqn-state": ("DQN", "MlpPolicy", ("discrete", 6), ("discrete", 3), {"policy_kwargs": {"net_arch": [9]}}),
+    "ppo-goal": ("PPO", "MultiInputPolicy", _GOAL, _WIDE, {"policy_kwargs": {"net_arch": [9]}}),
+    "ppo-mixed": ("PPO", "MultiInputPolicy", _MIXED, ("discrete", 3), {"policy_kwargs": {"net_arch": [9]}}),
+    "a2c-mixed": ("A2C", "MultiInputPolicy", _MIXED, _WIDE, {"policy_kwargs": {"net_arch": [9]}}),
+    "dqn-goal": ("DQN", "MultiInputPolicy", _GOAL, ("discrete", 3), {"policy_kwargs": {"net_arch": [9]}}),
+    "qrdqn-goal": ("QRDQN", "MultiInputPolicy", _GOAL, ("discrete", 3), {"policy_kwargs": {"net_arch": [9]}}),
+    "sac-goal": ("SAC", "MultiInputPolicy", _GOAL, _WIDE, {"policy_kwargs": {"net_arch": [8, 8]}}),
+    "td3-goal": ("TD3", "MultiInputPolicy", _GOAL, _WIDE, {"policy_kwargs": {"net_arch": [8, 8]}}),
+    "tqc-goal": ("TQC", "MultiInputPolicy", _GOAL, _WIDE, {"policy_kwargs": {"net_arch": [8, 8]}}),
+    "maskable": ("MaskablePPO", "MlpPolicy", _BOX5, ("discrete", 4), {}),
+    "maskable-multi": (
+        "MaskablePPO",
+        "MlpPolicy",
+        _BOX5,
+        ("multidiscrete", [2, 3]),
+        {"policy_kwargs": {"net_arch": [9]}},
+    ),
+    "maskable-mixed": (
+        "MaskablePPO",
+        "MultiInputPolicy",
+        _MIXED,
+        ("discrete", 3),
+        {"policy_kwargs": {"net_arch": [9]}},
+    ),
+    "crossq": ("CrossQ", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": [8, 9]}}),
+    "crossq-sde": ("CrossQ", "MlpPolicy", _BOX5, _WIDE, {"use_sde": True, "policy_kwargs": {"net_arch": [8]}}),
+    "crossq-plain": ("CrossQ", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": [8], "batch_norm": False}}),
+    "crossq-epsilon": (
+        "CrossQ",
+        "MlpPolicy",
+        _BOX5,
+        _WIDE,
+        {"policy_kwargs": {"net_arch": [8], "batch_norm_eps": 0.25}},
+    ),
+    "dqn-linear": ("DQN", "MlpPolicy", _BOX5, ("discrete", 3), {"policy_kwargs": {"net_arch": []}}),
+    "td3-linear": ("TD3", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": []}}),
+    "ppo-no-actor-layers": ("PPO", "MlpPolicy", _BOX5, _WIDE, {"policy_kwargs": {"net_arch": {"pi": [], "vf": [4]}}}),
+    "dqn-little-memory": (
+        "DQN",
+        "MlpPolicy",
+        _BOX5,
+        ("discrete", 3),
+        {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}},
+    ),
+    "sac-cnn-shared": (
+        "SAC",
+        "CnnPolicy",
+        _IMAGE,
+        _WIDE,
+        {"policy_kwargs": {"net_arch": [8], "share_features_extractor": True, **_SMALL_CNN}},
+    ),
+    "a2c-cnn-floats": (
+        "A2C",
+        "CnnPolicy",
+        ("box", (3, 36, 36), 0.0, 1.0),
+        _WIDE,
+        {
+            "policy_kwargs": {
+                "normalize_images": False,
+                "net_arch": [8],
+                "features_extractor_kwargs": {"features_dim": 16, "normalized_image": True},
+            }
+        },
+    ),
+    "lstm-discrete": ("RecurrentPPO", "MlpLstmPolicy", _BOX5, ("discrete", 4), {"policy_kwargs": _LSTM}),
+    "lstm-box": ("RecurrentPPO", "MlpLstmPolicy", _BOX5, _WIDE, {"policy_kwargs": {**_LSTM, "n_lstm_layers": 2}}),
+    "lstm-shared": (
+        "RecurrentPPO",
+        "MlpLstmPolicy",
+        _BOX5,
+        _WIDE,
+        {"policy_kwargs": {**_LSTM, "shared_lstm": True, "enable_critic_lstm": False}},
+    ),
+    "lstm-alone": (
+        "RecurrentPPO",
+        "MlpLstmPolicy",
+        ("box", (3, 2), -3.0, 3.0),
+        _WIDE,
+        {"policy_kwargs": {**_LSTM, "net_arch": [], "enable_critic_lstm": False, "lstm_kwargs": {"bias": False}}},
+    ),
+    "lstm-sde": (
+        "RecurrentPPO",
+        "MlpLstmPolicy",
+        _BOX5,
+        _WIDE,
+        {"use_sde": True, "policy_kwargs": {**_LSTM, "squash_output": True}},
+    ),
+    "lstm-goal": ("RecurrentPPO", "MultiInputLstmPolicy", _GOAL, ("discrete", 3), {"policy_kwargs": _LSTM}),
+    "lstm-state": ("RecurrentPPO", "MlpLstmPolicy", ("discrete", 6), ("multibinary", 3), {"policy_kwargs": _LSTM}),
     "tqc-sde": ("TQC", "MlpPolicy", _BOX5, _WIDE, {"use_sde": True, "policy_kwargs": {"net_arch": [8, 8]}}),
 }
 
@@ -124,7 +221,7 @@ def _space(spec: tuple[Any, ...]) -> Any:
         case ("multibinary", n):
             return spaces.MultiBinary(n)
         case ("dict", inner):
-            return spaces.Dict({"x": _space(inner)})
+            return spaces.Dict({key: _space(entry) for key, entry in inner.items()})
     raise AssertionError(spec)
 
 
@@ -160,7 +257,7 @@ def make_agent(
     import stable_baselines3
 
     cls = getattr(stable_baselines3, algorithm, None) or getattr(sb3_contrib, algorithm)
-    if algorithm in ("DQN", "QRDQN", "SAC", "TD3", "DDPG", "TQC"):
+    if algorithm in ("DQN", "QRDQN", "SAC", "TD3", "DDPG", "TQC", "CrossQ"):
         kwargs = {"buffer_size": 10, **kwargs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -170,13 +267,16 @@ def make_agent(
         for parameter in agent.policy.parameters():
             spread = 0.3 if parameter.ndim < 4 else 0.05
             parameter += spread * torch.randn(parameter.shape, generator=generator)
-    if observation[0] == "image" and action[0] == "discrete":
+        for name, buffer in agent.policy.named_buffers():
+            if name.endswith(("ra_mean", "ra_var")):
+                buffer += 0.6 * torch.rand(buffer.shape, generator=generator)
+    if observation[0] != "box" and action[0] == "discrete":
         _balance(agent, algorithm)
     return agent
 
 
 def _balance(agent: Any, algorithm: str) -> None:
-    """Shift the last bias so that no action wins on every image."""
+    """Shift the last bias so that no action wins on every observation."""
     policy = agent.policy
     nets = {"DQN": lambda: policy.q_net.q_net[-1], "QRDQN": lambda: policy.quantile_net.quantile_net[-1]}
     last = nets.get(algorithm, lambda: policy.action_net)()
@@ -188,9 +288,15 @@ def _balance(agent: Any, algorithm: str) -> None:
         last.bias -= seen[0].mean(dim=0)
 
 
-def observations(space: Any, n: int = 64, seed: int = 3) -> np.ndarray:
-    """Random observations of a space, images and bits included."""
+def observations(space: Any, n: int = 64, seed: int = 3) -> Any:
+    """Random observations of a space, images, bits, integers and dictionaries included."""
+    from gymnasium import spaces
+
     rng = np.random.default_rng(seed)
+    if isinstance(space, spaces.Dict):
+        return {key: observations(part, n, seed + i) for i, (key, part) in enumerate(space.spaces.items())}
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return rng.integers(0, space.n if isinstance(space, spaces.Discrete) else space.nvec, (n, *space.shape))
     if space.dtype == np.uint8:
         bright = rng.integers(0, 256, (n, space.shape[0], 1, 1)) * rng.integers(0, 2, (n, 1, *space.shape[1:]))
         return np.minimum(bright + rng.integers(0, 40, (n, *space.shape)), 255).astype(np.uint8)

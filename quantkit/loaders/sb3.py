@@ -1,4 +1,4 @@
-"""Loader of Stable-Baselines3 agents: zips and rl-zoo folders of PPO, A2C, TRPO, DQN, QR-DQN, ARS, SAC, TD3, DDPG, TQC.
+"""Loader of Stable-Baselines3 agents: zips and rl-zoo folders of what `ACCEPTED` names.
 
 Only data is read: the zip's JSON fields, tensors with `weights_only=True`, vecnormalize.pkl by an
 opcode reader, YAML without tags. Only the actor and its deterministic action are kept, and the Q-functions of an agent
@@ -26,21 +26,39 @@ from quantkit.loaders.sb3_archive import Archive, read_archive
 from quantkit.loaders.sb3_spaces import Space, read_space
 from quantkit.loaders.vecnormalize import Normalizer, read_normalizer
 from quantkit.model import EnvSpec, Model, Normalization
-from quantkit.policy import Head, InputStage, Policy
+from quantkit.policy import Field, Head, InputStage, Policy
 
-ACCEPTED = "PPO, A2C, TRPO, DQN, QR-DQN, ARS, SAC, TD3, DDPG or TQC with MlpPolicy or CnnPolicy"
+ACCEPTED = (
+    "PPO, MaskablePPO, A2C, TRPO, DQN, QR-DQN, SAC, TD3, DDPG or TQC with MlpPolicy, CnnPolicy or MultiInputPolicy; "
+    "RecurrentPPO with MlpLstmPolicy or MultiInputLstmPolicy; ARS or CrossQ with MlpPolicy"
+)
 
 # Module and class of a policy -> algorithm; on-policy ones share a class, and DDPG is TD3's.
 _POLICIES = {
-    "stable_baselines3.common.policies": ("on-policy", ("ActorCriticPolicy", "ActorCriticCnnPolicy")),
-    "stable_baselines3.dqn.policies": ("dqn", ("DQNPolicy", "CnnPolicy")),
-    "stable_baselines3.sac.policies": ("sac", ("SACPolicy", "CnnPolicy")),
-    "stable_baselines3.td3.policies": ("td3", ("TD3Policy", "CnnPolicy")),
-    "sb3_contrib.qrdqn.policies": ("qrdqn", ("QRDQNPolicy", "CnnPolicy")),
-    "sb3_contrib.tqc.policies": ("tqc", ("TQCPolicy", "CnnPolicy")),
+    "stable_baselines3.common.policies": (
+        "on-policy",
+        ("ActorCriticPolicy", "ActorCriticCnnPolicy", "MultiInputActorCriticPolicy"),
+    ),
+    "stable_baselines3.dqn.policies": ("dqn", ("DQNPolicy", "CnnPolicy", "MultiInputPolicy")),
+    "stable_baselines3.sac.policies": ("sac", ("SACPolicy", "CnnPolicy", "MultiInputPolicy")),
+    "stable_baselines3.td3.policies": ("td3", ("TD3Policy", "CnnPolicy", "MultiInputPolicy")),
+    "sb3_contrib.qrdqn.policies": ("qrdqn", ("QRDQNPolicy", "CnnPolicy", "MultiInputPolicy")),
+    "sb3_contrib.tqc.policies": ("tqc", ("TQCPolicy", "CnnPolicy", "MultiInputPolicy")),
     "sb3_contrib.ars.policies": ("ars", ("ARSPolicy", "ARSLinearPolicy")),
+    "sb3_contrib.crossq.policies": ("crossq", ("CrossQPolicy",)),
+    "sb3_contrib.common.maskable.policies": (
+        "maskableppo",
+        ("MaskableActorCriticPolicy", "MaskableActorCriticCnnPolicy", "MaskableMultiInputActorCriticPolicy"),
+    ),
+    "sb3_contrib.common.recurrent.policies": (
+        "recurrentppo",
+        ("RecurrentActorCriticPolicy", "RecurrentMultiInputActorCriticPolicy"),
+    ),
 }
-_EXTRACTORS = ("FlattenExtractor", "NatureCNN")
+_VECTORS = ("Dict", "Discrete", "MultiDiscrete", "MultiBinary")
+_EXTRACTORS = ("FlattenExtractor", "NatureCNN", "CombinedExtractor")
+SEQUENCE = 32
+"""Steps in time of the sequences that a recurrent policy is calibrated on, or its episodes' limit if that is less."""
 
 
 def sniff(path: Path) -> bool:
@@ -73,24 +91,27 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Normalizati
     algo, policy_class = _algorithm(archive, kwargs, checkpoint.algo, where)
     kwargs["linear"] = policy_class == "ARSLinearPolicy"
     obs, act = (read_space(archive.data, key, where) for key in ("observation_space", "action_space"))
-    obs_shape = _obs_shape(obs, where)
+    fields, obs_shape = _observed(obs, where)
     env_spec, problem = zoo.env_spec(checkpoint, math.prod(obs_shape), act.kind == "Box", env)
 
     outputs = _outputs(act, where)
     actor = build_actor(algo, archive.tensors, kwargs, obs_shape, outputs, act.kind == "Box", where)
     head = _head(act, actor.squash, env_spec, where)
-    normalizer = read_normalizer(checkpoint.vecnormalize) if checkpoint.vecnormalize else None
+    normalizer = read_normalizer(checkpoint.vecnormalize, fields) if checkpoint.vecnormalize else None
     stage = InputStage(std=255.0) if obs.is_image and kwargs.get("normalize_images", True) else InputStage()
     of_critic = stage
     if normalizer is not None:
         _check_normalizer(normalizer, obs_shape, stage, str(checkpoint.vecnormalize))
         of_critic = _normalized(normalizer, "stage", actor.net)
         stage = _normalized(normalizer, normalize, actor.net)
-    policy = Policy(stage, actor.net, head, obs_shape).eval()
+    policy = Policy(stage, actor.net, head, obs_shape, fields).eval()
 
     critics = build_critics(archive.tensors, actor.activation, math.prod(obs_shape) + outputs, where)
 
     example = torch.stack([torch.zeros(obs_shape), torch.ones(obs_shape)])
+    if policy.recurrent:
+        limit = zoo.episode_limit(env_spec.id) if env_spec else None
+        example = example.unsqueeze(1).repeat_interleave(min(SEQUENCE, limit or SEQUENCE), dim=1)
     example = example.to(torch.uint8) if obs.is_image and normalizer is None else example
     return Model(
         policy,
@@ -156,12 +177,20 @@ def _algorithm(archive: Archive, kwargs: dict[str, Any], folder: str | None, whe
     return algo, name
 
 
-def _obs_shape(space: Space, where: str) -> tuple[int, ...]:
-    if space.kind not in ("Box", "MultiBinary") or not space.shape:
+def _observed(space: Space, where: str) -> tuple[tuple[Field, ...], tuple[int, ...]]:
+    """How an observation becomes a vector, () where it is an array already, and the policy's obs_shape."""
+    if space.kind in ("Box", "MultiBinary") and space.shape:
+        return (), space.shape
+    parts = space.spaces if space.kind == "Dict" else (("", space),)
+    images = [key for key, part in parts if part.is_image]
+    if images:
+        raise InputError(f"{where}: image {images[0]!r} in a Dict cannot be read; accepted under its keys: vectors")
+    if not all(part.nvec or part.shape is not None for _, part in parts) or space.kind not in _VECTORS:
         raise InputError(
-            f"{where}: observation space {space.kind} cannot be read; accepted: Box and MultiBinary with a shape"
+            f"{where}: observation space {space.kind} cannot be read; accepted: Box with a shape, {', '.join(_VECTORS)}"
         )
-    return space.shape
+    fields = tuple(Field(key, part.shape or (), part.nvec) for key, part in parts)
+    return fields, (sum(field.width for field in fields),)
 
 
 def _outputs(space: Space, where: str) -> int:
@@ -221,7 +250,8 @@ def _check_normalizer(normalizer: Normalizer, obs_shape: tuple[int, ...], stage:
 
 def _normalized(normalizer: Normalizer, mode: str, net: torch.nn.Sequential) -> InputStage:
     """The stage that normalizes; with "fold", the first layer of `net` does, and the stage clips raw observations."""
-    mean, std, clip = normalizer.mean, normalizer.std, normalizer.clip
+    mean, std = normalizer.mean, normalizer.std
+    clip = np.where(normalizer.alone, np.inf, normalizer.clip)
     if mode == "stage":
         return InputStage(mean, std, np.full_like(mean, -clip), np.full_like(mean, clip))
     fold(net, mean, std)

@@ -14,6 +14,10 @@ from quantkit.errors import InputError
 
 _TYPE = re.compile(r"<class '(?:gym|gymnasium)\.spaces\.\w+\.(\w+)'>")
 _NUMBER = re.compile(r"[-+]?(?:inf|nan|\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?)", re.I)
+_ENTRY = re.compile(
+    r"'(?P<key>[^'\\]{1,200})'\s*[:,]\s*(?P<kind>Box|Discrete|MultiDiscrete|MultiBinary)"
+    r"\((?P<inside>[^()]*(?:\((?P<shape>[\d,\s]*)\)(?:,\s*(?P<dtype>\w+))?)?)\)"
+)
 _MAX_ENTRIES = 10**8
 
 
@@ -22,7 +26,8 @@ class Space:
     """A space as printed: kind ("Box", "Discrete", ...), shape or None, dtype, and bounds or sizes.
 
     low, high: every entry's bound (flat), or None where the printed text left entries out. nvec: network
-    outputs for each component of Discrete (one size), MultiDiscrete and MultiBinary (ones), else ().
+    outputs for each component of Discrete (one size), MultiDiscrete and MultiBinary (ones), else (). spaces: of a Dict,
+    by key in the order of its vector, whose bounds are not read.
     """
 
     kind: str
@@ -32,10 +37,13 @@ class Space:
     high: tuple[float, ...] | None = None
     nvec: tuple[int, ...] = ()
     is_image: bool = False
+    spaces: tuple[tuple[str, Space], ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """JSON facts for `Model.meta`; infinite bounds are texts."""
         facts: dict[str, Any] = {"type": self.kind, "shape": list(self.shape or ()), "dtype": self.dtype}
+        if self.spaces:
+            return {"type": self.kind, "spaces": {key: space.facts() for key, space in self.spaces}}
         if self.nvec:
             facts["nvec"] = list(self.nvec)
         for name, bound in (("low", self.low), ("high", self.high)):
@@ -69,7 +77,49 @@ def read_space(data: dict[str, Any], key: str, where: str) -> Space:
                 raise InputError(f"{where}: {key}: MultiBinary of {sizes[0]} entries; at most 10^6 are read")
             nvec = (1,) * sizes[0] if kind == "MultiBinary" else tuple(sizes)
             return Space(kind, shape, dtype, nvec=nvec)
+        case "Dict":
+            return Space(kind, None, dtype, spaces=_printed(str(fields.get("spaces")), f"{where}: {key}"))
     return Space(kind, shape, dtype)
+
+
+def _printed(text: str, where: str) -> tuple[tuple[str, Space], ...]:
+    """The spaces of a Dict as gymnasium prints them, `{'key': Box(-1.0, 1.0, (3,), float32), ...}`.
+
+    InputError for whatever is none of Box, Discrete, MultiDiscrete and MultiBinary, and for a text that is cut.
+    """
+    found, rest = [], text.strip().removeprefix("OrderedDict").strip("({[ ")
+    while rest.strip(" )}],"):
+        match = _ENTRY.match(rest)
+        if not match or len(text) > 1_000_000:
+            raise InputError(
+                f"{where}: cannot read {rest[:60]!r} in a Dict; accepted under its keys: Box, Discrete, MultiDiscrete, "
+                "MultiBinary"
+            )
+        key, kind, inside = match["key"], match["kind"], match["inside"]
+        sizes = [int(n) for n in re.findall(r"\d+", inside.partition("start")[0]) if len(n) < 9]
+        shape = tuple(int(n) for n in re.findall(r"\d+", match["shape"] or ""))
+        if (
+            math.prod(shape) > _MAX_ENTRIES
+            or 0 in shape
+            or "[[" in inside
+            or (kind != "Box" and not 0 < sum(sizes) < _MAX_ENTRIES)
+        ):
+            raise InputError(f"{where}: key {key!r} has no readable size")
+        match kind:
+            case "Box":
+                image = len(shape) == 3 and match["dtype"] == "uint8" and inside.startswith("0, 255,")
+                space = Space(kind, shape, match["dtype"], is_image=image)
+            case "Discrete":
+                space = Space(kind, (), "int64", nvec=(sizes[0],))
+            case "MultiDiscrete":
+                space = Space(kind, (len(sizes),), "int64", nvec=tuple(sizes))
+            case _:
+                space = Space(kind, tuple(sizes), "int8")
+        found.append((key, space))
+        rest = rest[match.end() :].lstrip("), (")
+    if not found:
+        raise InputError(f"{where}: a Dict without keys")
+    return tuple(found)
 
 
 def _shape(fields: dict[str, Any], where: str) -> tuple[int, ...] | None:

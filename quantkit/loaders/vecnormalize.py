@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.errors import InputError
+from quantkit.policy import Field
 
 _MAX_BYTES = 64 * 2**20
 _DTYPE = re.compile(r"(b1|[iu][1248]|f[248])")
@@ -37,12 +38,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """`clip((obs - mean) / std, -clip, clip)`: float64 statistics of the shape of one observation."""
+    """`clip((obs - mean) / std, -clip, clip)`: float64 statistics of the shape of one observation.
+
+    alone: which entries are left alone and not clipped either; their mean is 0 and their std 1.
+    """
 
     mean: np.ndarray
     std: np.ndarray
     clip: float
     sha256: str
+    alone: np.ndarray
 
 
 @dataclass
@@ -248,11 +253,35 @@ def _number(state: dict[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def read_normalizer(path: Path) -> Normalizer | None:
+def _moments(rms: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of a saved RunningMeanStd; ValueError if it is none."""
+    if not isinstance(rms, Record) or not isinstance(rms.state, dict):
+        raise ValueError("no statistics of observations (obs_rms)")
+    return as_array(rms.state.get("mean")), as_array(rms.state.get("var"))
+
+
+def _by_key(found: dict[Any, Any], fields: tuple[Field, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, variance and whether it is left alone, of every number of a dictionary's vector."""
+    unknown = sorted(str(key) for key in found if key not in {f.key for f in fields})
+    if unknown:
+        keys = ", ".join(f.key for f in fields) or "none, it is no dictionary"
+        raise ValueError(f"normalizes the key {unknown[0][:80]!r}; the policy's keys: {keys}")
+    parts = []
+    for f in fields:
+        mean, var = _moments(found[f.key]) if f.key in found else (np.zeros(f.width), np.ones(f.width))
+        if mean.size != f.width or var.size != f.width or (f.sizes and f.key in found):
+            raise ValueError(f"key {f.key!r} has statistics of shape {mean.shape}; the policy takes {f.shape}")
+        parts.append((mean.ravel(), var.ravel(), np.full(f.width, f.key not in found)))
+    mean, var, alone = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return mean, var, alone
+
+
+def read_normalizer(path: Path, fields: tuple[Field, ...] = ()) -> Normalizer | None:
     """The observation normalizer in a `vecnormalize.pkl`, or None when it leaves observations alone.
 
-    Raises InputError naming the file and the cause: unreadable, truncated, no VecNormalize, one
-    normalizer per key of a dictionary, statistics that are not finite numbers.
+    fields: the parts of a dictionary's vector, which have normalizers of their own or none. Raises InputError naming
+    the file and the cause: unreadable, truncated, no VecNormalize, keys or shapes of other observations, statistics
+    that are not finite numbers.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -267,13 +296,13 @@ def read_normalizer(path: Path) -> Normalizer | None:
         state = root.state
         if not _number(state, "norm_obs", True):
             return None
-        if isinstance(state.get("obs_rms"), dict):
-            raise ValueError("one normalizer per key of a dictionary; only a single Box observation is read")
-        if not isinstance(state.get("obs_rms"), Record) or not isinstance(state["obs_rms"].state, dict):
-            raise ValueError("no statistics of observations (obs_rms)")
-        stats = state["obs_rms"].state
-        mean, var = as_array(stats.get("mean")), as_array(stats.get("var"))
         epsilon, clip = _number(state, "epsilon", 1e-8), _number(state, "clip_obs", 10.0)
+        found = state.get("obs_rms")
+        if isinstance(found, dict):
+            mean, var, alone = _by_key(found, fields)
+        else:
+            mean, var = _moments(found)
+            alone = np.zeros(mean.shape, bool)
     except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: {error}; expected a VecNormalize saved by Stable-Baselines3") from None
     if mean.shape != var.shape:
@@ -285,4 +314,5 @@ def read_normalizer(path: Path) -> Normalizer | None:
             raise InputError(f"{path}: unusable {name} at {at}; expected finite numbers and positive variance")
     if not clip > 0:
         raise InputError(f"{path}: clip_obs is {clip}; expected a positive number")
-    return Normalizer(mean, np.sqrt(var + epsilon), clip, hashlib.sha256(blob).hexdigest())
+    std = np.where(alone, 1.0, np.sqrt(var + epsilon))
+    return Normalizer(mean, std, clip, hashlib.sha256(blob).hexdigest(), alone)

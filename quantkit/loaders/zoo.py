@@ -20,7 +20,7 @@ from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 
 _SETTINGS = ("args.yml", "config.yml", "vecnormalize.pkl")
-_ALGOS = "a2c|ppo|trpo|dqn|qrdqn|ars|sac|td3|ddpg|tqc"
+_ALGOS = "a2c|ppo_lstm|ppo_mask|ppo|crossq|trpo|dqn|qrdqn|ars|sac|td3|ddpg|tqc"
 _ENV_IN_NAME = re.compile(rf"(?:(?:{_ALGOS})[-_])?(?P<id>(?:[A-Za-z0-9.]+[/:-])*[A-Za-z0-9.]+-v\d+)(?:[_-].*)?", re.I)
 
 # Old id -> today's id and arguments. Same observations, actions and (nearly) dynamics.
@@ -155,7 +155,8 @@ def _registered(env_id: str) -> bool | None:
     return env_id in registry
 
 
-def _episode_limit(env_id: str) -> int | None:
+def episode_limit(env_id: str) -> int | None:
+    """After how many steps gymnasium ends an episode; None where it does not, or does not know the id."""
     try:
         from gymnasium.envs.registration import registry
     except ImportError:
@@ -205,7 +206,7 @@ def env_spec(
     horizon = None
     if "TimeFeatureWrapper" in wrappers:
         steps = wrappers["TimeFeatureWrapper"].get("max_steps", 1000)
-        horizon = _episode_limit(spec.id) or (steps if isinstance(steps, int) and steps > 0 else 1000)
+        horizon = episode_limit(spec.id) or (steps if isinstance(steps, int) and steps > 0 else 1000)
     padded = inputs - (horizon is not None)
     pad_obs = padded if re.fullmatch(r"Ant-v[45]", spec.id) and padded == _ANT_INPUTS else None
     other = [name for name in wrappers if name not in ("TimeFeatureWrapper", *_HARMLESS)]

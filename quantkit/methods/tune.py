@@ -174,5 +174,7 @@ def _loss(model: Model, example: Tensor, inputs: Tensor) -> Loss:
             return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1).mean(dim=-1)
 
         return next_token
-    of_rows = loss_for(model.module.head if isinstance(model.module, Policy) else None, example.flatten(1))
+    if isinstance(model.module, Policy):
+        return loss_for(model.module.head, example)
+    of_rows = loss_for(None, example.flatten(1))
     return lambda y, t: of_rows(y.flatten(1), t.flatten(1))

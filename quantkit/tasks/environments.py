@@ -16,7 +16,7 @@ import numpy as np
 
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec
-from quantkit.policy import Head, Policy
+from quantkit.policy import Field, Head, Policy
 
 if TYPE_CHECKING:
     import gymnasium
@@ -76,7 +76,8 @@ def make_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
 def open_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
     """`gymnasium.make` without the passive checker and without warnings; raises InputError as `make_env`.
 
-    Images come channels first, as Stable-Baselines3 gives them to its policies.
+    Images come channels first, and dictionaries, integers and bits as vectors, as Stable-Baselines3 gives them to its
+    policies.
     """
     try:
         import gymnasium
@@ -86,7 +87,7 @@ def open_env(spec: EnvSpec) -> gymnasium.Env[Any, Any]:
         _register_atari(spec.id)
     with _quiet(spec.id):
         try:
-            return _channels_first(gymnasium.make(spec.id, **{**spec.kwargs, "disable_env_checker": True}))
+            return _as_vectors(_channels_first(gymnasium.make(spec.id, **{**spec.kwargs, "disable_env_checker": True})))
         except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
             raise InputError(f"unknown environment {spec.id!r}{_nearest(spec.id)}: {_line(error)}") from None
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
@@ -107,6 +108,67 @@ def _channels_first(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
         return env
     turned = spaces.Box(space.low.transpose(2, 0, 1), space.high.transpose(2, 0, 1), dtype=np.uint8)
     return wrappers.TransformObservation(env, lambda image: np.transpose(image, (2, 0, 1)), turned)
+
+
+def refuse_masks(spec: EnvSpec) -> None:
+    """InputError if the environment masks actions, as agents of MaskablePPO were trained with."""
+    env: Any = open_env(spec)
+    masked = env.has_wrapper_attr("action_masks")
+    env.close()
+    if masked:
+        raise InputError(
+            f"environment {spec.id!r} masks actions (action_masks), which is not done in episodes here; accepted for "
+            "MaskablePPO: environments without masks"
+        )
+
+
+def fields_of(space: Any) -> tuple[Field, ...]:
+    """How observations of a gymnasium space become vectors; () of arrays, and of spaces that do not.
+
+    >>> import gymnasium
+    >>> fields_of(gymnasium.spaces.Discrete(4))
+    (Field(key='', shape=(), sizes=(4,)),)
+    """
+    from gymnasium import spaces
+
+    match space:
+        case spaces.Discrete():
+            return (Field("", (), (int(space.n),)),)
+        case spaces.MultiDiscrete() if space.nvec.ndim == 1:
+            return (Field("", (len(space.nvec),), tuple(int(n) for n in space.nvec)),)
+        case spaces.Dict():
+            parts = [(key, fields_of(part) or _numbers(part)) for key, part in space.spaces.items()]
+            if all(len(found) == 1 and not found[0].key for _, found in parts):
+                return tuple(Field(key, found[0].shape, found[0].sizes) for key, found in parts)
+    return ()
+
+
+def _numbers(space: Any) -> tuple[Field, ...]:
+    from gymnasium import spaces
+
+    return (Field("", tuple(space.shape)),) if isinstance(space, spaces.Box | spaces.MultiBinary) else ()
+
+
+def _as_vectors(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+    """The environment with float32 vectors where it gives dictionaries, integers or bits; `fields` says of what."""
+    from gymnasium import spaces, wrappers
+
+    space: Any = env.observation_space
+    if isinstance(space, spaces.MultiBinary):
+        bits = spaces.Box(0, 1, space.shape, np.float32)
+        return wrappers.TransformObservation(env, lambda x: np.asarray(x, np.float32), bits)
+    fields = fields_of(space)
+    if not fields:
+        return env
+
+    def vector(observation: Any) -> np.ndarray:
+        given = {f.key: np.asarray(observation[f.key] if f.key else observation)[None] for f in fields}
+        return np.concatenate([f.vector(given[f.key])[0] for f in fields])
+
+    vectors = spaces.Box(-np.inf, np.inf, (sum(f.width for f in fields),), np.float32)
+    found = wrappers.TransformObservation(env, vector, vectors)
+    found.fields = fields  # type: ignore[attr-defined]
+    return found
 
 
 def bare_env(spec: EnvSpec) -> tuple[gymnasium.Env[Any, Any], int | None]:
@@ -135,7 +197,8 @@ def input_shape(env: gymnasium.Env[Any, Any], spec: EnvSpec) -> tuple[int, ...]:
 
     space = env.observation_space
     if not isinstance(space, spaces.Box):
-        raise InputError(f"environment {spec.id!r} has observations {space}; only Box observations are supported")
+        wanted = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict of these"
+        raise InputError(f"environment {spec.id!r} has observations {space}; accepted: {wanted}")
     shape = tuple(space.shape)
     if spec.pad_obs is None and spec.time_feature is None:
         return shape
@@ -150,6 +213,9 @@ def check_fits(env: gymnasium.Env[Any, Any], policy: Policy) -> None:
     """Raise InputError unless observations of `env` (from `make_env`) and its actions are the policy's."""
     name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
     given, wanted = env.observation_space.shape, policy.obs_shape
+    parts = _fields_under(env)
+    if policy.fields and parts and parts != policy.fields:
+        raise InputError(f"environment {name!r} gives {_said(parts)}, the policy takes {_said(policy.fields)}")
     if given != wanted:
         raise InputError(f"environment {name!r} gives observations of shape {given}, the policy takes {wanted}")
     given_actions, wanted_actions = _describe_space(env.action_space), _describe_head(policy.head)
@@ -163,6 +229,20 @@ def check_fits(env: gymnasium.Env[Any, Any], policy: Policy) -> None:
                 f"environment {name!r} takes actions in [{space.low.min()}, {space.high.max()}], "
                 f"the policy gives [{low.min()}, {high.max()}]"
             )
+
+
+def _fields_under(env: Any) -> tuple[Field, ...]:
+    """What the vectors of a made environment are made of, () where it gave arrays."""
+    while env is not env.unwrapped:
+        if "fields" in vars(env):
+            found: tuple[Field, ...] = env.fields
+            return found
+        env = env.env
+    return ()
+
+
+def _said(fields: tuple[Field, ...]) -> str:
+    return ", ".join(f"{f.key or 'integers'} {f.sizes or f.shape}" for f in fields)
 
 
 def _describe_space(space: Any) -> str:

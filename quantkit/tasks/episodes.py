@@ -29,12 +29,14 @@ from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 from quantkit.policy import Head, Policy
 from quantkit.seeds import CALIBRATION, EVALUATION_SEED
-from quantkit.simulate import compile_policy
+from quantkit.simulate import compile_policy, compile_step
 from quantkit.statistics import Method, Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
 from quantkit.tasks.environments import bare_env, check_fits, input_shape, make_env
 
 Act = Callable[[np.ndarray], np.ndarray]
 """Observations (batch, *obs_shape) -> actions (batch,) or (batch, k). Must not keep or change its argument."""
+Choose = Callable[[np.ndarray, Sequence[int]], np.ndarray]
+"""Observations and the numbers of their episodes -> actions."""
 Progress = Callable[[int, int], None]
 """Called with (episodes done, episodes in all)."""
 Record = Callable[[np.ndarray, Sequence[int], Sequence[int]], None]
@@ -83,14 +85,60 @@ class Score:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
 
-def act_of(policy: Policy) -> Act:
+@dataclass(frozen=True)
+class Recalling:
+    """An actor with a memory of each episode.
+
+    step: observations (batch, *obs_shape) and states -> actions and the next states; states are arrays (cells, batch,
+    size), and `sizes` has cells and size of each. Episodes begin with zeros.
+    """
+
+    step: Callable[[np.ndarray, tuple[np.ndarray, ...]], tuple[np.ndarray, tuple[np.ndarray, ...]]]
+    sizes: tuple[tuple[int, int], ...]
+
+    def chooser(self) -> Choose:
+        """The actor of one rollout, in which an episode's number is its own."""
+        held: tuple[np.ndarray, ...] = tuple(np.zeros((cells, 0, size), np.float32) for cells, size in self.sizes)
+        rows: list[int] = []
+
+        def choose(obs: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+            nonlocal held, rows
+            if rows != list(numbers):
+                place = {number: row for row, number in enumerate(rows)}
+                found = [place.get(number, len(rows)) for number in numbers]  # the last row is a new episode's
+                held = tuple(np.pad(s, ((0, 0), (0, 1), (0, 0)))[:, found] for s in held)
+                rows = list(numbers)
+            actions, held = self.step(obs, held)
+            return actions
+
+        return choose
+
+
+Actor = Act | Recalling
+
+
+def act_of(policy: Policy) -> Actor:
     """The policy's deterministic actions as a numpy function; compile again after changing the policy."""
-    forward, head = compile_policy(policy), policy.head
-    return lambda obs: head.actions(forward(obs))
+    head = policy.head
+    if not policy.recurrent:
+        forward = compile_policy(policy)
+        return lambda obs: head.actions(forward(obs))
+    step, cells = compile_step(policy), policy.cells
+
+    def act(obs: np.ndarray, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        out, states = step(obs, (states[0], states[1]))
+        return head.actions(out), states
+
+    return Recalling(act, ((len(cells), cells[0].hidden),) * 2)
+
+
+def chooser(act: Actor) -> Choose:
+    """The actor with its memory, if it has one, for one rollout."""
+    return act.chooser() if isinstance(act, Recalling) else lambda obs, _: act(obs)
 
 
 def rollout(
-    act: Act,
+    act: Actor,
     spec: EnvSpec,
     *,
     episodes: int,
@@ -105,11 +153,11 @@ def rollout(
     A finished environment leaves the batch or starts the next episode, so no step is wasted.
     Raises InputError on actions that are not finite and on an episode without an end.
     """
-    return _run(lambda obs, _: act(obs), spec, episodes, seed, n_envs, progress, record, change)
+    return _run(chooser(act), spec, episodes, seed, n_envs, progress, record, change)
 
 
 def evaluate(
-    act: Act,
+    act: Actor,
     spec: EnvSpec,
     *,
     episodes: int = 20,
@@ -209,7 +257,7 @@ def compare_scores(
 
 
 def collect_states(
-    act: Act,
+    act: Actor,
     spec: EnvSpec,
     n: int,
     *,
@@ -224,7 +272,7 @@ def collect_states(
 
 
 def collect_visits(
-    act: Act,
+    act: Actor,
     spec: EnvSpec,
     n: int,
     *,
@@ -252,6 +300,47 @@ def collect_visits(
         returns.append(rollout(act, spec, episodes=episodes, seed=seed + first, **options).returns)
         first += episodes
     return sample.best(), np.concatenate(returns)
+
+
+def collect_sequences(
+    act: Actor,
+    spec: EnvSpec,
+    n: int,
+    time: int,
+    *,
+    seed: int = CALIBRATION.start,
+    episodes: int = 20,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a policy with a memory met in rollouts: sequences (n, time, *obs_shape), and the return of every
+    episode that was run, (episodes,).
+
+    Episodes are cut into pieces that follow each other, the last of which ends with the episode and may overlap the one
+    before; an episode shorter than `time` stays at its last observation. At least `episodes` episodes are run, and more
+    in rounds of that many until n pieces were seen; the n are drawn without replacement, in random order.
+    Deterministic. Where a piece begins inside of an episode, its reader's memory is empty while the actor's was not.
+    """
+    if n < 1 or time < 1:
+        raise InputError(f"the number of sequences and their length must be at least 1, got {n} and {time}")
+    pieces, returns = list[np.ndarray](), list[np.ndarray]()
+    first = 0
+    while len(pieces) < n:
+        kept: dict[int, list[np.ndarray]] = {}
+
+        def record(obs: np.ndarray, numbers: Sequence[int], _: Sequence[int], kept: Any = kept) -> None:
+            for row, number in zip(obs.copy(), numbers, strict=True):
+                kept.setdefault(number, []).append(row)
+
+        played = rollout(act, spec, episodes=episodes, seed=seed + first, progress=progress, record=record)
+        returns.append(played.returns)
+        for number in sorted(kept):
+            met = kept[number]
+            for start in sorted({*range(0, max(1, len(met) - time + 1), time), max(0, len(met) - time)}):
+                piece = met[start : start + time]
+                pieces.append(np.stack(piece + piece[-1:] * (time - len(piece))))
+        first += episodes
+    chosen = np.random.default_rng([seed, 4]).permutation(len(pieces))[:n]
+    return np.stack([pieces[i] for i in chosen]), np.concatenate(returns)
 
 
 class _Sample:
@@ -341,7 +430,7 @@ def _log_softmax(z: np.ndarray) -> np.ndarray:
 
 
 def _run(
-    choose: Callable[[np.ndarray, Sequence[int]], np.ndarray],
+    choose: Choose,
     spec: EnvSpec,
     episodes: int,
     seed: int,

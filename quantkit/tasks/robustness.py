@@ -30,11 +30,12 @@ from quantkit.seeds import EVALUATION_SEED
 from quantkit.statistics import mean, non_inferior
 from quantkit.tasks.environments import bare_env, check_fits, make_env
 from quantkit.tasks.episodes import (
-    Act,
+    Actor,
     Change,
     Progress,
     Score,
     act_of,
+    chooser,
     collect_states,
     rollout,
     score,
@@ -180,7 +181,7 @@ def parse_condition(text: str, spec: EnvSpec) -> Condition:
     return Condition(kind, level)
 
 
-def observation_spread(act: Act, spec: EnvSpec, *, progress: Progress | None = None) -> NDArray[np.float32]:
+def observation_spread(act: Actor, spec: EnvSpec, *, progress: Progress | None = None) -> NDArray[np.float32]:
     """Standard deviation of each component over states of the policy's own rollouts; 0 for appended inputs."""
     states = collect_states(act, spec, SPREAD_STATES, episodes=8, progress=progress)
     spread = states.std(axis=0, dtype=np.float64).astype(np.float32)
@@ -220,9 +221,9 @@ class _Disturbed:
     """`act` with noise before and a delay behind it; sums up in `moved`, by episode, how far actions move."""
 
     def __init__(
-        self, act: Act, head: Head, episodes: int, seed: int, noise: NDArray[np.float32] | None, delay: int
+        self, act: Actor, head: Head, episodes: int, seed: int, noise: NDArray[np.float32] | None, delay: int
     ) -> None:
-        self.act, self.seed, self.noise, self.delay = act, seed, noise, delay
+        self.choose, self.seed, self.noise, self.delay = chooser(act), seed, noise, delay
         self.streams: dict[int, np.random.Generator] = {}
         self.numbers: list[int] = []
         self.steps = np.zeros(0, np.int64)
@@ -241,7 +242,7 @@ class _Disturbed:
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         if self.noise is not None:
             obs = self._noisy(obs, self.noise)
-        actions = np.asarray(self.act(obs))
+        actions = np.asarray(self.choose(obs, self.numbers))
         numbers, steps = self.numbers, self.steps
         if self.held is None:
             shape = actions.shape[1:]
