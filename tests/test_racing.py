@@ -41,12 +41,12 @@ def test_what_is_clear_is_short() -> None:
     assert played(3 * noise - 3 * noise.mean() - 10, 10) == (100, "inconclusive")
 
 
-def test_five_good_episodes_are_not_enough() -> None:
-    """A policy that fails once in ten, later than the fifth episode, is not called non-inferior before it fails."""
+def test_few_good_episodes_are_not_enough() -> None:
+    """A policy that fails once in twenty, later than the tenth episode, is not called non-inferior before it fails."""
     differences = np.zeros(40)
-    differences[9] = -200.0
+    differences[19] = -200.0
     n, verdict = played(differences, 5)
-    assert n > GOOD_FROM and verdict != "non-inferior"
+    assert n > 10 and verdict != "non-inferior"
 
 
 def test_a_race_of_one_look_is_the_plain_test() -> None:
@@ -62,6 +62,18 @@ def test_errors_stay_below_their_level(true: float, wrong: str) -> None:
     rng = np.random.default_rng(7)
     outcomes = [played(rng.normal(true, 25.0, 80), 10.0)[1] for _ in range(2000)]
     assert outcomes.count(wrong) / len(outcomes) < 0.05
+
+
+@pytest.mark.parametrize("episodes", [40, 100])
+def test_rare_failures_are_rarely_missed(episodes: int) -> None:
+    """Of policies that equal float but for one episode of seven, which costs eight times the margin, a race calls less
+    than 10 % non-inferior: the plain test on 40 episodes 7 %; ten without a failure come with a chance of 21 %."""
+    rng = np.random.default_rng(8)
+    outcomes = []
+    for _ in range(2000):
+        differences = rng.normal(0.0, 1.0, episodes) - 80.0 * (rng.random(episodes) < 1 / 7)
+        outcomes.append(played(differences, 10.0)[1])
+    assert outcomes.count("non-inferior") / len(outcomes) < 0.1
 
 
 def test_sabotage_looks_without_correction_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

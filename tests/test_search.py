@@ -35,7 +35,7 @@ from quantkit.surrogate import predict
 from quantkit.sweep import open_study
 
 pytest.importorskip("optuna")
-SETTINGS = Settings(episodes=12, device=find_device("xc7a35t"))
+SETTINGS = Settings(episodes=24, device=find_device("xc7a35t"))
 SPACE = SearchSpace(("int2", "int3", "int5"), ("int3", "int5"), pipelines=((), (parse_step("gptq"),)))
 DESIGNS, BATCH = 14, 4
 
