@@ -8,10 +8,12 @@ said, not hidden. What is measured of the files it becomes is in `quantkit.produ
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +37,7 @@ from quantkit.product import confirm_network, confirm_policy, export_network, ex
 from quantkit.recipe import Recipe, quantize
 from quantkit.report import default_cost, normalize_of, read_study
 from quantkit.results import Row, append_row, versions
+from quantkit.seeds import CONFIRM
 from quantkit.specs import layer_specs
 from quantkit.study import design_id, fidelity, outputs_of, policy_of, visited_states
 from quantkit.targets import Target, seen_from, targets_of
@@ -190,7 +193,7 @@ def rebuild(row: Row, model: Model, states: np.ndarray) -> Model:
     return quantize(model, recipe, Calib(torch.from_numpy(states), visit=visit))
 
 
-def choose(
+def choices(
     rows: Sequence[Row],
     why: str,
     model: Model,
@@ -201,45 +204,79 @@ def choose(
     same_target: bool,
     tries: int = 8,
     progress: Progress | None = None,
-) -> Choice:
-    """The cheapest by `x` of the first `tries` rows, each quantized again and priced for the target.
+) -> Iterator[Choice]:
+    """Those of the first `tries` rows that can be built within the target, quantized again and priced, cheapest by `x`
+    first.
 
-    same_target: the rows are priced for it already, so that the first one that fits is the cheapest. Without a target
-    the first row. InputError where no row can be built within it: the nearest, and what binds.
+    same_target: the rows are priced for it already, and each is built when it is asked for. Without a target all of
+    these rows. InputError where none can be built within it: the nearest, and what binds.
     """
-    found: list[tuple[tuple[float, float], Choice]] = []
-    misses: list[tuple[float, str]] = []
     looked = list(rows[: max(1, tries)])
-    for done, row in enumerate(looked):
-        if progress:
-            progress(done, len(looked))
-        built = rebuild(row, model, states)
-        if target is None:
-            return Choice(row, built, None, why)
-        try:
-            price = target.price(layer_specs(built))
-        except HwError as error:
-            number, text = _nearest(built, target)
-            misses.append((number, f"{text}, by {named(row)}: {error}"))
-            continue
-        if not price.fits:
-            number, text = _nearest(built, target)
-            misses.append((number, f"{text}, by {named(row)}: it needs {_over(price, target.device)}"))
-            continue
-        one = Choice(row, built, price, why)
-        found.append(((_cost_of(one, x), -row["score"]["mean"]), one))
-        if same_target:
-            break
-    if not found:
+    more = f"; of {len(rows)} such designs the {len(looked)} cheapest were priced for {target}"
+    words = why + (more if len(rows) > 1 and target is not None and not same_target else "")
+    misses: list[tuple[float, str]] = []
+
+    def offered() -> Iterator[Choice]:
+        for done, row in enumerate(looked):
+            if progress:
+                progress(done, len(looked))
+            built = rebuild(row, model, states)
+            if target is None:
+                yield Choice(row, built, None, words)
+                continue
+            try:
+                price = target.price(layer_specs(built))
+            except HwError as error:
+                number, text = _nearest(built, target)
+                misses.append((number, f"{text}, by {named(row)}: {error}"))
+                continue
+            if price.fits:
+                yield Choice(row, built, price, words)
+            else:
+                number, text = _nearest(built, target)
+                misses.append((number, f"{text}, by {named(row)}: it needs {_over(price, target.device)}"))
+
+    found = offered()
+    if not same_target:
+        found = iter(sorted(found, key=lambda one: (_cost_of(one, x), -one.row["score"]["mean"])))
+    if (first := next(found, None)) is None:
         raise InputError(f"no design can be built in {target} ({why}); the nearest possible is {min(misses)[1]}")
-    best = min(found, key=lambda pair: pair[0])[1]
-    if len(rows) > 1 and not same_target:
-        best = replace(
-            best, why=f"{why}; of {len(rows)} such designs the {len(looked)} cheapest were priced for {target}"
+    yield first
+    yield from found
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A design that came first and was not taken: on fresh seeds, or inputs, no more than `bound` lost is shown."""
+
+    row: Row
+    fresh: Mapping[str, Any]
+    bound: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        score = self.fresh["score"]
+        return {
+            "id": self.row["id"], "weights": self.row["weights"], "acts": self.row["acts"], "seed": score["seed"],
+            "n": score["n"], "diff_mean": self.fresh["verdict"]["diff_mean"], "loss_bound": _finite(self.bound),
+        }  # fmt: skip
+
+
+def _unconfirmed(passed: Sequence[Passed], limit: float, span: float, metric: str) -> InputError:
+    """That no design was confirmed, and the nearest."""
+    near = min(passed, key=lambda one: one.bound)
+    percent = f" ({100 * near.bound / span:.3g}%)" if span and math.isfinite(near.bound) else ""
+    return InputError(
+        f"what the study says of the {len(passed)} cheapest designs within the loss is not confirmed by what no choice "
+        f"has seen: at most {limit:.4g} of {metric} was to be lost; the nearest is {near.bound:.4g}{percent}, by "
+        f"{named(near.row)}, whose mean loss there is {-near.fresh['verdict']['diff_mean']:.4g} over "
+        f"{near.fresh['score']['n']:,}; "
+        + (
+            "more --confirm episodes narrow the interval, more --tries look further, --confirm 0 takes the study's word"
+            if metric == "return"
+            else "more --inputs narrow the interval, more --tries look further"
         )
-    elif len(rows) > 1:
-        best = replace(best, why=f"{why}; the cheapest of {len(rows)} such designs")
-    return best
+    )
 
 
 def _nearest(model: Model, target: Target) -> tuple[float, str]:
@@ -360,8 +397,10 @@ def pick(
     """Choose a design of a study and write its directory; what pick.json says.
 
     confirm: episodes on fresh seeds, of float and design; None for as many as the study has, 0 for none. inputs,
-    labels: of a network in place of these, what the study has not seen. factory: as of `study_model`. Raises InputError
-    for wishes that cannot be met (`wanted`, `choose`), before anything is written.
+    labels: of a network in place of these, what the study has not seen. There, too, a design has to be proved to lose
+    no more than `max_loss`, or the next of the first `tries` is looked at, on other seeds: the cheapest of many is one
+    whose study was lucky. factory: as of `study_model`. Raises InputError for wishes that cannot be met (`wanted`,
+    `choices`), before anything is written.
     """
     document, rows = read_study(folder)
     settings, reference = document["settings"], document["reference"]
@@ -393,23 +432,56 @@ def pick(
     def count(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    def chosen(view: View) -> tuple[Choice, View]:
+    def offers(view: View) -> Iterator[tuple[Choice, View]]:
         eligible, why = wanted(view.document, view.rows, column, **wishes)
-        return choose(
-            eligible, why, model, states, view.target,
+        words = f"{why}; the cheapest of {len(eligible)} such designs" if view.same and len(eligible) > 1 else why
+        found = choices(
+            eligible, words, model, states, view.target,
             x=column, same_target=view.same, tries=tries, progress=count("price"),
-        ), view  # fmt: skip
+        )  # fmt: skip
+        first = next(found)  # or InputError: nothing can be built there
+        return ((one, view) for one in itertools.chain([first], found))
 
-    choice, view = min(_each(views, chosen), key=lambda pair: _cost_of(pair[0], column))
+    def confirmed(choice: Choice, number: int) -> dict[str, Any] | None:
+        """Scores on what no choice has seen; each design that is looked at has seeds of its own."""
+        if labelled is not None:
+            if inputs is None or labels is None:
+                return None
+            return confirm_network(choice.model, model, document["margin"], labelled, inputs, labels)
+        episodes = reference["n"] if confirm is None else confirm
+        if not episodes:
+            return None
+        first = CONFIRM.start + number * episodes
+        return confirm_policy(choice.model, model, document["margin"], episodes, first, count("fresh seeds"))
+
+    limit = math.inf if max_loss is None else parse_loss(max_loss, span_of(document))
+    passed: list[Passed] = []
+    for choice, view in heapq.merge(*_each(views, offers), key=lambda pair: _cost_of(pair[0], column)):
+        fresh = confirmed(choice, len(passed))
+        if fresh is None or loss_bound(fresh) <= limit:
+            target, settings = view.target, view.document["settings"]
+            break
+        passed.append(Passed(choice.row, fresh, loss_bound(fresh)))
+    else:
+        raise _unconfirmed(passed, limit, span_of(document), metric_of(rows))
     if len(views) > 1:
         choice = replace(choice, why=f"{choice.why}; the cheapest of {len(views)} hardware targets")
-    target, settings = view.target, view.document["settings"]
+    if passed:
+        unseen = "inputs" if network else "seeds"
+        choice = replace(choice, why=f"{choice.why}; {len(passed)} before it were not confirmed on fresh {unseen}")
     row, seed = choice.row, int(reference.get("seed", settings.get("seed", 0)))
     problems = differences(choice, model, view.document, states)
     record: dict[str, Any] = {
         "format_version": 1,
         "study": folder.name,
-        "chosen": {"why": choice.why, "by": column, "loss_bound": _finite(loss_bound(row)), "designs": len(rows)},
+        "chosen": {
+            "why": choice.why,
+            "by": column,
+            "loss_bound": _finite(loss_bound(row)),
+            "designs": len(rows),
+            "limit": _finite(limit),
+            "passed_over": [one.to_json() for one in passed],
+        },
         "target": None if target is None else target.to_json(),
         "row": row,
         "reference": reference,
@@ -421,11 +493,8 @@ def pick(
         "capacity": None if target is None else {k: getattr(target.device, k) for k in _PRICED[:4]},
         "versions": versions(),
     } | ({"factory": factory} if network else {})
-    if labelled is not None and inputs is not None and labels is not None:
-        record["fresh"] = confirm_network(choice.model, model, document["margin"], labelled, inputs, labels)
-    elif labelled is None and confirm != 0:
-        episodes = reference["n"] if confirm is None else confirm
-        record["fresh"] = confirm_policy(choice.model, model, document["margin"], episodes, count("fresh seeds"))
+    if fresh is not None:
+        record["fresh"] = fresh
     if robustness:
         policy, spec = policy_of(choice.model)
         options: dict[str, Any] = {"reference": policy_of(model)[0], "episodes": reference["n"], "seed": seed}

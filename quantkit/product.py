@@ -13,7 +13,6 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.export import export_onnx
 from quantkit.model import Model
-from quantkit.seeds import CONFIRM
 from quantkit.study import labelled_inputs, policy_of, verify_export
 from quantkit.sweep import digest
 from quantkit.tasks.accuracy import Labelled, answers
@@ -62,9 +61,9 @@ def _qonnx(model: Model, place: Path, stem: str, states: Any) -> dict[str, Any]:
 
 
 def confirm_policy(
-    design: Model, model: Model, margin: float, episodes: int, progress: Progress | None
+    design: Model, model: Model, margin: float, episodes: int, first: int, progress: Progress | None
 ) -> dict[str, Any]:
-    """Scores and verdict of design and float on seeds that no choice has seen."""
+    """Scores and verdict of design and float on the seeds from `first` on, which no choice has seen."""
     scores = []
     for index, one in enumerate((model, design)):
         policy, spec = policy_of(one)
@@ -75,7 +74,7 @@ def confirm_policy(
                 assert progress is not None
                 progress(base + done, 2 * episodes)
 
-        scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=CONFIRM.start, progress=tick))
+        scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=first, progress=tick))
     verdict = compare_scores(scores[0], scores[1], margin=margin)
     return {"reference": scores[0].to_json(), "score": scores[1].to_json(), "verdict": verdict.to_json()}
 

@@ -129,7 +129,7 @@ def test_what_is_taken_answers_as_its_row_says(found: Path, taken: tuple[Path, d
     assert record["onnx"]["verified"]["ok"] and record["differences"] == []
     card = (folder / "README.md").read_text()
     assert f"| this one | 300 of the study | {100 * row['score']['mean']:.2f} % |" in card
-    assert "`fx.npy`, which no choice has seen" in card and "5 inputs that the study has were left out" in card
+    assert "`fx.npy`, which had to show the same" in card and "5 inputs that the study has were left out" in card
     assert (folder / "network.qonnx.onnx").is_file() == (record["onnx"]["qonnx"] is not None)
 
 

@@ -214,6 +214,42 @@ def test_a_part_that_is_too_small_is_said(study: Path, tmp_path: Path, monkeypat
     assert re.search(r"needs [\d,]+ LUTs of 60", line), line
 
 
+def test_a_lucky_design_is_passed_over(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A design that fails on fresh seeds is not taken though the study proves it: the next one is, which shows it on
+    seeds of its own; the card and stderr name the first."""
+    import quantkit.pick
+
+    facts, rows = read_study(study)
+    real = quantkit.pick.confirm_policy
+    seen: list[range] = []
+
+    def unlucky(design: Any, model: Any, margin: float, n: int, first: int, progress: Any) -> dict[str, Any]:
+        found = real(design, model, margin, n, first, progress)
+        seen.append(range(first, first + n))
+        if len(seen) == 1:
+            bad = [mine - 2000 for mine in found["score"]["returns"]]
+            found["verdict"] = non_inferior(found["reference"]["returns"], bad, margin).to_json()
+        return found
+
+    monkeypatch.setattr(quantkit.pick, "confirm_policy", unlucky)
+    out = tmp_path / "p"
+    result = call("pick", study, "-o", out, "--max-loss", "100%", "--confirm", "3")
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "pick.json").read_text())
+    first, second = wanted(facts, rows, "luts", max_loss="100%")[0][:2]
+    assert record["row"] == second and [one["id"] for one in record["chosen"]["passed_over"]] == [first["id"]]
+    assert not set(seen[0]) & set(seen[1]) and all(set(one) <= set(CONFIRM) for one in seen)
+    again = [document("evaluate", path, "-n", "3", "--seed", seen[1].start)["returns"] for path in (AGENT, out)]
+    assert -non_inferior(*again, 0.0).low == loss_bound(record["fresh"]) <= record["chosen"]["limit"]
+    assert f"passed over: {first['id']}" in result.stderr and first["id"] in (out / "README.md").read_text()
+
+
+def test_what_nothing_confirms_is_not_taken(study: Path, tmp_path: Path) -> None:
+    """One fresh episode bounds no loss: nothing is written, and the line says what would narrow it."""
+    line = error("pick", study, "-o", tmp_path / "p", "--max-loss", "100%", "--confirm", "1", "--tries", "2")
+    assert "2 cheapest designs" in line and "--confirm 0" in line and not (tmp_path / "p").exists()
+
+
 # --- what is refused, and what is said --------------------------------------------------------------
 
 

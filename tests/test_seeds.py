@@ -56,7 +56,7 @@ def test_no_episode_serves_two_ends(played: set[int]) -> None:
         f"visit {k}": (seeds.visit(k), lambda k=k: visited_states(model, 300, k)) for k in (1, 2, 3, 4, 12)
     }
     uses["fresh"] = (seeds.FRESH, lambda: fresh_states(model, 300))
-    uses["confirm"] = (seeds.CONFIRM, lambda: confirm_policy(model, model, 1.0, 4, None))
+    uses["confirm"] = (seeds.CONFIRM, lambda: confirm_policy(model, model, 1.0, 4, seeds.CONFIRM.start, None))
     for name, (allowed, use) in uses.items():
         played.clear()
         use()

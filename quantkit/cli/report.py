@@ -24,7 +24,7 @@ from quantkit.cli.options import (
     app,
     load,
 )
-from quantkit.console import guarded, print_json, print_table, progress_bar, say, warn
+from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
 from quantkit.errors import InputError
 
 
@@ -76,8 +76,8 @@ def pick(
         str | None,
         typer.Option(
             metavar="2%|RETURN",
-            help="The cheapest design proved to lose no more (95 % bound): in return or accuracy, or of the distance "
-            "to random actions or a constant answer.",
+            help="The cheapest design proved to lose no more (95 % bound), in the study and on fresh seeds: in return "
+            "or accuracy, or of the distance to random actions or a constant answer.",
         ),
     ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="The cheapest non-inferior design on the front.")] = False,
@@ -101,7 +101,9 @@ def pick(
     ] = None,
     tries: Annotated[
         int,
-        typer.Option(min=1, help="For another target, price this many of the cheapest anew.", rich_help_panel=_HW),
+        typer.Option(
+            min=1, help="Look at this many of the cheapest: to price them anew, to confirm them.", rich_help_panel=_NUM
+        ),
     ] = 8,
     checkpoint: Annotated[
         Path | None, typer.Option(help="The study's checkpoint, if it has moved.", rich_help_panel=_IN)
@@ -138,11 +140,18 @@ def pick(
     if json:
         print_json({"output": str(output), **record})
     else:
+        for one in record["chosen"]["passed_over"]:
+            note(f"passed over: {one['id']} (weights {one['weights']}, inputs {one['acts']}): {_missed(one)}")
         _show_pick(output, record)
     for line in record["differences"]:
         warn(f"not as in the study: {line}")
     if not verified["ok"]:
         raise typer.Exit(1)
+
+
+def _missed(one: dict[str, Any]) -> str:
+    bound = "no bound" if one["loss_bound"] is None else f"at most {one['loss_bound']:.4g} lost"
+    return f"{one['diff_mean']:+.4g} on {one['n']:,} fresh, {bound}"
 
 
 def _show_pick(output: Path, record: dict[str, Any]) -> None:
