@@ -331,9 +331,13 @@ def _head(
     acts = metric == "return"
     what = "policy" if acts else "network"
     facts = [
-        (f"float {what}", _text(reference["mean"]), f"± {_text(stderr)} standard error" if stderr else "one episode"),
+        (f"float {what}", _text(reference["mean"]), f"± {stderr:.2g} standard error" if stderr else "one episode"),
         ("designs", str(len(rows)), f"{good} non-inferior to float"),
-        ("the design to take", f"{best['weights']} × {best['acts']}", f"{best['steps']}: {why}"),
+        (
+            "the design to take",
+            f"{best['weights']} × {best['acts']}",
+            f"{best['steps']}: {why}".replace("+", "+\u200b"),
+        ),
     ]
     cost = value(best, study["x"])
     if cost is not None:
@@ -354,9 +358,10 @@ def _head(
     ]
     if differ:
         reproduce.append(("rows made with other versions of", ", ".join(differ)))
+    most = "the same" if all(design["n"] >= n for design in study["designs"]) else "at most the same"
     lead = f"{algo} policy of {settings.get('checkpoint')}" if acts else f"Network of {settings.get('checkpoint')}"
     lead += f", quantized {len(rows)} ways and " + (
-        f"played on the same {n} episodes" if acts else f"measured on the same {n:,} labelled inputs"
+        f"played on {most} {n} episodes" if acts else f"measured on {most} {n:,} labelled inputs"
     )
     lead += " as its float original" + (
         f"; hardware estimated for {settings['device']}." if settings.get("device") else "."

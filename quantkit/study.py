@@ -476,10 +476,22 @@ def hardware_costs(model: Model, settings: Settings) -> dict[str, Any]:
 
 
 def _format_texts(recipe: Recipe) -> tuple[str, str]:
-    """Formats of the first entry, with the exceptions behind: "int4 first=int8"."""
-    base = recipe.plan[0][1]
-    weights, acts = [format_name(base.weight)], [format_name(base.act)]
-    for pattern, plan in recipe.plan[1:]:
-        weights.append(f"{pattern}={format_name(plan.weight)}")
-        acts.append(f"{pattern}={format_name(plan.act)}")
-    return " ".join(weights), " ".join(acts)
+    """Formats of the first entry, with the exceptions behind: "int4 first=int8".
+
+    One with the first entry's format is told only if it may be an exception to another exception.
+    """
+
+    def text(side: str) -> str:
+        (_, base), *others = [(pattern, format_name(getattr(plan, side))) for pattern, plan in recipe.plan]
+        told: list[tuple[str, str]] = []
+        for pattern, name in others:
+            if name != base or any(p == pattern or _many(p) or _many(pattern) for p, _ in told):
+                told.append((pattern, name))
+        return " ".join([base, *(f"{pattern}={name}" for pattern, name in told)])
+
+    return text("weight"), text("act")
+
+
+def _many(pattern: str) -> bool:
+    """Whether it may name a layer that has another name."""
+    return pattern in ("first", "last") or any(mark in pattern for mark in "*?[")

@@ -305,11 +305,19 @@ def test_a_browser_switches_axes_and_selects(real: Path, browser: Any, tmp_path:
         assert tab.locator("#network svg .fmt").nth(1).text_content() == "int8"
     tab.check("#every")
     assert tab.locator("#table tbody tr").count() == len(rows)
+    heads = tab.locator("#table thead th").all_inner_texts()
+    for key, head in (("granularity", "scales"), ("steps", "method")):  # what all have in common is told once
+        same = len({row[key] for row in rows}) == 1
+        assert (head in heads) != same and (rows[0][key] in tab.inner_text("#alike").replace("\u200b", "")) == same
     tab.locator(f'[data-design="{rows[0]["id"]}"]').focus()
     tab.keyboard.press("Enter")
     assert rows[0]["id"] in tab.inner_text("#recipe") and "noise=0.1" in tab.inner_text("#robustness")
     assert tab.evaluate("document.activeElement.dataset.design") == rows[0]["id"]
-    assert tab.evaluate("document.getElementById('sensitivity').data[0].customdata") == [[0.25, 0.25], [0.25, 0.25]]
+    assert (
+        tab.evaluate("document.getElementById('sensitivity').data[0].customdata")
+        == [[[0.25, "int3 × int4"], [0.25, "int6 × int4"]]] * 2
+    )
+    assert tab.locator("#front .modebar-btn").count() > 3 and tab.locator("[data-title^=Share]").count() == 0
     assert wrong == []
 
 

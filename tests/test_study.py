@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from quantkit.study import (
     Study,
     calib_for,
     calibration_states,
+    describe_recipe,
     design_id,
     evaluate_design,
     family,
@@ -151,6 +154,29 @@ def test_ids_name_the_content() -> None:
     assert len({design_id(r) for r in recipes}) == len(recipes)
     assert design_id(uniform("INT4 ", "int4", "channel")) == design_id(recipes[0])
     assert design_id(Recipe.from_json(recipes[5].to_json())) == design_id(recipes[5])
+
+
+def test_the_texts_of_a_row_say_every_layers_formats() -> None:
+    """Read from the left, the last that fits a layer counts: as in the recipe, whose redundant exceptions are left
+    out."""
+    rng, layers = random.Random(4), ("net.fc1", "net.fc2", "net.head")
+    patterns, names = ("first", "last", "net.fc*", *layers), ("int2", "int3", "int4")
+    for _ in range(500):
+        chosen = [
+            (p, make_plan(rng.choice(names), rng.choice(names))) for p in rng.choices(patterns, k=rng.randint(0, 4))
+        ]
+        recipe = Recipe((("*", make_plan("int2", "int4")), *chosen), ())
+        told = describe_recipe(recipe)
+        for side, key in (("weight", "weights"), ("act", "acts")):
+            base, *others = told[key].split()
+            pairs = [("*", base), *(text.split("=") for text in others)]
+            for i, layer in enumerate(layers):
+                plan = recipe.plan_for(layer, i, len(layers))
+                places = (layer, {0: "first", 2: "last"}.get(i, "-"))
+                fits = [f for p, f in pairs if any(fnmatch.fnmatchcase(place, p) for place in places)]
+                assert plan is not None and fits[-1] == str(getattr(plan, side)), (recipe, told)
+    one = Recipe((("*", make_plan("int2", "int2")), ("net.fc1", make_plan("int2", "int4"))), ())
+    assert (describe_recipe(one)["weights"], describe_recipe(one)["acts"]) == ("int2", "int2 net.fc1=int4")
 
 
 def test_families_by_the_formats_used() -> None:

@@ -5,7 +5,7 @@ const D = S.designs, $ = (id) => document.getElementById(id);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
   .replace(/\$/g, "&#36;");  // plotly's texts are HTML, and between dollars mathematics
-const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+const config = {responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 const still = {...config, displayModeBar: false};
 const families = {integer: "circle", minifloat: "diamond", mixed: "square"};
 const state = {x: S.x, y: S.y, chosen: S.knee, sort: null, down: false};
@@ -29,6 +29,7 @@ function number(value, digits = 4) {
 const signed = (value) => value == null ? "unbounded" : (value < 0 ? "−" : "+") + number(Math.abs(value));
 const label = (column) => S.columns[column].label;
 const value = (design, column) => design.values[column] ?? null;
+const broken = (text) => text.replaceAll("+", "+\u200b");  // where a long pipeline may go on in the next line
 const spoken = (d) => `weights ${d.weights} · inputs ${d.acts} · ${d.steps} · per ${d.granularity}`;
 
 // The designs that no other one beats in both columns, by ascending cost; of equal ones the first. Of returns, only
@@ -48,6 +49,7 @@ function layout(extra) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {family: "system-ui, sans-serif", size: 13, color: css("ink")},
     margin: {l: 8, r: 12, t: 10, b: 8}, hoverlabel: {align: "left", bgcolor: css("card"), font: {color: css("ink")}},
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: css("soft"), activecolor: css("accent")},
     dragmode: false, showlegend: false,
   };
   return {...base, ...extra, xaxis: {...axis, ...extra.xaxis}, yaxis: {...axis, ...extra.yaxis}};
@@ -168,7 +170,7 @@ function copy(button, text) {
 function drawDesign() {
   const d = D[state.chosen], v = d.verdict;
   fill($("recipe"), make("b", {}, `weights ${d.weights}, inputs ${d.acts}`),
-    make("small", {}, `${d.steps} · per ${d.granularity} · design ${d.id}${d.origin ? " · found by " + d.origin : ""}`));
+    make("small", {}, `${broken(d.steps)} · per ${d.granularity} · design ${d.id}${d.origin ? " · found by " + d.origin : ""}`));
   fill($("verdict"), v && make("span", {class: "chip " + v.verdict}, v.verdict),
     v ? ` ${signed(v.diff_mean)} to float, ${number(100 * (v.level ?? 0.95))} % bounds ${signed(v.low)} and ${signed(v.high)}` : "");
   const rows = Object.keys(S.columns).filter((c) => value(d, c) != null).map((c) => {
@@ -248,23 +250,27 @@ function drawHardware(d) {
     `estimate, 90 % of LUT counts within ${number(100 * d.residual, 2)} %.`;
   if (!d.cost) return;
   const names = Object.keys(resources), n = Math.max(d.cost.length - 1, 1);
+  const tone = (k) => mix(css("accent"), css("card"), 0.95 - 0.65 * k / n);
   if (drawn) Plotly.react($("hardware"), d.cost.map((layer, k) => ({
     type: "bar", orientation: "h", name: esc(layer.name), y: names.map((r) => resources[r]),
     x: names.map((r) => 100 * layer[r] / S.device[r]),
-    marker: {color: mix(css("accent"), css("card"), 0.95 - 0.65 * k / n), line: {color: css("card"), width: 1}},
+    marker: {color: tone(k), line: {color: css("card"), width: 1}},
     hovertext: names.map((r) => `${esc(layer.name)}: ${number(layer[r])} ${resources[r]}`), hoverinfo: "text",
   })), layout({
     barmode: "stack", xaxis: {title: {text: "% of the part, by layer"}, rangemode: "tozero"}, yaxis: {autorange: "reversed", showgrid: false},
   }), still);
-  const keys = [...names, "pe", "simd", "cycles"], heads = [...Object.values(resources), "PE", "SIMD", "cycles"];
+  const keys = [...names, "folds", "cycles"], heads = [...Object.values(resources), "PE × SIMD", "cycles"];
   fill($("layers").tHead, make("tr", {}, make("th", {scope: "col"}, "layer"),
     ...heads.map((h) => make("th", {scope: "col", class: "n"}, h)),
     ...["weights in", "conversion"].map((h) => make("th", {scope: "col"}, h))));
-  const line = (name, cells, words) => make("tr", {}, make("th", {scope: "row"}, name),
-    ...cells.map((c) => make("td", {class: "n"}, c == null ? "" : number(c))), ...words.map((w) => make("td", {}, w || "")));
+  const swatch = (k) => drawn && make("span", {class: "swatch", style: `background:${tone(k)}`});
+  const line = (name, cells, words, k) => make("tr", {}, make("th", {scope: "row"}, k == null ? null : swatch(k), name),
+    ...cells.map((c) => make("td", {class: "n"}, c == null ? "" : typeof c === "string" ? c : number(c))), ...words.map((w) => make("td", {}, w || "")));
   const sum = (key) => d.cost.reduce((total, layer) => total + layer[key], 0);
-  fill($("layers").tBodies[0], ...d.cost.map((layer) => line(layer.name, keys.map((k) => layer[k]), [layer.memory, layer.converter])),
-    line("together", keys.map((k) => (k === "pe" || k === "simd" ? null : sum(k))), ["", ""]));
+  const cell = (layer, key) => (key === "folds" ? `${layer.pe} × ${layer.simd}` : layer[key]);
+  fill($("layers").tBodies[0],
+    ...d.cost.map((layer, k) => line(layer.name, keys.map((key) => cell(layer, key)), [layer.memory, layer.converter], k)),
+    line("together", keys.map((key) => (key === "folds" ? null : sum(key))), ["", ""]));
 }
 function mix(a, b, share) {
   const parts = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)), [p, q] = [parts(a), parts(b)];
@@ -291,6 +297,11 @@ function drawRobustness(d) {
   }));
 }
 
+// What all designs have in common is told once, above the table.
+const common = ["granularity", "steps"].filter((key) => D.length > 1 && D.every((d) => d[key] === D[0][key]));
+const titles = {weights: "weights", acts: "inputs", granularity: "scales", steps: "method"};
+const varied = Object.keys(titles).filter((key) => !common.includes(key));
+$("alike").textContent = common.length ? `All designs: ${common.map((key) => (key === "granularity" ? "weight scales per " : "") + broken(D[0][key])).join("; ")}.` : "";
 const shown = ["mean", ...["luts", "weight_kib", "latency_us", "dsps", "agreement", "action_error"].filter((c) => S.columns[c])];
 function drawTable() {
   const {x, y} = state, every = $("every").checked, columns = [...new Set([y, x, ...shown])];
@@ -304,7 +315,7 @@ function drawTable() {
       state.down = state.sort === c && !state.down; state.sort = c; drawTable();
       $("table").querySelector(`[data-sort="${CSS.escape(c)}"]`).focus();
     }, "data-sort": c}, label(c) + (state.sort === c ? (state.down ? " ↓" : " ↑") : "")));
-  fill($("table").tHead, make("tr", {}, ...["weights", "inputs", "scales", "method"].map((h) => make("th", {scope: "col"}, h)),
+  fill($("table").tHead, make("tr", {}, ...varied.map((key) => make("th", {scope: "col"}, titles[key])),
     make("th", {scope: "col"}, "against float"), ...columns.map(sorter)));
   const active = document.activeElement && document.activeElement.dataset.design;
   fill($("table").tBodies[0], ...order.map((i) => {
@@ -312,7 +323,7 @@ function drawTable() {
     const row = make("tr", {class: on ? "on" : null, onclick: () => select(i)},
       make("td", {}, make("button", {type: "button", class: "plain", "aria-pressed": String(on), "data-design": d.id,
         "aria-label": "select " + spoken(d)}, d.weights)),
-      make("td", {}, d.acts), make("td", {}, d.granularity), make("td", {}, d.steps),
+      ...varied.slice(1).map((key) => make("td", key === "steps" ? {class: "long"} : {}, key === "steps" ? broken(d[key]) : d[key])),
       make("td", {}, d.verdict ? make("span", {class: d.verdict.verdict}, d.verdict.verdict) : "–",
         d.n < S.episodes ? ` (${d.n} episodes)` : null),
       ...columns.map((c) => make("td", {class: "n", "data-column": c}, number(value(d, c)))));
@@ -327,15 +338,22 @@ function drawSensitivity() {
   const cells = found.values.flat().filter((v) => v != null), low = Math.min(...cells), high = Math.max(...cells);
   const told = found.formats.length <= 14, logarithmic = low > 0 && high / low > 30;  // colors by the logarithm
   const shown = logarithmic ? found.values.map((line) => line.map((v) => (v == null ? null : Math.log10(v)))) : found.values;
-  $("sensitivity").style.height = (told ? 100 : 150) + 30 * found.layers.length + "px";
+  const pairs = found.formats.map((name) => name.split(" × ").map(esc));
+  const ticks = logarithmic ? logTicks(low, high) : null, inside = ticks ? ticks.tickvals.map((v) => v >= low && v <= high) : [];
+  $("sensitivity").style.height = 146 + 30 * found.layers.length + "px";
   Plotly.react($("sensitivity"), [{
-    type: "heatmap", x: found.formats.map(esc), y: found.layers.map(esc), z: shown, customdata: found.values, xgap: 1, ygap: 2,
-    colorscale: [[0, css("card")], [0.5, mix(css("warn"), css("card"), 0.45)], [1, css("bad")]], showscale: false,
-    hovertemplate: "%{y}, %{x}: %{customdata:.4g}<extra></extra>", text: told ? found.values.map((line) => line.map((v) => (v == null ? "" : number(v, 2)))) : undefined,
+    type: "heatmap", x: [0, 1].map((k) => pairs.map((pair) => pair[k])), y: found.layers.map(esc), z: shown, xgap: 1, ygap: 2,
+    customdata: found.values.map((line) => line.map((v, k) => [v, esc(found.formats[k])])),
+    colorscale: [[0, mix(css("warn"), css("card"), 0.12)], [0.5, mix(css("warn"), css("card"), 0.5)], [1, css("bad")]],
+    colorbar: {
+      thickness: 10, outlinewidth: 0, x: 1.01, tickfont: {size: 11, color: css("soft")}, nticks: 4,
+      ...(ticks && {tickmode: "array", tickvals: ticks.tickvals.filter((_, k) => inside[k]).map(Math.log10), ticktext: ticks.ticktext.filter((_, k) => inside[k])}),
+    },
+    hovertemplate: "%{y}, %{customdata[1]}: %{customdata[0]:.4g}<extra></extra>", text: told ? found.values.map((line) => line.map((v) => (v == null ? "" : number(v, 2)))) : undefined,
     texttemplate: told ? "%{text}" : "",
   }], layout({
-    yaxis: {autorange: "reversed", type: "category", showgrid: false},
-    xaxis: {type: "category", showgrid: false, title: {text: "weights × inputs"}, tickfont: {size: told ? 12 : 10}},
+    margin: {l: 8, r: 12, t: 10, b: 76}, yaxis: {autorange: "reversed", type: "category", showgrid: false},
+    xaxis: {type: "multicategory", showgrid: false, showdividers: true, dividercolor: css("line"), title: {text: "inputs, for each format of the weights"}, tickfont: {size: told ? 12 : 10}},
   }), still);
 }
 
