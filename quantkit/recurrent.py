@@ -26,7 +26,7 @@ class GRUCell(nn.Module):
     def __init__(self, ih: nn.Linear, hh: nn.Linear) -> None:
         super().__init__()
         self.ih, self.hh, self.state = ih, hh, Point()
-        self.hidden = hh.out_features // 3
+        self.hidden = int(hh.weight.shape[0]) // 3
 
     def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
         h = x.new_zeros(*x.shape[:-1], self.hidden) if h is None else self.state(h)
@@ -47,7 +47,7 @@ class LSTMCell(nn.Module):
     def __init__(self, ih: nn.Linear, hh: nn.Linear) -> None:
         super().__init__()
         self.ih, self.hh, self.state, self.cell = ih, hh, Point(), Point()
-        self.hidden = hh.out_features // 4
+        self.hidden = int(hh.weight.shape[0]) // 4
 
     def forward(self, x: Tensor, hc: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if hc is None:

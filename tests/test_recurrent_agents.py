@@ -125,8 +125,8 @@ def quantized(model: Model, weights: str = "int8", acts: str = "int8", *steps: s
     return quantize(model, recipe, calib_for(model, 256))
 
 
-def test_calibration_is_on_sequences_of_episodes(pair: tuple[Any, Model]) -> None:
-    """Sequences are pieces of the episodes that the policy plays, and begin where they say."""
+def test_calibration_is_on_pieces_of_episodes(pair: tuple[Any, Model]) -> None:
+    """Sequences are pieces of the episodes that the policy plays; a short episode stays at its last observation."""
     model = pair[1]
     assert model.env is not None
     act, met = act_of(policy_of(model)), dict[int, list[np.ndarray]]()
@@ -135,28 +135,25 @@ def test_calibration_is_on_sequences_of_episodes(pair: tuple[Any, Model]) -> Non
         for row, number in zip(obs.copy(), numbers, strict=True):
             met.setdefault(number, []).append(row)
 
-    rollout(act, model.env, episodes=3, seed=77, record=note)
-    longest = max(map(len, met.values()))
-    for time in (7, longest + 4):
-        pieces, steps = collect_sequences(act, model.env, 3, time, seed=77, episodes=3)
-        assert pieces.shape == (3, time, *policy_of(model).obs_shape)
-        for piece, first in zip(pieces, steps, strict=True):
-            found = [e for e in met.values() if np.array_equal(e[first], piece[0])]
-            assert len(found) == 1
-            expected = found[0][first : first + time]
-            assert np.array_equal(piece[: len(expected)], expected)
-            assert (piece[len(expected) :] == expected[-1]).all() and (len(expected) == time or first == 0)
+    played = rollout(act, model.env, episodes=3, seed=77, record=note)
+    for time in (7, max(map(len, met.values())) + 4):
+        pieces, returns = collect_sequences(act, model.env, 3, time, seed=77, episodes=3)
+        assert pieces.shape == (3, time, *policy_of(model).obs_shape) and np.array_equal(returns, played.returns)
+        known = [np.stack(e[i : i + time]) for e in met.values() for i in range(len(e))]
+        full = [e if len(e) == time else np.concatenate([e, [e[-1]] * (time - len(e))]) for e in known]
+        assert all(any(np.array_equal(piece, e) for e in full) for piece in pieces)
 
 
 def test_calibration_reaches_the_end_of_episodes(pair: tuple[Any, Model]) -> None:
     """All pieces of an episode together hold every observation of it."""
     model = pair[1]
     assert model.env is not None
-    act = act_of(policy_of(model))
-    length = int(rollout(act, model.env, episodes=1, seed=77).lengths[0])
-    time = length // 2 + 1
-    pieces, steps = collect_sequences(act, model.env, 2, time, seed=77, episodes=1)
-    assert sorted(steps) == [0, length - time] and len(pieces) == 2
+    act, met = act_of(policy_of(model)), list[np.ndarray]()
+    rollout(act, model.env, episodes=1, seed=77, record=lambda obs, _n, _s: met.append(obs[0].copy()))
+    time = len(met) // 2 + 1
+    pieces, _ = collect_sequences(act, model.env, 2, time, seed=77, episodes=1)
+    first, second = sorted(pieces, key=lambda piece: not np.array_equal(piece[0], met[0]))
+    assert np.array_equal(first, met[:time]) and np.array_equal(second, met[-time:])
 
 
 @pytest.mark.parametrize("steps", [("gptq",), ("adaround",), ("center", "smoothquant", "gptq", "bias_correction")])
@@ -176,9 +173,11 @@ def test_eight_bits_keep_the_actions(steps: tuple[str, ...], pair: tuple[Any, Mo
 def test_distilled_policies_err_less(pair: tuple[Any, Model]) -> None:
     """Training through time lowers the loss of a 3-bit policy on sequences that it was not trained on."""
     model = pair[1]
-    recipe = uniform("int3", "int4", steps=(("gptq", {}), ("distill", {"steps": 40, "rounds": 2, "batch": 8})))
-    report = quantize(model, recipe, calib_for(model, 256)).meta["steps"][-1]["diagnostics"]
-    assert report["loss_after"] < report["loss_before"]
+    for rounds in (1, 2):  # of two, the policy that earns most is kept, be it that at the start
+        options = {"steps": 40, "rounds": rounds, "batch": 8, "states": 64}
+        recipe = uniform("int3", "int4", steps=(("gptq", {}), ("distill", options)))
+        report = quantize(model, recipe, calib_for(model, 256)).meta["steps"][-1]["diagnostics"]
+        assert report["loss_after"] < report["loss_before"] or (rounds == 2 and report["round"] == 0)
 
 
 def test_artifact_keeps_the_policy(pair: tuple[Any, Model], tmp_path: Path) -> None:

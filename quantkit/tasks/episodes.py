@@ -312,8 +312,7 @@ def collect_sequences(
     episodes: int = 20,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a policy with a memory met in rollouts: sequences (n, time, *obs_shape), and the return of every
-    episode that was run, (episodes,).
+    """What a policy with a memory met in rollouts: sequences (n, time, *obs_shape), and the returns of all episodes.
 
     Episodes are cut into pieces that follow each other, the last of which ends with the episode and may overlap the one
     before; an episode shorter than `time` stays at its last observation. At least `episodes` episodes are run, and more
@@ -322,7 +321,7 @@ def collect_sequences(
     """
     if n < 1 or time < 1:
         raise InputError(f"the number of sequences and their length must be at least 1, got {n} and {time}")
-    pieces, returns = list[np.ndarray](), list[np.ndarray]()
+    pieces, returns = list[np.ndarray](), list[NDArray[np.float64]]()
     first = 0
     while len(pieces) < n:
         kept: dict[int, list[np.ndarray]] = {}
