@@ -88,10 +88,11 @@ class Model:
 
 
 class Visits(NamedTuple):
-    """Inputs that a model met when it acted, and what each of the episodes earned."""
+    """Inputs that a model met when it acted, and what each of the episodes earned in how many steps."""
 
     states: Tensor  # (n, *input_shape)
     returns: Tensor  # (episodes,) float64
+    lengths: Tensor  # (episodes,) int64
 
 
 @dataclass

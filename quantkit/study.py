@@ -162,8 +162,8 @@ def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Prog
     return _met(model, n, CALIBRATION.start, progress)[0]
 
 
-def _met(model: Model, n: int, seed: int, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """n observations from rollouts from this seed on, of a recurrent policy in sequences, and the episodes' returns."""
+def _met(model: Model, n: int, seed: int, progress: Progress | None = None) -> tuple[np.ndarray, ...]:
+    """n observations of rollouts, of a recurrent policy in sequences; the returns and lengths of their episodes."""
     policy, spec = policy_of(model)
     act, options = episodes_task.act_of(policy), {"seed": seed, "episodes": 8, "progress": progress}
     if not policy.recurrent:

@@ -47,7 +47,7 @@ def test_untrained_trainee_is_the_layer(name):
     student, trainees = distill._student(model.copy(), pool)
     got = student(calib.inputs)
     assert (got - expected).abs().median() <= 1e-5 * expected.abs().max()
-    same = distill._stored(model, trainees)
+    same = distill.Course(model, student, trainees, pool, lambda x, y, t: y.sum(1), 1, calib.generator).model()
     assert (same.module(calib.inputs) - expected).abs().median() <= 1e-5 * expected.abs().max()
 
 
@@ -135,8 +135,8 @@ def test_the_policy_acts():
 
 
 def test_a_contest_is_won_by_what_is_sure():
-    """The model kept has, after every heat, the greatest lower bound of what it earns more than the float policy; one
-    that is behind after a heat does not play the next, and one that is level changes nothing."""
+    """The model kept has the greatest lower bound of what it earns more than the float policy; one whose mean is behind
+    that after a heat does not play the next, and one that is level changes nothing."""
     earn = {
         "teacher": lambda seed: torch.full((8,), 10.0 * seed),
         "even": lambda seed: torch.full((8,), 10.0 * seed - 1),
@@ -150,7 +150,7 @@ def test_a_contest_is_won_by_what_is_sure():
     def visit(name, n, seed):
         assert n == 1
         asked.append((name, seed))
-        return Visits(torch.zeros(1), earn[name](seed))
+        return Visits(torch.zeros(1), earn[name](seed), torch.ones(8).long())
 
     contest = distill.Contest(visit, "teacher")
     won = [contest.won(name) for name in ("last", "often", "early", "even", "tied")]
@@ -160,6 +160,39 @@ def test_a_contest_is_won_by_what_is_sure():
     assert heats["tied"] == {1}
     sample = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
     assert distill.sure(sample) == pytest.approx(non_inferior(sample.numpy() * 0, sample.numpy(), 1).low, abs=0.01)
+
+
+def test_the_way_up():
+    """Scales, biases and the input stage go where the return is greater, codes of weights stay; the budget ends it, and
+    a model that never loses to the float policy is left as it is."""
+    _, start, calib = nearest_quantized("policy", "int3", "int4")
+    label = start.module
+    with torch.no_grad():
+        pool = distill.Pool.of(calib.inputs, label)
+        student, trainees = distill._student(start, pool)
+    course = distill.Course(start, student, trainees, pool, lambda x, y, t: y.sum(1), 8, calib.generator)
+    last, played = list(start.qlayers())[-1], []
+    first = start.qlayers()[last].bias.clone()
+
+    def visit(model, n, seed):
+        played.append(8 * 5)
+        reached = 0.0 if model == "float" else -float((model.qlayers()[last].bias - first - 1).square().sum())
+        return Visits(torch.zeros(1), torch.full((8,), reached), torch.full((8,), 5))
+
+    contest = distill.Contest(visit, "float")
+    assert contest.won(start)
+    before, cost = float(contest.gains.mean()), 2 * distill.DIRECTIONS * 40
+    played.clear()
+    best = distill.uphill(course, contest, start, torch.Generator().manual_seed(0), 20 * cost)
+    assert float(contest.gains.mean()) == pytest.approx(visit(best, 1, 1).returns.mean()) and best is not start
+    assert float(contest.gains.mean()) > before + 0.1 * abs(before)
+    assert len(played) - 1 <= 20 * (2 * distill.DIRECTIONS + 6)
+    for name, layer in best.qlayers().items():
+        assert torch.equal(layer.q.codes, start.qlayers()[name].q.codes)
+    played.clear()
+    assert distill.uphill(course, contest, best, torch.Generator(), 0) is best and not played
+    contest.gains = torch.zeros(48)
+    assert distill.uphill(course, contest, best, torch.Generator(), cost) is best and not played
 
 
 def test_visited_states_differ_from_evaluation():

@@ -137,7 +137,7 @@ def test_calibration_is_on_pieces_of_episodes(pair: tuple[Any, Model]) -> None:
 
     played = rollout(act, model.env, episodes=3, seed=77, record=note)
     for time in (7, max(map(len, met.values())) + 4):
-        pieces, returns = collect_sequences(act, model.env, 3, time, seed=77, episodes=3)
+        pieces, returns, _ = collect_sequences(act, model.env, 3, time, seed=77, episodes=3)
         assert pieces.shape == (3, time, *policy_of(model).obs_shape) and np.array_equal(returns, played.returns)
         known = [np.stack(e[i : i + time]) for e in met.values() for i in range(len(e))]
         full = [e if len(e) == time else np.concatenate([e, [e[-1]] * (time - len(e))]) for e in known]
@@ -151,7 +151,7 @@ def test_calibration_reaches_the_end_of_episodes(pair: tuple[Any, Model]) -> Non
     act, met = act_of(policy_of(model)), list[np.ndarray]()
     rollout(act, model.env, episodes=1, seed=77, record=lambda obs, _n, _s: met.append(obs[0].copy()))
     time = len(met) // 2 + 1
-    pieces, _ = collect_sequences(act, model.env, 2, time, seed=77, episodes=1)
+    pieces, *_ = collect_sequences(act, model.env, 2, time, seed=77, episodes=1)
     first, second = sorted(pieces, key=lambda piece: not np.array_equal(piece[0], met[0]))
     assert np.array_equal(first, met[:time]) and np.array_equal(second, met[-time:])
 

@@ -1,7 +1,7 @@
 """Closed-loop distillation: refine a quantized policy until it acts like the float one where it goes itself.
 
 All layers are trained together through their quantizers (`quantkit.trainees`) on the float network's outputs; reward
-has no part in that, it chooses afterwards. Rounds alternate (Ross, Gordon, Bagnell, "A Reduction of Imitation Learning
+has no part in that, only in what follows. Rounds alternate (Ross, Gordon, Bagnell, "A Reduction of Imitation Learning
 and Structured Prediction to No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far
 acts, each time in new episodes, the states that it visits join the ones seen before, the float policy labels them, and
 training goes on.
@@ -17,9 +17,9 @@ few bits cannot imitate everywhere, so they are spent where it matters.
 
 Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
 and of the model at the start and those at the end of every round that of the smallest loss on these is kept. With
-visits, the return decides (`Contest`): a small error at the wrong place ends an episode and a large one may not matter,
-so that of a hopper's rounds, all of nearly the same loss, one earned an eighth of the float policy's return and one all
-but a fortieth.
+visits, the return decides (`Contest`) and moves what is not a weight on from there (`uphill`): a small error at the
+wrong place ends an episode and a large one may not matter, so that of a hopper's rounds, all of nearly the same loss,
+one earned an eighth of the float policy's return and one all but a fortieth.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ FINALISTS = 6
 """How many models of the smallest loss, and how many of the greatest return where they were trained, are compared."""
 HEATS = ((1,), (2,), (3, 4, 5, 6))
 """`visit`'s seeds of the episodes that they are compared in; training takes the later ones."""
+CLIMB = 1000
+"""`visit`'s first seed of the episodes that are climbed in."""
+DIRECTIONS, WIDTH = 8, 0.02
+"""How many directions a step of climbing tries, and how far."""
 
 
 Label = Callable[[Tensor], Tensor]
@@ -87,37 +91,81 @@ class Pool:
             return float(torch.cat([loss(x, module(x), t) for x, t in parts]).double().mean())
 
 
-def train(
-    student: nn.Module,
-    pool: Pool,
-    loss: Aim,
-    optimizer: torch.optim.Optimizer,
-    rates: Callable[[int], float],
-    steps: range,
-    batch: int,
-    generator: torch.Generator,
-) -> None:
-    """Steps of the optimizer on random batches; `rates` multiplies its learning rates.
+@dataclass
+class Course:
+    """A network in training: a copy of `start` whose layers are `trainees`, on the states of `pool`."""
 
-    A step whose loss or gradient is not finite is skipped.
-    """
-    groups = optimizer.param_groups
-    trainees = [m for m in student.modules() if isinstance(m, Trainee | Operand)]
-    for t in steps:
-        for group in groups:
-            group["lr"] = group["base"] * rates(t)
-        chosen = torch.randint(len(pool.train), (batch,), generator=generator)
-        optimizer.zero_grad(set_to_none=True)
-        x = pool.train[chosen]
-        value = loss(x, student(x), pool.train_target[chosen]).mean()
-        value.backward()
-        sums = [value.detach(), *(p.grad.sum() for g in groups for p in g["params"] if p.grad is not None)]
-        if not math.isfinite(float(torch.stack(sums).sum())):
-            continue
-        optimizer.step()
-        with torch.no_grad():
-            for m in trainees:
-                m.bound()
+    start: Model
+    student: nn.Module
+    trainees: dict[str, Trainee | Operand]
+    pool: Pool
+    loss: Aim
+    batch: int
+    generator: torch.Generator
+
+    def train(self, optimizer: torch.optim.Optimizer, rates: Callable[[int], float], steps: range) -> Model:
+        """What it is after steps of the optimizer on random batches; `rates` multiplies its learning rates.
+
+        A step whose loss or gradient is not finite is skipped.
+        """
+        groups = optimizer.param_groups
+        with torch.enable_grad():
+            for t in steps:
+                for group in groups:
+                    group["lr"] = group["base"] * rates(t)
+                chosen = torch.randint(len(self.pool.train), (self.batch,), generator=self.generator)
+                optimizer.zero_grad(set_to_none=True)
+                x = self.pool.train[chosen]
+                value = self.loss(x, self.student(x), self.pool.train_target[chosen]).mean()
+                value.backward()
+                sums = [value.detach(), *(p.grad.sum() for g in groups for p in g["params"] if p.grad is not None)]
+                if not math.isfinite(float(torch.stack(sums).sum())):
+                    continue
+                optimizer.step()
+                with torch.no_grad():
+                    for m in self.trainees.values():
+                        m.bound()
+        return self.model()
+
+    @torch.no_grad()
+    def model(self) -> Model:
+        """The quantized model that the network is now."""
+        result = self.start.copy()
+        parts = result.quantizers()
+        for name, trainee in self.trainees.items():
+            trainee.store(parts[name], result.module)  # type: ignore[arg-type]
+        return result
+
+    @property
+    def soft(self) -> list[nn.Parameter]:
+        """All that is trained but the weights: scales, biases and the input stage."""
+        named = [pair for trainee in self.trainees.values() for pair in trainee.named_parameters()]
+        return [p for name, p in named if p.requires_grad and name != "V"]
+
+    def latent(self) -> list[Tensor]:
+        """All that is trained as it is now, to `load` again."""
+        return [p.detach().clone() for t in self.trainees.values() for p in t.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def load(self, latent: list[Tensor]) -> None:
+        """Go back to what `latent` gave."""
+        parameters = [p for t in self.trainees.values() for p in t.parameters() if p.requires_grad]
+        for p, value in zip(parameters, latent, strict=True):
+            p.copy_(value)
+
+    @torch.no_grad()
+    def put(self, place: list[Tensor], width: float, direction: list[Tensor]) -> Model:
+        """The model whose `soft` parameters are `place` + `width` `direction`, bounded as in training."""
+        for p, value, d in zip(self.soft, place, direction, strict=True):
+            p.copy_(value + width * d)
+        for m in self.trainees.values():
+            m.bound()
+        return self.model()
+
+    def error(self, model: Model) -> float:
+        """The held-out loss of a model; infinite where it is not a number."""
+        value = self.pool.loss(model.module, self.loss)
+        return value if math.isfinite(value) else math.inf
 
 
 def apply(
@@ -130,6 +178,7 @@ def apply(
     batch: int = 256,
     lr: float = 0.004,
     slow: float = 0.2,
+    climb: int = 0,
 ) -> dict[str, float]:
     """Train the quantized layers of the model together.
 
@@ -146,7 +195,7 @@ def apply(
     if not layers:
         return {"loss_before": 0.0, "loss_after": 0.0, "states": 0.0}
     with one_thread():
-        return _distill(model, calib, steps, max(1, rounds), states, batch, lr, slow)
+        return _distill(model, calib, steps, max(1, rounds), states, batch, lr, slow, climb)
 
 
 def trainable(model: Model) -> dict[str, QLayer | Point]:
@@ -172,14 +221,48 @@ class Contest:
         return torch.cat([self.visit(model, 1, seed).returns for seed in heat])
 
     def won(self, model: Model) -> bool:
-        """Whether the model takes the place of the best so far: its `sure` gain must be greater after each heat."""
-        gains = torch.zeros(0)
+        """Whether the model takes the place of the best so far: its `sure` gain must be greater in the end, and after
+        each heat the mean of its gains greater than that."""
+        gains, best = torch.zeros(0), sure(self.gains) if len(self.gains) else -math.inf
         for goal, heat in zip(self.goals, HEATS, strict=True):
             gains = torch.cat([gains, self.returns(model, heat) - goal])
-            if len(self.gains) and not sure(gains) > sure(self.gains[: len(gains)]):
+            if not float(gains.mean()) > best:
                 return False
+        if not sure(gains) > best:
+            return False
         self.gains = gains
         return True
+
+
+def uphill(course: Course, contest: Contest, best: Model, generator: torch.Generator, budget: int) -> Model:
+    """The best of a contest after steps up the slope of the return, which start where `course` is.
+
+    Each step is w = WIDTH times the mean of (R(p + w d) - R(p - w d)) d / (2 std R) over DIRECTIONS normal d, where R
+    is the mean return of 8 episodes, new ones in each step, and p are scales, biases and the input stage, in the units
+    that they are trained in: what earns much with small errors everywhere is sought. (Mania, Guy, Recht, "Simple Random
+    Search Provides a Competitive Approach to Reinforcement Learning", 2018, arXiv 1803.07055, its version V1.) It ends
+    after `budget` steps of the environment beside those of the contest, where no direction changes anything, and once
+    the best surely earns as much as the float policy.
+    """
+    place, played, seed = [p.detach().clone() for p in course.soft], 0, CLIMB
+    while played < budget and sure(contest.gains) < 0:
+        found: list[tuple[float, float, list[Tensor]]] = []
+        for _ in range(DIRECTIONS):
+            d = [torch.randn(p.shape, generator=generator) for p in place]
+            up, down = (contest.visit(course.put(place, w, d), 1, seed) for w in (WIDTH, -WIDTH))
+            played += int(up.lengths.sum() + down.lengths.sum())
+            found.append((float(up.returns.mean()), float(down.returns.mean()), d))
+        spread = float(torch.tensor([r for *rs, _ in found for r in rs]).std(unbiased=False))
+        if not spread > 0:
+            break
+        for high, low, d in found:
+            rise = WIDTH * (high - low) / (2 * spread * DIRECTIONS)
+            place = [p + rise * v for p, v in zip(place, d, strict=True)]
+        model = course.put(place, 0.0, place)
+        place = [p.detach().clone() for p in course.soft]
+        best = model if contest.won(model) else best
+        seed += 1
+    return best
 
 
 def sure(gains: Tensor) -> float:
@@ -191,6 +274,7 @@ def sure(gains: Tensor) -> float:
     return float(gains.mean() - 1.645 * gains.std() / math.sqrt(len(gains)))
 
 
+@torch.no_grad()
 def _distill(
     model: Model,
     calib: Calib,
@@ -200,46 +284,47 @@ def _distill(
     batch: int,
     lr: float,
     slow: float,
+    budget: int,
 ) -> dict[str, float]:
     visit = calib.visit if rounds > 1 else None
-    with torch.no_grad():
-        teacher, start = float_twin(model), model.copy()
-        label, loss, known = _aim(teacher, calib.inputs, None if visit is None else model.critic)
-        pool = Pool.of(calib.inputs, label, known)
-        earned: list[float] = []
-        if visit is not None:
-            for actor in (teacher, start):
-                seen = visit(actor, states, HEATS[-1][-1] + 1)
-                pool = pool.plus(Pool.of(seen.states, label))
-            earned.append(float(seen.returns.mean()))
-        student, trainees = _student(start, pool)
-    optimizer = _optimizer(trainees, lr, slow)
+    teacher, start = float_twin(model), model.copy()
+    label, loss, known = _aim(teacher, calib.inputs, None if visit is None else model.critic)
+    pool = Pool.of(calib.inputs, label, known)
+    earned: list[float] = []
+    if visit is not None:
+        for actor in (teacher, start):
+            seen = visit(actor, states, HEATS[-1][-1] + 1)
+            pool = pool.plus(Pool.of(seen.states, label))
+        earned.append(float(seen.returns.mean()))
+    course = Course(start, *_student(start, pool), pool, loss, batch, calib.generator)
+    optimizer = _optimizer(course.trainees, lr, slow)
 
     def rate(t: int) -> float:
         return min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
 
-    candidates = [start]
+    candidates, latent = [start], [course.latent()] if visit is not None else []
     for number in range(rounds):
         span = range(steps * number // rounds, steps * (number + 1) // rounds)
-        with torch.enable_grad():
-            train(student, pool, loss, optimizer, rate, span, batch, calib.generator)
-        candidates.append(_stored(start, trainees))
+        candidates.append(course.train(optimizer, rate, span))
         if visit is not None:
-            with torch.no_grad():
-                seen = visit(candidates[-1], states, HEATS[-1][-1] + 2 + number)
-                pool = pool.plus(Pool.of(seen.states, label))
+            latent.append(course.latent())
+            seen = visit(candidates[-1], states, HEATS[-1][-1] + 2 + number)
+            course.pool = course.pool.plus(Pool.of(seen.states, label))
             earned.append(float(seen.returns.mean()))
-    losses = [pool.loss(m.module, loss) for m in candidates]
-    order = sorted(range(len(candidates)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    losses = [course.error(m) for m in candidates]
+    order = sorted(range(len(candidates)), key=lambda i: losses[i])
     kept, report = order[0], {}
+    best = candidates[kept]
     if visit is not None:
         rich, contest = sorted(order, key=lambda i: -earned[i]), Contest(visit, teacher)
         for i in [i for i in rich if i in order[:FINALISTS] or i in rich[:FINALISTS]]:
             kept = i if contest.won(candidates[i]) else kept
+        course.load(latent[kept])
+        best = uphill(course, contest, candidates[kept], calib.generator, budget)
         report = {"gain": float(contest.gains.mean())}
-    _copy_into(model, candidates[kept])
-    report |= {"loss_before": losses[0], "loss_after": losses[kept], "round": float(kept)}
-    return report | {"states": float(len(pool.train) + len(pool.held))}
+    _copy_into(model, best)
+    report |= {"loss_before": losses[0], "loss_after": course.error(best), "round": float(kept)}
+    return report | {"states": float(len(course.pool.train) + len(course.pool.held))}
 
 
 def _optimizer(trainees: dict[str, Trainee | Operand], lr: float, slow: float) -> torch.optim.Optimizer:
@@ -321,14 +406,6 @@ def _student(start: Model, pool: Pool) -> tuple[nn.Module, dict[str, Trainee | O
             trainee.unit = spread.get(name, torch.ones(())).clamp_min(1e-12)
         twin.replace(name, trainee)
     return twin.module, trainees
-
-
-def _stored(start: Model, trainees: dict[str, Trainee | Operand]) -> Model:
-    result = start.copy()
-    parts = result.quantizers()
-    for name, trainee in trainees.items():
-        trainee.store(parts[name], result.module)  # type: ignore[arg-type]
-    return result
 
 
 def _copy_into(model: Model, best: Model) -> None:

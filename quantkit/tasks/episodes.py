@@ -280,9 +280,9 @@ def collect_visits(
     episodes: int = 20,
     n_envs: int | None = None,
     progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts, and the
-    returns of all their episodes, (played,) float64.
+    returns and lengths of all their episodes, (played,) float64 and int64.
 
     At least `episodes` episodes are run, and more in rounds of that many until n states were
     seen. The order is random, so any leading part is a uniform sample as well. Deterministic,
@@ -292,14 +292,14 @@ def collect_visits(
     if n < 1:
         raise InputError(f"the number of calibration states must be at least 1, got {n}")
     sample, first = _Sample(n), 0
-    returns: list[np.ndarray] = []
+    played: list[Rollout] = []
     while sample.seen < n:
         sample.streams.clear()
         sample.seed = seed + first
         options: dict[str, Any] = {"n_envs": n_envs, "progress": progress, "record": sample.record}
-        returns.append(rollout(act, spec, episodes=episodes, seed=seed + first, **options).returns)
+        played.append(rollout(act, spec, episodes=episodes, seed=seed + first, **options))
         first += episodes
-    return sample.best(), np.concatenate(returns)
+    return sample.best(), np.concatenate([r.returns for r in played]), np.concatenate([r.lengths for r in played])
 
 
 def collect_sequences(
@@ -311,8 +311,9 @@ def collect_sequences(
     seed: int = CALIBRATION.start,
     episodes: int = 20,
     progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a policy with a memory met in rollouts: sequences (n, time, *obs_shape), and the returns of all episodes.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a policy with a memory met in rollouts: sequences (n, time, *obs_shape), and the returns and
+    lengths of all its episodes, (played,) float64 and int64.
 
     Episodes are cut into pieces that follow each other, the last of which ends with the episode and may overlap the one
     before; an episode shorter than `time` stays at its last observation. At least `episodes` episodes are run, and more
@@ -321,7 +322,7 @@ def collect_sequences(
     """
     if n < 1 or time < 1:
         raise InputError(f"the number of sequences and their length must be at least 1, got {n} and {time}")
-    pieces, returns = list[np.ndarray](), list[NDArray[np.float64]]()
+    pieces, played = list[np.ndarray](), list[Rollout]()
     first = 0
     while len(pieces) < n:
         kept: dict[int, list[np.ndarray]] = {}
@@ -330,8 +331,7 @@ def collect_sequences(
             for row, number in zip(obs.copy(), numbers, strict=True):
                 kept.setdefault(number, []).append(row)
 
-        played = rollout(act, spec, episodes=episodes, seed=seed + first, progress=progress, record=record)
-        returns.append(played.returns)
+        played.append(rollout(act, spec, episodes=episodes, seed=seed + first, progress=progress, record=record))
         for number in sorted(kept):
             met = kept[number]
             for start in sorted({*range(0, max(1, len(met) - time + 1), time), max(0, len(met) - time)}):
@@ -339,7 +339,8 @@ def collect_sequences(
                 pieces.append(np.stack(piece + piece[-1:] * (time - len(piece))))
         first += episodes
     chosen = np.random.default_rng([seed, 4]).permutation(len(pieces))[:n]
-    return np.stack([pieces[i] for i in chosen]), np.concatenate(returns)
+    states = np.stack([pieces[i] for i in chosen])
+    return states, np.concatenate([r.returns for r in played]), np.concatenate([r.lengths for r in played])
 
 
 class _Sample:
