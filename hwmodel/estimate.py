@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from hwmodel import timing
-from hwmodel.cost import HwError
+from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
@@ -16,6 +16,7 @@ from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key, published
 from hwmodel.network import Network
 from hwmodel.packing import WIDE_PORT
+from hwmodel.plan import chains_of, layer_costs, plan_streams, total_cycles
 from hwmodel.spec import LayerSpec, PerGroup
 from hwmodel.unroll import plan_unrolled
 
@@ -26,7 +27,7 @@ Mapping = Literal["lut", "dsp", "auto"]
 
 @dataclass(frozen=True, slots=True)
 class LayerEstimate:
-    """One layer: its fold, resources, cycles (pipeline fill included), where weights lie, how sums are converted."""
+    """One layer: its fold, resources, cycles alone (pipeline fill included), where weights lie, its converter."""
 
     name: str
     pe: int
@@ -43,8 +44,11 @@ class LayerEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A network on a device, one inference at a time, layer after layer.
+    """A network on a device, one inference at a time.
 
+    cycles: of a whole inference, those of the plan of `quantkit rtl` for specs that know their exact arithmetic. Layers
+    with windows overlap (`hwmodel.flow`) from the input beat that completes the first window to the last result; any
+    other layers run one after the other.
     luts: logical LUTs (LUT1..LUT6 cells, before packing). fits: within every resource of the device.
     binding: the resource of which the largest share is used. residual: 90th percentile of the relative LUT
     error on synthesized designs of the kind `residual_of` that no coefficient was fitted to; None where sums are
@@ -84,13 +88,17 @@ def estimate(
     luts: int | None = None,
     clock_mhz: float = 100.0,
     mapping: Mapping = "lut",
+    walk: bool = True,
 ) -> Estimate:
     """Resources and latency of the best folding.
+
+    Of layers with windows that feed each other it is that of `plan.plan_streams`, of any other of `search_folding`.
 
     latency_us: find the fewest LUTs within this latency. luts: find the lowest latency within this
     budget. With neither, `default_cycles` (or the fastest there is, if slower). mapping: "lut" never
     uses DSPs, "dsp" packs the products of every layer of integers into them, "auto" only if the LUT mapping
-    does not fit.
+    does not fit. walk: without it layers with windows count one after the other, too: a fraction of the time, and more
+    cycles than there are.
     Raises `HwError` for a floating-point layer, and for a target that cannot be met, naming the
     nearest that can. A result that exceeds the device is returned with `fits` false.
     """
@@ -100,10 +108,10 @@ def estimate(
     if mapping not in ("lut", "dsp", "auto"):
         raise HwError(f"unknown mapping {mapping!r}; accepted: lut, dsp, auto")
     if mapping == "auto":
-        in_luts = _estimate(specs, device, latency_us, luts, clock_mhz, "lut")
-        in_dsps = in_luts if in_luts.fits else _estimate(specs, device, latency_us, luts, clock_mhz, "dsp")
+        in_luts = _estimate(specs, device, latency_us, luts, clock_mhz, "lut", walk)
+        in_dsps = in_luts if in_luts.fits else _estimate(specs, device, latency_us, luts, clock_mhz, "dsp", walk)
         return in_dsps if in_dsps.fits else in_luts
-    return _estimate(specs, device, latency_us, luts, clock_mhz, mapping)
+    return _estimate(specs, device, latency_us, luts, clock_mhz, mapping, walk)
 
 
 def estimate_unrolled(network: Network, device: Device, *, clock_mhz: float = 100.0) -> Estimate:
@@ -115,7 +123,7 @@ def estimate_unrolled(network: Network, device: Device, *, clock_mhz: float = 10
         raise HwError(f"a clock has more than 0 MHz, not {clock_mhz:g}")
     chosen = plan_unrolled(network, device, fit=False)
     with pricing(device.family):
-        return _summary(chosen, device, clock_mhz, "lut")
+        return _summary(chosen, predict(chosen), sum(fold.cycles for fold in chosen), device, clock_mhz, "lut")
 
 
 @lru_cache(maxsize=4096)
@@ -126,14 +134,25 @@ def _estimate(
     luts: int | None,
     clock_mhz: float,
     mapping: Mapping,
+    walk: bool,
 ) -> Estimate:
+    chains = chains_of(specs) if walk else ()
+    if chains:
+        dsp = "all" if mapping == "dsp" else "none"
+        plans = plan_streams(chains, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp, fit=False)
+        with pricing(device.family):
+            costs = [cost for plan in plans for cost in layer_costs(plan)]
+            cycles = sum(map(total_cycles, plans))
+            return _summary([fold for plan in plans for fold in plan], costs, cycles, device, clock_mhz, mapping)
     ports = [WIDE_PORT[device.family]] * len(specs) if mapping == "dsp" else None
     with pricing(device.family):
         chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
-        return _summary(chosen, device, clock_mhz, mapping)
+        return _summary(chosen, predict(chosen), sum(fold.cycles for fold in chosen), device, clock_mhz, mapping)
 
 
-def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: Mapping) -> Estimate:
+def _summary(
+    chosen: Sequence[Fold], costs: Sequence[Cost], cycles: int, device: Device, clock_mhz: float, mapping: Mapping
+) -> Estimate:
     layers = tuple(
         LayerEstimate(
             fold.spec.name,
@@ -148,12 +167,11 @@ def _summary(chosen: Sequence[Fold], device: Device, clock_mhz: float, mapping: 
             fold.converter,
             fold.acc_bits,
         )
-        for fold, cost in zip(chosen, predict(chosen), strict=True)
+        for fold, cost in zip(chosen, costs, strict=True)
     )
     total = {name: sum(getattr(layer, name) for layer in layers) for name in ("luts", "ffs", "dsps", "bram18")}
     share = {name: used / getattr(device, name) for name, used in total.items()}
     tightest = max(share, key=lambda name: share[name])
-    cycles = sum(layer.cycles for layer in layers)
     kind, band = residual_band(chosen)
     clock = timing.clock_mhz(chosen, total["luts"])
     known = coefficients()["residual"].get(f"fmax {kind}")
@@ -195,7 +213,7 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     )
     if emitted and kind in known:
         return kind, float(known[kind]["p90"])
-    macs = [residual(fold.spec.weight, fold.spec.act) for fold in chosen]  # type: ignore[arg-type]
+    macs = [residual(f.spec.weight, f.spec.act) for f in chosen if f.spec.macs]  # type: ignore[arg-type]
     return "units", max(band for band in macs if band is not None)
 
 

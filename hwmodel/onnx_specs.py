@@ -1,5 +1,8 @@
 """Layer specifications of a quantized ONNX file: QDQ, QCDQ or QONNX, a chain of Gemm, MatMul and Conv.
 
+A file of `quantkit export` says in its metadata (`hardware`) what its layers are in Verilog, exact arithmetic and steps
+without weights included; that is believed where its products are those of the file. Of any other file:
+
 A layer's formats are read from the quantizers before its input and its weight: QuantizeLinear with Clip, Quant,
 BipolarQuant, FloatQuant, and `quantkit export`'s minifloat functions. Stored integers without a Clip get the
 narrowest format that holds them. The accumulator is exact for the weights in the file.
@@ -7,7 +10,9 @@ narrowest format that holds them. The accumulator is exact for the weights in th
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +47,8 @@ class Node:
 
 @dataclass(slots=True)
 class Graph:
-    """Nodes by output and by input, constants, shapes as far as they are known, and types of integer constants."""
+    """Nodes by output and by input, constants, shapes as far as they are known, types of integer constants, and
+    metadata."""
 
     path: Path
     nodes: list[Node] = field(default_factory=list)
@@ -51,6 +57,7 @@ class Graph:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
 
     def fail(self, node: Node, problem: str) -> HwError:
         """The error that names file and layer."""
@@ -77,6 +84,8 @@ def read_onnx(path: Path) -> list[LayerSpec]:
     if not products:
         raise HwError(f"{path} has no layers; expected a chain of {', '.join(PRODUCTS)} with quantizers")
     inputs = [_input(graph, node) for node in products]
+    if (told := _told(graph, products, inputs)) is not None:
+        return told
     specs = []
     for i, node in enumerate(products):
         follower, end = _behind(graph, node)
@@ -101,6 +110,24 @@ def read_onnx(path: Path) -> list[LayerSpec]:
     return specs
 
 
+def _told(
+    graph: Graph, products: Sequence[Node], inputs: Sequence[tuple[Quantized | None, bool]]
+) -> list[LayerSpec] | None:
+    """The layers that the file says it is in hardware, sums, means and pools among them; None where it says nothing, or
+    its products are others."""
+    try:
+        specs = [LayerSpec.from_json(record) for record in json.loads(graph.facts["hardware"])]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    weighted = [spec for spec in specs if not spec.joint and not spec.pool]
+    if len(weighted) != len(products):
+        return None
+    found = [_spec(graph, node, entry, "none") for node, entry in zip(products, inputs, strict=True)]
+    keys = ("op", "out_features", "in_features", "positions", "groups", "weight", "act", "acc_bits")
+    alike = all(getattr(a, key) == getattr(b, key) for a, b in zip(weighted, found, strict=True) for key in keys)
+    return specs if alike else None
+
+
 def layer_name(node: Node) -> str:
     """The node's name without the ending that `quantkit export` gives its product.
 
@@ -123,7 +150,7 @@ def _load(path: Path) -> Graph:
         model = onnx.shape_inference.infer_shapes(model)
     except (OSError, DecodeError, ValueError, RuntimeError) as error:
         raise HwError(f"{path} is no ONNX file that can be read: {' '.join(str(error).split())[:200]}") from None
-    graph = Graph(path)
+    graph = Graph(path, facts={entry.key: entry.value for entry in model.metadata_props})
     for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]:
         dims = value.type.tensor_type.shape.dim
         graph.shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)

@@ -24,7 +24,7 @@ from hwmodel.devices import Device
 from hwmodel.fabric import pricing
 from hwmodel.flow import flow, queue_depths
 from hwmodel.folding import Fold, default_cycles, fronts_of, predict, queues_of, search_folding, whole
-from hwmodel.network import Network
+from hwmodel.network import Network, inputs_of, outputs_of
 from hwmodel.packing import WIDE_PORT
 from hwmodel.spec import LayerSpec, links
 
@@ -83,13 +83,15 @@ def plan_streams(
     luts: int | None = None,
     clock_mhz: float = 100.0,
     dsp: str = "none",
+    fit: bool = True,
 ) -> tuple[tuple[Fold, ...], ...]:
     """Folds of chains of layers with windows, which run one chain after the other and share the device.
 
     In a chain that overlaps, the slowest layer decides: its layers are as cheap as one limit of cycles allows. The
     limits of the chains go by one price of a cycle in LUTs: the lowest that meets the latency (with no target,
     `default_cycles` or the fastest that the device holds) or the highest that meets the LUTs. That is near the best
-    and not proved to be it. `HwError` names the nearest design where the target cannot be met.
+    and not proved to be it. `HwError` names the nearest design where the target cannot be met, and with `fit` what is
+    exceeded where the device is too small.
     """
     if latency_us is not None and luts is not None:
         raise HwError("give a latency or a LUT budget, not both")
@@ -146,8 +148,43 @@ def plan_streams(
                     f"{luts} LUTs cannot be met: the nearest is {size(0)} LUTs ({cycles(0) / clock_mhz:g} us)"
                 )
         found = tuple(rows[i].folds for rows, i in zip(options, chosen(best), strict=True))
-        check_fit(sum(map(total, found), Cost()), device)
+        if fit:
+            check_fit(sum(map(total, found), Cost()), device)
     return found
+
+
+def chains_of(specs: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], ...]:
+    """Specs with windows as designs that run one after the other: sums that leave end a design.
+
+    () where they are no such designs: a layer without a window, or one that reads other maps than it is given.
+    """
+    found: list[tuple[LayerSpec, ...]] = []
+    rest = list(specs)
+    while rest:
+        ends = [i for i, spec in enumerate(rest) if spec.out is None]
+        size = ends[0] + 1 if ends else len(rest)
+        found.append(tuple(rest[:size]))
+        rest = rest[size:]
+    return tuple(found) if all(map(_meet, found)) else ()
+
+
+def _meet(chain: Sequence[LayerSpec]) -> bool:
+    """Whether every layer has a window and reads what the layers before it give."""
+    if any(spec.window is None or spec.act is None for spec in chain):
+        return False
+    try:
+        reads = links(chain)
+    except ValueError:
+        return False
+    first = chain[0]
+    for spec, sources in zip(chain, reads, strict=True):
+        if len(sources) != 1 + (spec.op == "add"):
+            return False
+        for source, act in zip(sources, (spec.act, spec.second), strict=False):
+            given = (first.act, inputs_of(first)) if source < 0 else (chain[source].out, outputs_of(chain[source]))
+            if given != (act, inputs_of(spec)):
+                return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,8 +110,10 @@ def save_artifact(model: Model, path: Path, *, force: bool = False, files: Itera
 
 
 def _specs(model: Model) -> tuple[LayerSpec, ...]:
-    """What the cost model reads; only a recurrent network loads the code that knows its hardware."""
-    if not has_loop(model.module):
+    """What the cost model reads; only a policy, a recurrent network or one of images loads the code that knows its
+    hardware."""
+    images = any(layer.op == "conv2d" for layer in model.qlayers().values())
+    if not images and not isinstance(model.module, Policy) and not has_loop(model.module):
         return layer_specs(model)
     from quantkit.rtl_export import hardware_specs
 

@@ -330,6 +330,7 @@ def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
         "fields": [asdict(field) for field in policy.fields] if policy and policy.fields else None,
         "head": None if policy is None else asdict(policy.head),
         "normalizer": None if policy is None else _normalizer(policy.stage),
+        "hardware": _hardware(model),
         "postprocess": postprocess,
     }
     texts = {
@@ -342,6 +343,19 @@ def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
         "source_sha256": str(model.meta.get("sha256", "")),
     }
     return texts | {key: canonical(value) for key, value in facts.items() if value is not None}
+
+
+def _hardware(model: Model) -> list[dict[str, Any]] | None:
+    """What `hwmodel estimate` cannot see in the file, as `rtl_export.hardware_specs` has it.
+
+    None of other networks than policies and those of images.
+    """
+    images = any(layer.op == "conv2d" for layer in model.qlayers().values())
+    if not images and not isinstance(model.module, Policy):
+        return None
+    from quantkit.rtl_export import hardware_specs
+
+    return [spec.to_json() for spec in hardware_specs(model)]
 
 
 def canonical(value: Any) -> str:

@@ -32,7 +32,7 @@ from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
-from quantkit.qlayers import Point, QLayer
+from quantkit.qlayers import ActQuant, Point, QLayer
 from quantkit.qtensor import encode
 from quantkit.recurrent import Cell, GRUCell, LSTMCell
 from quantkit.rounding import rounder
@@ -113,13 +113,31 @@ def network_of(model: Model) -> tuple[Network, Host]:
 
 
 def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
-    """What the cost model is to price: of a recurrent network with hardware its layers, else `layer_specs`."""
-    if is_recurrent(model.module):
-        try:
+    """What the cost model is to price: the layers that `quantkit rtl` writes, one design behind the other.
+
+    Their exact arithmetic is known, sums and windows without weights are among them. `layer_specs` of other networks.
+    """
+    try:
+        if isinstance(model.module, Policy) or is_recurrent(model.module):
             return network_of(model)[0].specs
-        except InputError:  # float sides: their products still have specs
+    except InputError:  # float sides, or convolutions
+        pass
+    if _images(model):
+        from quantkit.rtl_conv import designs_of
+
+        try:
+            return tuple(spec for design in designs_of(model)[0] for spec in design.network.specs)
+        except InputError:
             pass
     return layer_specs(model)
+
+
+def _images(model: Model) -> bool:
+    """Whether a layer is a convolution of images, all others are that or linear, and none has a side in float or in
+    blocks."""
+    layers = model.layers().values()
+    kinds = {x.op if isinstance(x, QLayer) and x.q is not None and isinstance(x.act, ActQuant) else "" for x in layers}
+    return "conv2d" in kinds <= {"conv2d", "linear"}
 
 
 def _chain(model: Model) -> tuple[InputStage, Head | None, list[tuple[str, nn.Module]]]:

@@ -41,9 +41,13 @@ class Target:
         return {"device": self.device.name, **folding}
 
     def price(self, specs: Sequence[LayerSpec], **limits: Any) -> Estimate:
-        """What layers take there; limits: in place of the target's own. `HwError` where they cannot be built."""
+        """What layers take there; limits: in place of the target's own, layers one after the other.
+
+        `HwError` where they cannot be built. Latencies of networks with windows are bounds here: thousands of
+        candidates are priced, and walking through one design's cycles takes longer than all else.
+        """
         limits = limits or {"latency_us": self.latency_us, "luts": self.luts}
-        return estimate(specs, self.device, mapping=self.mapping, **limits)
+        return estimate(specs, self.device, mapping=self.mapping, walk=False, **limits)
 
     def cost(self, specs: Sequence[LayerSpec]) -> dict[str, Any]:
         """`price` as JSON values with the model's version; {"error": reason} for what cannot be built."""

@@ -23,6 +23,7 @@ from quantkit.export import build_onnx, export_onnx
 from quantkit.model import Calib, Model
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import quantize, uniform
+from quantkit.rtl_export import hardware_specs
 from quantkit.specs import layer_specs
 
 DEVICE = find_device("xc7a35t")
@@ -50,11 +51,26 @@ def nameless(specs: list[LayerSpec] | tuple[LayerSpec, ...]) -> list[LayerSpec]:
     return [replace(spec, name=str(i)) for i, spec in enumerate(specs)]
 
 
+def silent(path: Path) -> None:
+    """Take from a file what it says of its hardware."""
+    proto = onnx.load(str(path))
+    kept = [entry for entry in proto.metadata_props if entry.key != "hardware"]
+    assert len(kept) + 1 == len(proto.metadata_props)
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    onnx.save(proto, str(path))
+
+
 @pytest.mark.parametrize(("weights", "acts", "to"), PAIRS)
 def test_a_file_costs_what_its_artifact_costs(weights: str, acts: str, to: str, tmp_path: Path) -> None:
-    """Formats, accumulators, activations and so every number of the estimate are those of the artifact's specs."""
+    """Every number of the estimate is the artifact's, exact arithmetic included.
+
+    Read from the nodes alone, formats, accumulators and activations are those of the artifact's layers.
+    """
     model = quantized(weights, acts)
     export_onnx(model, tmp_path / "x.onnx", to=to)  # type: ignore[arg-type]
+    assert tuple(read_onnx(tmp_path / "x.onnx")) == hardware_specs(model)
+    silent(tmp_path / "x.onnx")
     found, want = nameless(read_onnx(tmp_path / "x.onnx")), nameless(layer_specs(model))
     for one, other in zip(found, want, strict=True):
         assert (one.weight, one.act, one.out, one.acc_bits) == (other.weight, other.act, other.out, other.acc_bits)
@@ -79,9 +95,22 @@ def test_convolutions_have_their_positions(to: str, tmp_path: Path) -> None:
     model, calib = tiny_models.image_policy()
     model = quantize(model, uniform("int4", "int5"), calib)
     export_onnx(model, tmp_path / "x.onnx", to=to)  # type: ignore[arg-type]
+    silent(tmp_path / "x.onnx")
     found, want = read_onnx(tmp_path / "x.onnx"), layer_specs(model)
     keys = ("op", "out_features", "in_features", "positions", "groups", "weight", "act", "acc_bits", "window")
     assert [[getattr(s, k) for k in keys] for s in found] == [[getattr(s, k) for k in keys] for s in want]
+
+
+def test_metadata_of_other_weights_are_not_believed(tmp_path: Path) -> None:
+    """Where the products are not those that the file tells of, its nodes are read."""
+    export_onnx(quantized("int4", "int5"), tmp_path / "x.onnx")
+    proto = onnx.load(str(tmp_path / "x.onnx"))
+    entry = next(entry for entry in proto.metadata_props if entry.key == "hardware")
+    told = json.loads(entry.value)
+    told[0]["acc_bits"] += 1
+    entry.value = json.dumps(told)
+    onnx.save(proto, str(tmp_path / "x.onnx"))
+    assert all(spec.rescale is None for spec in read_onnx(tmp_path / "x.onnx"))
 
 
 def test_the_command_reads_the_file(tmp_path: Path) -> None:

@@ -5,28 +5,37 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from test_conv_rtl import DEVICE, emitted, prove, random_folds
+from test_conv_rtl import DEVICE, emitted, prove, random_folds, residual
+from test_conv_rtl import image_policy as conv_policy
 from test_joint_rtl import SAME, add, made, mean, product
 from torch import nn
 from torch.nn import functional
 
 from hwmodel import emit_conv, joint, pool, simulate, yosys
 from hwmodel.affine import solved
+from hwmodel.cli import read_specs
 from hwmodel.cost import HwError
+from hwmodel.estimate import estimate
 from hwmodel.fabric import pricing
 from hwmodel.folding import pool_fold
 from hwmodel.formats import bits, decode, encode, parse
 from hwmodel.network import Layer, Network, greatest, reference, sample_codes
-from hwmodel.plan import plan_streams, total, total_cycles
+from hwmodel.plan import plan_network, plan_streams, total, total_cycles
 from hwmodel.spec import LayerSpec, PerTensor, Window
+from quantkit.artifact import save_artifact
+from quantkit.export import export_onnx
 from quantkit.model import Calib, Model
-from quantkit.recipe import Recipe, make_plan, quantize
-from quantkit.rtl_conv import designs_of, input_codes, outputs, seen
+from quantkit.recipe import Recipe, make_plan, quantize, uniform
+from quantkit.rtl_conv import designs_of, has_convolutions, input_codes, outputs, seen
+from quantkit.rtl_designs import write_designs
+from quantkit.rtl_export import network_of
 
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
@@ -312,3 +321,47 @@ def test_the_emitted_network_is_exact_and_on_time(kind: type[nn.Module], tmp_pat
     assert set(found.cycles.tolist()) == {total_cycles(plans)}
     with torch.inference_mode():
         assert np.array_equal(outputs(last, layers[last.name], found.sums), model.module(images[:3]).numpy())
+
+
+def image_policy() -> Model:
+    """Two convolutions, two linear layers, a tanh."""
+    return conv_policy("int4", "int5")[0]
+
+
+def several() -> Model:
+    """A network in three designs: its sum and its mean are of float numbers."""
+    return residual()[0]
+
+
+def perceptron() -> Model:
+    """A policy of linear layers, which do not overlap."""
+    model, calib = tiny_models.policy()
+    return quantize(model, uniform("int4", "int4"), calib)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: quantized(LeNet)[0], lambda: quantized(Averages)[0], image_policy, several, perceptron]
+)
+def test_artifact_file_and_design_say_the_same(make: Callable[[], Model], tmp_path: Path) -> None:
+    """Cycles and LUTs that `hwmodel estimate` reads from the artifact, the ONNX file and the Verilog are the plan's."""
+    model = make()
+    model.meta["factory"] = "anywhere:anything"
+    save_artifact(model, tmp_path / "q")
+    export_onnx(model, tmp_path / "x.onnx")
+    if has_convolutions(model):
+        facts = write_designs(model, new(tmp_path / "rtl"), DEVICE)
+        want = facts["cycles"], facts["luts"]
+        folders = [tmp_path / "rtl" / one["folder"] for one in facts["designs"]]
+    else:
+        network, _ = network_of(model)
+        plans = plan_network(network, DEVICE)
+        want, folders = (total_cycles(plans), total(plans).luts), []
+    for path in (tmp_path / "q", tmp_path / "x.onnx", *(folders if len(folders) == 1 else [])):
+        found = estimate(read_specs(path), DEVICE)
+        assert (found.cycles, found.luts) == want, path
+
+
+def new(path: Path) -> Path:
+    """A new directory."""
+    path.mkdir()
+    return path
