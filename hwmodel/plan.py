@@ -64,14 +64,19 @@ def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int |
     return [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
 
 
-def check_fit(cost: Cost, device: Device) -> None:
-    """`HwError` names what is exceeded where a design does not fit the device."""
+def exceeded(cost: Cost, device: Device) -> str | None:
+    """The resource of which a design needs most beyond what the device has; None where it fits."""
     share = {name: getattr(cost, name) / max(1, getattr(device, name)) for name in ("luts", "ffs", "dsps", "bram18")}
     tightest = max(share, key=lambda name: share[name])
-    if share[tightest] > 1:
+    return tightest if share[tightest] > 1 else None
+
+
+def check_fit(cost: Cost, device: Device) -> None:
+    """`HwError` names what is exceeded where a design does not fit the device."""
+    if (name := exceeded(cost, device)) is not None:
         raise HwError(
-            f"the design needs {getattr(cost, tightest)} {tightest}, but {device.name} has "
-            f"{getattr(device, tightest)}; allow more latency or choose a larger part"
+            f"the design needs {getattr(cost, name):g} {name}, but {device.name} has "
+            f"{getattr(device, name)}; allow more latency or choose a larger part"
         )
 
 
@@ -98,59 +103,104 @@ def plan_streams(
     specs = [spec for chain in chains for spec in chain]
     ports = iter(ports_of(specs, device, dsp))
     with pricing(device.family):
-        options = [_options(fronts_of(chain, [next(ports) for _ in chain])) for chain in chains]
-        prices = sorted({price for rows in options for price in _prices(rows)})
-        known: dict[tuple[int, int], int] = {}
-
-        def chosen(index: int) -> list[int]:
-            price = prices[index] * (1 + 1e-9) if index else 0.0
-            return [min(range(len(rows)), key=lambda i: rows[i].luts + price * rows[i].cycles) for rows in options]
-
-        def cycles(index: int) -> int:
-            for key in enumerate(chosen(index)):
-                if key not in known:
-                    known[key] = total_cycles(options[key[0]][key[1]].folds)
-            return sum(known[key] for key in enumerate(chosen(index)))
-
-        def size(index: int) -> int:
-            picked = zip(options, chosen(index), strict=True)
-            return sum(whole(total(rows[i].folds).luts) for rows, i in picked)
-
-        def bound(index: int) -> int:
-            return sum(rows[i].bound for rows, i in zip(options, chosen(index), strict=True))
-
-        def bare(index: int) -> int:
-            return sum(
-                whole(cost.luts)
-                for rows, i in zip(options, chosen(index), strict=True)
-                for cost in predict(rows[i].folds)
-            )
-
-        indices = range(len(prices))
+        designs = _Designs([_options(fronts_of(chain, [next(ports) for _ in chain])) for chain in chains])
+        indices = range(len(designs.prices))
         if luts is None:
             wanted = default_cycles(specs) if latency_us is None else math.floor(latency_us * clock_mhz + 1e-9)
-            least = bisect_left(indices, -wanted, key=lambda index: -bound(index))
-            best = _first(least, len(prices), lambda index: cycles(index) <= wanted)
-            if best == len(prices) and latency_us is not None:
+            least = bisect_left(indices, -wanted, key=lambda index: -designs.bound(index))
+            best = _first(least, len(indices), lambda index: designs.cycles(index) <= wanted)
+            if best == len(indices) and latency_us is not None:
                 raise HwError(
                     f"{latency_us:g} us at {clock_mhz:g} MHz cannot be met: the nearest is "
-                    f"{cycles(best - 1) / clock_mhz:g} us ({cycles(best - 1)} cycles, {size(best - 1)} LUTs)"
+                    f"{designs.told(best - 1, clock_mhz)}, {designs.slowest(best - 1)}"
                 )
             if latency_us is None:
-                best = min(best, len(prices) - 1)
-                if size(best) > device.luts:
-                    best = max(0, bisect_right(indices[:best], device.luts, key=size) - 1)
+                best = min(best, len(indices) - 1)
+                if designs.luts(best) > device.luts:
+                    best = max(0, bisect_right(indices[:best], device.luts, key=designs.luts) - 1)
         else:
-            most = bisect_right(indices, luts, key=bare) - 1
-            best = most - _first(0, most + 1, lambda back: size(most - back) <= luts)
+            most = bisect_right(indices, luts, key=designs.bare) - 1
+            best = most - _first(0, most + 1, lambda back: designs.luts(most - back) <= luts)
             if best < 0:
                 raise HwError(
-                    f"{luts} LUTs cannot be met: the nearest is {size(0)} LUTs ({cycles(0) / clock_mhz:g} us)"
+                    f"{luts} LUTs cannot be met: the nearest is {designs.told(0, clock_mhz)}, {designs.largest(0)}"
                 )
-        found = tuple(rows[i].folds for rows, i in zip(options, chosen(best), strict=True))
         if fit:
-            check_fit(sum(map(total, found), Cost()), device)
-    return found
+            try:
+                check_fit(designs.cost(best), device)
+            except HwError as error:
+                raise HwError(f"{error}; {designs.nearest(best, device, clock_mhz)}") from None
+        return designs.folds(best)
+
+
+class _Designs:
+    """The designs of chains of layers by ascending price of a cycle: the first has the fewest LUTs."""
+
+    def __init__(self, options: Sequence[Sequence[_Option]]) -> None:
+        self.options = options
+        self.prices = sorted({price for rows in options for price in _prices(rows)})
+        self.known: dict[tuple[int, int], int] = {}
+
+    def rows(self, index: int) -> list[int]:
+        """The number of the option of each chain."""
+        price = self.prices[index] * (1 + 1e-9) if index else 0.0
+        return [min(range(len(rows)), key=lambda i: rows[i].luts + price * rows[i].cycles) for rows in self.options]
+
+    def picked(self, index: int) -> list[_Option]:
+        """The option of each chain."""
+        return [rows[i] for rows, i in zip(self.options, self.rows(index), strict=True)]
+
+    def folds(self, index: int) -> tuple[tuple[Fold, ...], ...]:
+        """The folds of each chain."""
+        return tuple(option.folds for option in self.picked(index))
+
+    def cycles(self, index: int) -> int:
+        """Cycles of one inference, walked through."""
+        for key in enumerate(self.rows(index)):
+            if key not in self.known:
+                self.known[key] = total_cycles(self.options[key[0]][key[1]].folds)
+        return sum(self.known[key] for key in enumerate(self.rows(index)))
+
+    def bound(self, index: int) -> int:
+        """No more than its cycles."""
+        return sum(option.bound for option in self.picked(index))
+
+    def cost(self, index: int) -> Cost:
+        """Its resources."""
+        return sum(map(total, self.folds(index)), Cost())
+
+    def luts(self, index: int) -> int:
+        """Its LUTs."""
+        return whole(self.cost(index).luts)
+
+    def bare(self, index: int) -> int:
+        """Its LUTs without queues, no more than all of them."""
+        return sum(whole(cost.luts) for folds in self.folds(index) for cost in predict(folds))
+
+    def told(self, index: int, clock_mhz: float) -> str:
+        """Its latency and size in words."""
+        cycles = self.cycles(index)
+        return f"{cycles / clock_mhz:g} us ({cycles} cycles, {self.cost(index).luts:g} LUTs)"
+
+    def slowest(self, index: int) -> str:
+        """The layer that decides how fast it is, in words."""
+        fold = max((fold for folds in self.folds(index) for fold in folds), key=lambda fold: fold.cycles)
+        return f"bound by layer {fold.spec.name!r} with {fold.cycles} cycles at PE = {fold.pe}, SIMD = {fold.simd}"
+
+    def largest(self, index: int) -> str:
+        """The layer with the most LUTs, in words."""
+        every = [pair for folds in self.folds(index) for pair in zip(folds, layer_costs(folds), strict=True)]
+        fold, cost = max(every, key=lambda pair: pair[1].luts)
+        return f"bound by layer {fold.spec.name!r} with {cost.luts:g} LUTs at PE = {fold.pe}, SIMD = {fold.simd}"
+
+    def nearest(self, index: int, device: Device, clock_mhz: float) -> str:
+        """The fastest design with fewer LUTs than this one that fits the device, in words; or that none does."""
+        most = bisect_right(range(index), device.luts, key=self.luts) - 1
+        for at in range(most, -1, -1):
+            if not exceeded(self.cost(at), device):
+                return f"the nearest that fits takes {self.told(at, clock_mhz)}, {self.slowest(at)}"
+        name = exceeded(self.cost(0), device) or "luts"
+        return f"none fits: the smallest needs {getattr(self.cost(0), name):g} {name}, {self.largest(0)}"
 
 
 def chains_of(specs: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...], ...]:

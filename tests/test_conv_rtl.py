@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -416,10 +417,27 @@ def test_targets_are_met() -> None:
     assert total(slow[0]).luts < total(quick[0]).luts
     within = plan_streams([network.specs], DEVICE, luts=int(total(quick[0]).luts))
     assert total_cycles(within[0]) <= total_cycles(quick[0])
-    with pytest.raises(HwError, match=r"cannot be met: the nearest is .* us"):
+    with pytest.raises(HwError, match=r"cannot be met: the nearest is .* us .*, bound by layer 'conv' with \d+ cycles"):
         plan_streams([network.specs], DEVICE, latency_us=0.1)
-    with pytest.raises(HwError, match=r"100 LUTs cannot be met: the nearest is \d+ LUTs"):
+    with pytest.raises(
+        HwError, match=r"100 LUTs cannot be met: the nearest is .* \d+ LUTs\), bound by layer 'conv' with"
+    ):
         plan_streams([network.specs], DEVICE, luts=100)
+
+
+def test_the_nearest_design_of_a_small_part_is_named() -> None:
+    """What a part lacks, and the fastest design that it holds, or that it holds none; the design named fits."""
+    network = chain(CHAINS["separable"])
+    need = int(total(plan_streams([network.specs], DEVICE, latency_us=10)[0]).luts)
+    small = dataclasses.replace(DEVICE, luts=need - 1)
+    with pytest.raises(HwError, match=rf"needs {need} luts, but .* has {need - 1}; .*; the nearest that fits") as error:
+        plan_streams([network.specs], small, latency_us=10)
+    assert error.match(r"bound by layer 'conv' with \d+ cycles at PE = \d+, SIMD = \d+$")
+    (cycles,) = [int(n) for n in re.findall(r"takes \S+ us \((\d+) cycles", str(error.value))]
+    again = plan_streams([network.specs], small, latency_us=cycles / 100)
+    assert total_cycles(again[0]) == cycles and total(again[0]).luts < need
+    with pytest.raises(HwError, match=r"none fits: the smallest needs \d+ luts, bound by layer 'conv' with \d+ LUTs"):
+        plan_streams([network.specs], dataclasses.replace(DEVICE, luts=200), latency_us=10)
 
 
 @pytest.mark.parametrize(
