@@ -6,7 +6,7 @@
 A Llama of 110 million random weights (tied embeddings), stored once in bfloat16 and once in float32, and 32 x 512
 random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales fitted
 beforehand (`act_order=true`; "static" there), damping 0.01, head and embeddings in float. Ours is `quantkit quantize`
-as it is; both calibrate in what the checkpoint is stored in, as is their default. "minmax" is ours with scales by
+as it is; both calibrate in what the checkpoint is stored in, as is their default. "absmax" is ours with scales by
 minimum and maximum, as theirs are. llm-compressor runs `oneshot` with the scheme W4A16 and its own defaults (one
 sequence at a time, or `--batch`) in an interpreter of its own, as it wants other versions of transformers and
 compressed-tensors. Each run is a process with `--threads` threads; they take turns.
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 WORDS, WINDOW, HELD = 32_000, 512, 4
-MINMAX = "quantkit minmax"
+ABSMAX = "quantkit absmax"
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def side_by_side(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = make(folder, args.layers, args.hidden, args.sequences, dtype)
-        runs: dict[str, list[dict[str, float]]] = {"llm-compressor": [], "quantkit": [], MINMAX: [], "rtn": []}
+        runs: dict[str, list[dict[str, float]]] = {"llm-compressor": [], "quantkit": [], ABSMAX: [], "rtn": []}
         for _ in range(args.repeats):
             for who, found in runs.items():
                 if who != "rtn" or not found:
@@ -141,11 +141,15 @@ def peak() -> float:
 
 def ours(who: str) -> Any:
     """What runs `quantkit quantize`, everything that it needs imported."""
+    import torch.export._trace  # what following a network's code imports
+    import transformers.models.llama.modeling_llama
+
     import quantkit.cli
-    import quantkit.language_stream  # noqa: F401
+    import quantkit.language_stream
+    import quantkit.loaders.hf  # noqa: F401
     from quantkit.cli.options import app
 
-    step = "rtn" if who == "rtn" else "gptq:act_order=true" + (",scale=minmax" if who == MINMAX else "")
+    step = "rtn" if who == "rtn" else "gptq:act_order=true" + (",scale=absmax" if who == ABSMAX else "")
     command = ["quantize", "model", "-o", who, "--weights", "int4", "--acts", "float", "--granularity", "group128"]
     command += ["--step", step, "--calibration", "text.txt", "--window", str(WINDOW), "--json"]
     return lambda: app(command, standalone_mode=False)

@@ -143,15 +143,15 @@ def read_calibration(
     if len(tokens) < window:
         raise InputError(f"{file}: {len(tokens)} tokens in {len(texts)} documents are less than one window of {window}")
     windows = tokens[: len(tokens) // window * window].reshape(-1, window)
-    return Calib(windows, batch=_rows(model, window, len(windows)))
+    return Calib(windows, batch=_rows(model, window, len(windows), 1024))
 
 
-def _rows(model: Model, length: int, most: int) -> int:
-    """How many sequences to run at once: at most 4096 tokens, 2^27 logits and 2^23 scores of attention."""
+def _rows(model: Model, length: int, most: int, tokens: int = 4096) -> int:
+    """How many sequences to run at once: at most `tokens`, 2^27 logits and 2^23 scores of attention."""
     config = model.meta["config"]
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     logits = 2**27 // (length * int(model.meta["vocabulary"]))
-    return max(1, min(most, 4096 // length, logits, 2**23 // (heads * length**2)))
+    return max(1, min(most, tokens // length, logits, 2**23 // (heads * length**2)))
 
 
 def _check_tokens(model: Model, tokens: Tensor, file: Path) -> None:

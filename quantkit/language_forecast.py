@@ -34,7 +34,8 @@ def forecast(
     """Facts about a run that has not begun: seconds, of which parts, and memory_bytes at the peak.
 
     model: captured, with or without weights. whole: why the model cannot be streamed, or None; memory, half: as in
-    `language_stream.quantize_streamed`, of one that can. seconds is None where a step trains, as its time depends on more than shapes.
+    `language_stream.quantize_streamed`, of one that can. seconds is None where a step trains, as its time depends on
+    more than shapes.
     """
     memory = budget(model) if memory is None else memory
     layers = [(name, layer) for name, layer in model.layers().items() if shape_of(layer).op != "embedding"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Store:
             value = value.bfloat16()
         if self.held + _size(value) <= self.budget:
             self.held += _size(value)
-            return value
+            return _apart(value)
         path = self.folder / str(next(self.numbers))
         _write(value, path)
         return _OnDisk(path, value.dtype, value.shape, value.stride())
@@ -61,6 +62,14 @@ class Store:
             kept.path.unlink()
         elif isinstance(kept, Tensor):
             self.held -= _size(kept)
+
+
+def _apart(value: Tensor) -> Tensor:
+    """The tensor in memory of its own, if it is large: between others' it would keep freed pieces from the system."""
+    if _size(value) < 2**20 or not value.is_contiguous():
+        return value
+    held = torch.frombuffer(mmap.mmap(-1, value.numel() * value.element_size()), dtype=value.dtype)
+    return held.reshape(value.shape).copy_(value)
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -198,6 +207,8 @@ class Stream:
         }
         for i in range(len(self.batches)):
             now: dict[fx.Node, Any] = {}
+            if i % 8 == 7:  # glibc below 2.38 seldom finds room among freed tensors for the next ones of their size
+                give_back()
             for step in steps:
                 self._step(step, now, i)
                 if step.known is not None and step.node in made:

@@ -101,6 +101,7 @@ def quantize_streamed(
     store = Store(folder / "spilled", budget(model) if memory is None else memory, half)
     run = _Run(model, weights, calib, steps, folder, store)
     model.module.eval()
+    give_back()  # what following the network's code has taken
     try:
         run.begin(_job(model, recipe, calib, half))
         with torch.no_grad(), one_thread():
@@ -321,6 +322,7 @@ class _Run:
         self._specify(name)
         self._pack(name)
         self._release(name)
+        give_back()
 
     def _targets(self, site: Site, node: fx.Node, twin: nn.Module) -> list[Any]:
         """What the float layer puts out; its inputs are let go, as in `observers.walk`."""

@@ -217,10 +217,11 @@ def rows(
                 ys.append(layer.columns(site.floats[number], few) if floats else xs[-1][:, :, :0])
             held += xs[-1].shape[1]
             if held >= block:
-                x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
+                x, y = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (xs, ys))
                 whole = held - held % block
                 yield from zip(x[:, :whole].split(block, dim=1), y[:, :whole].split(block, dim=1), strict=True)
-                xs, ys, held = [x[:, whole:].clone()], [y[:, whole:].clone()], held - whole
+                held -= whole
+                xs, ys = ([x[:, whole:].clone()], [y[:, whole:].clone()]) if held else ([], [])
     if held:
         yield torch.cat(xs, dim=1), torch.cat(ys, dim=1)
 

@@ -395,7 +395,7 @@ def _quantile(magnitude: Tensor, q: float) -> Tensor:
 
 def _error(elements: Tensor, scale: Tensor, fmt: Format, weight: Tensor | None) -> Tensor:
     s = scale.unsqueeze(-1)
-    error = round_to(elements / s, fmt).mul_(s).sub_(elements).square_()
+    error = round_to(elements / s, fmt, inplace=True).mul_(s).sub_(elements).square_()
     return (error if weight is None else error.mul_(weight)).sum(-1)
 
 
@@ -406,7 +406,15 @@ def _search(
     weight: Tensor | None,
     rounded: Callable[[Tensor], Tensor] = lambda scale: scale,
 ) -> Tensor:
-    """The scale of least error that `rounded` makes of the candidates."""
+    """The scale of least error that `rounded` makes of the candidates, a few rows at a time, which stay in the cache."""
+    few = max(1, 2**16 // elements[0].numel()) if elements.numel() else 1
+    parts = zip(elements.split(few), start.split(few), *([] if weight is None else [weight.split(few)]), strict=True)
+    return torch.cat([_searched(x, s, fmt, w[0] if w else None, rounded) for x, s, *w in parts])
+
+
+def _searched(
+    elements: Tensor, start: Tensor, fmt: Format, weight: Tensor | None, rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
     start = torch.where(start > 0, start, torch.ones_like(start))
     best = rounded(start.clone())
     best_error = _error(elements, best, fmt, weight)
@@ -419,8 +427,13 @@ def _search(
         best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
 
     coarse = 24
+    peak, reach = elements.abs().amax(dim=-1), max(formats.max_value(fmt), -formats.min_value(fmt))
     for i in range(1, coarse):
-        consider(start * (1 - 0.95 * i / coarse))
+        candidate = start * (1 - 0.95 * i / coarse)
+        beyond = (peak - reach * rounded(candidate)).clamp_min(0).square()
+        if weight is None and bool((beyond >= 1.001 * best_error).all()):
+            break  # the largest alone is off by more, and by still more with all scales to come
+        consider(candidate)
     step = 0.95 / coarse
     center = best.clone()
     for offset in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):
