@@ -40,8 +40,6 @@ numbers, and the graph is shaped so that none of them applies:
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +60,7 @@ from quantkit.errors import InputError
 from quantkit.export_layers import Target, layer_nodes
 from quantkit.export_ops import LATER
 from quantkit.export_walk import TYPES
+from quantkit.files import check_new, new_file
 from quantkit.model import Model
 from quantkit.onnx_formats import DOMAIN, OPSET, Graph
 from quantkit.policy import Head, InputStage, Policy
@@ -83,23 +82,11 @@ def export_onnx(
     cannot be written.
     """
     path, model = Path(path), _followed(model)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; give another output or --force to replace it")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist")
+    check_new(path, force=overwrite)
     data = build_onnx(model, to=to, postprocess=postprocess).SerializeToString()
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        _try(Path(name), path, model)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with new_file(path, force=overwrite) as temporary:
+        temporary.write_bytes(data)
+        _try(temporary, path, model)
 
 
 def _try(path: Path, wanted: Path, model: Model) -> None:

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say what was being written where the system does not: of a full disk most errors name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or 0, error.strerror or str(error), str(path)) from None
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # not imported for its sake
+            raise OSError(0, str(error).rpartition("I/O error: ")[2], str(path)) from None
+        raise
+
+
+@contextmanager
 def new_directory(path: Path, *, force: bool = False, marker: str | None = None) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise.
 
@@ -27,7 +42,8 @@ def new_directory(path: Path, *, force: bool = False, marker: str | None = None)
     check_new(path, force=force, marker=marker)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):  # safetensors writes for the owner alone
             file.chmod(file.stat().st_mode | (0o055 if file.is_dir() else 0o044))
@@ -57,7 +73,8 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:

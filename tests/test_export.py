@@ -379,7 +379,7 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
     export_onnx(mlp(), path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
-    with pytest.raises(InputError, match="folder does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         export_onnx(mlp(), tmp_path / "nowhere" / "m.onnx")
 
 

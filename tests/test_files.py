@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file, read_inputs, sha256_of
@@ -136,6 +138,23 @@ def test_sabotage_writing_in_place_is_caught(tmp_path: Path) -> None:
         handle.write("half")
         raise RuntimeError
     assert listing(tmp_path) != {}
+
+
+def test_what_does_not_fit_on_the_disk_names_the_output(tmp_path: Path) -> None:
+    """Errors of writing that name no file, safetensors' own among them, become one that names the output."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def tensors() -> None:  # a directory that is missing is the nearest to a full disk that every machine has
+        save_file({"a": np.zeros(3)}, tmp_path / "none" / "x.safetensors")
+
+    for write in (full, tensors):
+        for new in (new_file, new_directory):
+            with pytest.raises(OSError) as caught, new(tmp_path / "out"):
+                write()
+            assert caught.value.filename == str(tmp_path / "out") and caught.value.strerror
+            assert listing(tmp_path) == {}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
