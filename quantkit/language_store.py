@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from quantkit.observers import half_products
 from quantkit.qlayers import Attention, MatMul, QLayer
+from quantkit.spool import give_back
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,8 @@ class Stream:
         args, kwargs = fx.map_arg(node.args, pick), fx.map_arg(node.kwargs, pick)
         half = self.store.half and isinstance(call, nn.Linear | QLayer | MatMul | Attention)
         if half and isinstance(call, Attention) and call.plain():  # of the fused kernel the operands decide
-            return call(*(x.bfloat16() if x.is_floating_point() else x for x in args), **kwargs).float()
+            halves = (x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+            return call(*halves, **kwargs).float()  # type: ignore[operator]
         with half_products(half and getattr(call, "act", None) is None):
             return call(*args, **kwargs)
 

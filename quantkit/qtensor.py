@@ -406,7 +406,7 @@ def _search(
     weight: Tensor | None,
     rounded: Callable[[Tensor], Tensor] = lambda scale: scale,
 ) -> Tensor:
-    """The scale of least error that `rounded` makes of the candidates, a few rows at a time, which stay in the cache."""
+    """The scale of least error that `rounded` makes of the candidates; a few rows at a time stay in the cache."""
     few = max(1, 2**16 // elements[0].numel()) if elements.numel() else 1
     parts = zip(elements.split(few), start.split(few), *([] if weight is None else [weight.split(few)]), strict=True)
     return torch.cat([_searched(x, s, fmt, w[0] if w else None, rounded) for x, s, *w in parts])

@@ -33,7 +33,7 @@ class Spool:
             if self.file is None:
                 self.file = tempfile.TemporaryFile(buffering=0)
             self.file.seek(place)
-            left = memoryview(flat.view(torch.uint8).numpy())
+            left = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
             while left:
                 left = left[self.file.write(left) :]
         except OSError:
@@ -62,7 +62,7 @@ class Filed:
     def tensor(self) -> Tensor:
         """What was put there."""
         flat = torch.empty(self.shape.numel(), dtype=self.dtype)
-        left = memoryview(flat.view(torch.uint8).numpy())
+        left = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         assert self.spool.file is not None
         self.spool.file.seek(self.place)
         while left:
