@@ -85,7 +85,7 @@ Steps = Annotated[
         rich_help_panel=_NUM,
     ),
 ]
-_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; a minute or two)"
+_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; one to a few minutes)"
 Exceptions = Annotated[
     list[str] | None,
     typer.Option(
