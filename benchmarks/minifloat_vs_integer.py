@@ -50,13 +50,13 @@ from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
 from hwmodel.formats import Format, minifloats, parse
 from hwmodel.mac import mac_cost
-from hwmodel.spec import LayerSpec, PerRow
+from hwmodel.spec import LayerSpec
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.loading import load_checkpoint
 from quantkit.model import Calib, Model
 from quantkit.presets import preset_steps
-from quantkit.qtensor import fit_groups, grouped
+from quantkit.qtensor import fit_groups
 from quantkit.recipe import Step, quantize, uniform
 from quantkit.results import Row, append_row, read_rows, versions
 from quantkit.rounding import round_to
@@ -208,7 +208,7 @@ def least_noise(task: Task) -> dict[str, dict[str, float]]:
         handle.remove()
     samples = [torch.cat(parts) for parts in seen.values() if parts]
     acts = [x[:: max(1, x.numel() // SQNR_SAMPLES)].reshape(1, 1, -1) for x in samples if x.any()]
-    weights = [grouped(layer.weight.detach().flatten(1), PerRow()) for layer in layers.values()]
+    weights = [layer.weight.detach().flatten(1).unsqueeze(1) for layer in layers.values()]
     formats = [parse(name) for width in sorted(WIDTHS) for name in floats_of(width)]
     return {
         "weights": {str(fmt): float(np.mean([_sqnr(x, fmt) for x in weights])) for fmt in formats},

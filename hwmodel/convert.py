@@ -248,7 +248,7 @@ def group_cost(spec: LayerSpec, acc_bits: int) -> tuple[Cost, int]:
     factor = group_scale_bits(spec)
     shifts = spec.scale_pow2 or spec.granularity.scale == "e8m0"
     reach = 2**POW2_BITS - 1 if shifts else factor
-    total = acc_bits + reach + (spec.in_features // spec.granularity.size).bit_length()
+    total = acc_bits + reach + (-(-spec.in_features // spec.granularity.size)).bit_length()
     adder = Cost(luts=total, ffs=2 * total)
     if shifts:
         return adder + Cost(luts=(acc_bits + reach) * 1.5, ffs=acc_bits + reach), total

@@ -155,9 +155,7 @@ def folds(spec: LayerSpec, port: int | None = None) -> tuple[Fold, ...]:
         )
     columns = spec.in_features
     if isinstance(spec.granularity, PerGroup):
-        if columns % spec.granularity.size:
-            raise HwError(f"layer {spec.name!r}: groups of {spec.granularity.size} do not divide {columns} columns")
-        columns = spec.granularity.size
+        columns = math.gcd(columns, spec.granularity.size)
     rows = divisors(spec.out_features)
     if port is not None:
         packs = [packing(*_formats(spec), port, pe) for pe in rows]
@@ -252,7 +250,7 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None, uni
         stored, extra = pack.field, packed_cost(pack, width, simd, pe)
     extra += grouping * pe
     if group_bits := group_scale_bits(spec):
-        groups = spec.in_features // spec.granularity.size  # type: ignore[union-attr]
+        groups = -(-spec.in_features // spec.granularity.size)  # type: ignore[union-attr]
         extra += rom(pe * group_bits, row_folds * groups).cost
     if spec.window is not None:
         extra += conv.window_cost(spec, conv.stream(spec, pe, simd, pe))

@@ -66,12 +66,16 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A quantizer found: format, real step of its codes' scale, what it reads, and for weights their grid values."""
+    """A quantizer found: format, real step of its codes' scale, what it reads, and for weights their grid values.
+
+    block: columns of a weight that share a scale, where the file says so.
+    """
 
     fmt: Format
     scale: np.ndarray
     source: str
     values: np.ndarray | None = None
+    block: int | None = None
 
 
 def read_onnx(path: Path) -> list[LayerSpec]:
@@ -215,6 +219,11 @@ def _quantizer(graph: Graph, layer: Node, name: str) -> Quantized | None:
         elif node.op == "Clip" and None not in ends and _is_quantized(graph, node.inputs[0]):
             clipped = (float(ends[0]), float(ends[1]))  # type: ignore[arg-type]
             name = node.inputs[0]
+        elif node.op == "Slice" and len(ends) > 1 and ends[1] is not None:  # the last block of a row is filled up
+            found = _quantizer(graph, layer, node.inputs[0])
+            if found is None or found.values is None:
+                return None
+            return replace(found, values=found.values[:, : int(ends[1].item())])
         elif node.op == "DequantizeLinear":
             return _integers(graph, layer, node, clipped)
         elif node.op.startswith(("Quantize", "Dequantize")) and len(node.inputs) == 2:
@@ -250,7 +259,7 @@ def _integers(graph: Graph, layer: Node, node: Node, clipped: tuple[float, float
     if (stored := graph.constants.get(source)) is not None:
         values = stored.astype(np.float64)
         fmt = _narrowest(values) if bounds is None else _of_range(graph, layer, *bounds)
-        return Quantized(fmt, scale, source, values)
+        return Quantized(fmt, scale, source, values, node.facts.get("block_size") or None)
     if before is None or before.op != "QuantizeLinear":
         raise graph.fail(layer, "DequantizeLinear reads neither stored integers nor QuantizeLinear")
     real = _constant(graph, before.inputs[1])
@@ -282,7 +291,8 @@ def _minifloat(graph: Graph, layer: Node, node: Node) -> Quantized:
         return Quantized(fmt, scale, node.inputs[0])
     codes = graph.constants[node.inputs[0]].astype(np.int64)
     values = to_units(codes, fmt) * unit(fmt)
-    return Quantized(fmt, scale[..., 0] if scale.ndim == 3 else scale, node.inputs[0], values.reshape(len(codes), -1))
+    matrix, size = values.reshape(len(codes), -1), codes.shape[2] if codes.ndim == 3 else None
+    return Quantized(fmt, scale[..., 0] if scale.ndim == 3 else scale, node.inputs[0], matrix, size)
 
 
 def _qonnx(graph: Graph, layer: Node, node: Node) -> Quantized:
@@ -402,18 +412,19 @@ def _spec(graph: Graph, node: Node, entry: tuple[Quantized | None, bool], follow
     if entry[0] is not None:
         acc_bits = int(exact_bits(units, entry[0].fmt).max())
         pow2 = _pow2(entry[0].scale) and _pow2(gain) and _pow2(quantized.scale)
-    granularity = _granularity(quantized.scale.T if across else quantized.scale, gain, matrix.shape)
+    scale = quantized.scale.T if across else quantized.scale
+    scale = scale.reshape(len(scale), -1) if scale.ndim > 2 else scale
+    granularity = _granularity(scale, gain, matrix.shape, quantized.block)
     return replace(common, weight=quantized.fmt, granularity=granularity, acc_bits=acc_bits, scale_pow2=pow2)
 
 
-def _granularity(scale: np.ndarray, gain: np.ndarray, shape: tuple[int, ...]) -> Granularity:
+def _granularity(scale: np.ndarray, gain: np.ndarray, shape: tuple[int, ...], block: int | None) -> Granularity:
     """From the weight's scales, as many as its rows or columns need, and the factors behind the sum."""
     if scale.ndim == 2 and scale.shape[1] == shape[1] and shape[1] > 1:  # written out for every column
         changes = np.flatnonzero((scale[:, 1:] != scale[:, :-1]).any(axis=0)) + 1
-        size = math.gcd(shape[1], *changes.tolist()) if len(changes) else shape[1]
-        return PerGroup(size) if size < shape[1] else PerRow()
+        return PerGroup(math.gcd(*changes.tolist())) if len(changes) else PerRow()
     if scale.ndim == 2 and scale.shape[1] > 1:
-        return PerGroup(shape[1] // scale.shape[1])
+        return PerGroup(block or shape[1] // scale.shape[1])
     return PerRow() if scale.size > 1 or gain.size > 1 else PerTensor()
 
 

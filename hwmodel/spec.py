@@ -32,7 +32,8 @@ class PerRow:
 
 @dataclass(frozen=True, slots=True)
 class PerGroup:
-    """One scale per `size` consecutive inputs of each output channel, or for all if they are fewer: (out, in / size).
+    """One scale per `size` consecutive inputs of each output channel, or for all if they are fewer: (out, in / size
+    rounded up), as the last group may be shorter.
 
     scale: None for float32 scales; "e8m0" for powers of two; a minifloat for its values times one float32 of the
     whole tensor. With the weight's format this is a block format: `formats.Block`.

@@ -165,7 +165,7 @@ def analyze(
         try:
             after = damage(_outputs(quantize(model, a.recipe, calib), states), reference, head).error
         except InputError:
-            continue  # groups that do not fit, sums that could overflow: no option for this network
+            continue  # sums that could overflow, say: no option for this network
         tried = Finding(a.places, a.problem, a.option, result.whole.error, after)
         if after <= GAIN * tried.before and (a.problem not in best or after < (best[a.problem].after or 0.0)):
             best[a.problem] = tried

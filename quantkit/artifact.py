@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from hwmodel import formats
 from hwmodel.formats import Block, Float
-from hwmodel.spec import LayerSpec, PerGroup, PerRow, PerTensor, parse_granularity
+from hwmodel.spec import LayerSpec, parse_granularity
 from quantkit import __version__
 from quantkit.bands import ARRAYS, BANDS, Bands, from_arrays, to_arrays
 from quantkit.capture import captured
@@ -40,7 +40,7 @@ from quantkit.joints import place
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, Plain, QLayer, shape_of
-from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scales_of, unpack, within
+from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scale_shape, scales_of, unpack, within
 from quantkit.recipe import format_name, parse_format
 from quantkit.recurrent import has_loop
 from quantkit.specs import bits_per_weight, layer_specs, repeated, sqnr_db, weight_name
@@ -342,13 +342,7 @@ def _restore_weight(layer: QLayer, record: dict[str, Any], tensors: dict[str, Te
     if shape != tuple(layer.weight.shape) or packed.numel() != -(-rows * columns * formats.bits(fmt) // 8):
         raise ValueError(f"{name} has another shape")
     granularity = within(layer.plan.granularity, columns)
-    match granularity:
-        case PerTensor():
-            expected = (1, 1)
-        case PerRow():
-            expected = (rows, 1)
-        case PerGroup(size):
-            expected = (rows, columns // size)
+    expected = scale_shape(rows, columns, granularity)
     base, scales = None, scale_format(granularity)
     if scales is not None:
         base = _positive(record["weight"]["base"]) if isinstance(scales, Float) else None

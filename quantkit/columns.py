@@ -89,12 +89,13 @@ def solve(
     """Grid values Q and scales for W.
 
     W, Q: float32 (columns, groups, rows), from the last column to be rounded to the first. N:
-    (groups, columns, columns) of `factorize`. Every `size` columns share scales, (groups, rows):
-    `scale` gives them, seeing these columns as updated by then and the number of the first; the
-    scales returned are (columns / size, groups, rows). Or `scale` is known beforehand for every column,
-    (columns, groups, rows), as where columns of one group come at different times. block: columns handled
-    one by one; feedback beyond them is one matrix product each time the columns double. It does not change
-    the result beyond float noise. first: what is rounded in the first column in place of its weights, (groups, rows).
+    (groups, columns, columns) of `factorize`. Every `size` columns, from the first to be rounded on, share
+    scales, (groups, rows): `scale` gives them, seeing these columns as updated by then and the number of
+    the first; the scales returned are (columns / size rounded up, groups, rows). Or `scale` is known
+    beforehand for every column, (columns, groups, rows), as where columns of one group come at different
+    times. block: columns handled one by one; feedback beyond them is one matrix product each time the
+    columns double. It does not change the result beyond float noise. first: what is rounded in the first
+    column in place of its weights, (groups, rows).
     Runs on one thread: a column is too little work to share.
     """
     with one_thread():
@@ -106,9 +107,10 @@ def solve(
             _span(Q, T, N, rounder(fmt), block, scale)
             return Q, scale
         scales: list[Tensor] = []
-        for edge in range(len(W) - size, -1, -size):
-            group = slice(edge, edge + size)
-            seen = T[group] if edge + size == len(W) else _updated(Q[group], T[group], N[:, group, group])
+        for end in range(len(W), 0, -size):
+            edge = max(0, end - size)
+            group = slice(edge, end)
+            seen = T[group] if end == len(W) else _updated(Q[group], T[group], N[:, group, group])
             s = scale(seen, edge)
             scales.append(s)
             Q[group] /= s
@@ -282,7 +284,7 @@ def round_layer(
         importance = H.diagonal(dim1=1, dim2=2)  # (groups, columns)
         importance = (importance + 1e-3 * importance.mean()).repeat_interleave(rows, dim=0)
     nearest = fit_scale(W, fmt, granularity, importance=importance, **rule)
-    S, base = expand_scale(nearest, columns), base_of(W, fmt, granularity)
+    S, base = expand_scale(nearest, columns, granularity), base_of(W, fmt, granularity)
     dead = float((H.diagonal(dim1=1, dim2=2) == 0).sum()) if H.numel() else 0.0
 
     order = _order(H, act_order)
@@ -306,8 +308,8 @@ def round_layer(
     def fit(weights: Tensor, start: int) -> Tensor:
         if size == columns:
             return nearest.expand(out, 1).reshape(groups, rows)
-        elements = weights.permute(1, 2, 0).reshape(out, 1, size)
-        share = None if importance is None else importance.flip(1)[:, None, start : start + size]
+        elements = weights.permute(1, 2, 0).reshape(out, 1, -1)
+        share = None if importance is None else importance.flip(1)[:, None, start : start + len(weights)]
         options = {"percentile": rule["percentile"], "pow2": rule["pow2"]}
         options |= {"scale": scale_format(granularity), "base": base}
         return fit_groups(elements, fmt, rule["rule"], column_weight=share, **options).reshape(groups, rows)
@@ -326,7 +328,7 @@ def round_layer(
         r = part.flatten()
         w, s = W[r], S.expand(out, -1)[r]
         near = round_to(w / s, fmt)
-        D = values[r] * expand_scale(scale.expand(out, -1)[r], columns) - w
+        D = values[r] * expand_scale(scale.expand(out, -1)[r], columns, granularity) - w
         E = near * s - w
         lost = advantage(D.reshape(groups, -1, columns), E.reshape(groups, -1, columns), H).flatten() < 0
         values[r[lost]] = near[lost]

@@ -108,6 +108,13 @@ def check(decoder: Decoder) -> None:
                 f"layer {name!r}: compressed-tensors has no place for factors on a layer's inputs, which a step has "
                 "put there because no layer before it could take them; accepted: layers without"
             )
+        if isinstance(layer.q, QTensor) and isinstance(layer.q.granularity, PerGroup):
+            columns, size = layer.q.codes.shape[1], layer.q.granularity.size
+            if columns % size:
+                raise InputError(
+                    f"layer {name!r}: groups of {size} do not divide its {columns} inputs, which compressed-tensors "
+                    "demands; accepted: a size that does, or row granularity"
+                )
         if stored_as(layer) is None:
             held = BANDS if not isinstance(layer.q, QTensor) else f"{layer.q.fmt} per {layer.q.granularity}"
             raise InputError(f"layer {name!r}: {held} is not one of compressed-tensors' formats; accepted: {ACCEPTED}")

@@ -36,7 +36,7 @@ from quantkit.errors import InputError
 from quantkit.files import new_file
 from quantkit.gguf_tokens import add_tokenizer
 from quantkit.qlayers import Plain, QLayer
-from quantkit.qtensor import QTensor, dequantize, scale_codes, values_of
+from quantkit.qtensor import QTensor, dequantize, expand_scale, scale_codes, values_of
 
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 _NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where llama.cpp's is another
@@ -311,7 +311,7 @@ def stored(layer: Plain | QLayer, heads: int = 0) -> Stored:
         return Stored(interleaved(dequantize(q), heads).to(torch.float16).contiguous().numpy(), kind)
     rows, columns = q.codes.shape
     blocks = columns // _SIZES[kind]
-    scale = q.scale.expand(rows, -1).repeat_interleave(blocks // q.scale.shape[1], dim=1)
+    scale = expand_scale(q.scale.expand(rows, -1), columns, q.granularity).expand(-1, columns)[:, :: _SIZES[kind]]
     scale = interleaved(scale, heads).unsqueeze(-1)
     values = interleaved(q.codes if kind == "MXFP4" else values_of(q).to(torch.int8), heads)
     codes = values.reshape(rows, blocks, -1).numpy()

@@ -38,7 +38,7 @@ from quantkit.bands import Bands
 from quantkit.decoder import Decoder, bias_of, config_record, refuse_inputs, weight_of
 from quantkit.errors import InputError
 from quantkit.files import new_directory
-from quantkit.nbits import Codes, block_of, codes_of, width_of
+from quantkit.nbits import Codes, block_of, codes_of, group_of, width_of
 from quantkit.onnx_formats import Graph
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import QTensor
@@ -84,9 +84,9 @@ def check(decoder: Decoder) -> None:
                     f"layer {name!r}: {layer.q.fmt} needs more than 8 bits in units of its smallest step; accepted: "
                     f"ternary, binary, integers up to 8 bits, {', '.join(_minifloats())}"
                 )
-            if not block_of(layer.q.codes.shape[1], layer.q.scale.shape[1]):
+            if not block_of(layer.q.codes.shape[1], group := group_of(layer.q)):
                 raise InputError(
-                    f"layer {name!r}: groups of {layer.q.codes.shape[1] // layer.q.scale.shape[1]} weights do not fit "
+                    f"layer {name!r}: groups of {group} weights do not fit "
                     "MatMulNBits; accepted: tensor, row, groups of a multiple of 16"
                 )
             if layer.op == "embedding" and layer.q.codes.shape[1] % 4:
@@ -424,7 +424,7 @@ class Builder:
         q = layer.q if isinstance(layer, QLayer) else None
         if isinstance(q, QTensor):
             codes = codes_of(q)
-            block = block_of(q.codes.shape[1], q.scale.shape[1])
+            block = codes.block
             options: dict[str, Any] = {"bits": codes.bits, "block_size": block, "quantize_axis": 1, "gather_axis": 0}
             row = codes.packed(block).reshape(len(codes.codes), -1)[:, : q.codes.shape[1] * codes.bits // 8]
             inputs = [self.constant(row, f"{name}.codes", TensorProto.UINT8), ids, *self.scales(codes, block, name)]
@@ -458,7 +458,7 @@ class Builder:
     def product(self, x: str, codes: Codes, name: str, bias: Tensor | None = None) -> str:
         """x times the transposed matrix, and the bias."""
         rows, columns = codes.codes.shape
-        block = block_of(columns, codes.scale.shape[1])
+        block = codes.block
         inputs = [x, self.constant(codes.packed(block), f"{name}.codes", TensorProto.UINT8)]
         inputs += self.scales(codes, block, name)
         if bias is not None:
@@ -476,9 +476,14 @@ class Builder:
             if codes.pow2
             else self.constant(codes.scale[..., None], f"{name}.scale")
         )
-        times = self.constant([rows, own, blocks // own], f"{name}.times", i64)
-        shape = self.constant([rows, blocks], f"{name}.blocks", i64)
+        repeats = blocks if codes.group is None else codes.group // block
+        times = self.constant([rows, own, repeats], f"{name}.times", i64)
+        shape = self.constant([rows, own * repeats], f"{name}.blocks", i64)
         found = [self.op("Reshape", [self.op("Expand", [each, times], f"{name}.repeated"), shape], f"{name}.scales")]
+        if own * repeats > blocks:  # the last group of a row is shorter
+            ends = {"from": 0, "to": blocks, "axis": 1}
+            bounds = [self.constant([value], f"{name}.blocks.{key}", i64) for key, value in ends.items()]
+            found = [self.op("Slice", [*found, *bounds], f"{name}.scales.cut")]
         if (codes.zero != 2 ** (codes.bits - 1)).any():
             byte = sum(codes.zero << at for at in range(0, 8, codes.bits))
             width = self.constant([rows, -(-blocks * codes.bits // 8)], f"{name}.zero_width", i64)

@@ -231,7 +231,7 @@ def _weight(graph: Graph, q: QTensor, name: str, *, inside: bool) -> str:
     if scale.numel() == 1:
         scales = scale.reshape(()).numpy()
     elif isinstance(q.granularity, PerGroup):
-        scales = expand_scale(scale, q.codes.shape[1]).expand(q.codes.shape).reshape(q.shape).numpy()
+        scales = expand_scale(scale, q.codes.shape[1], q.granularity).expand(q.codes.shape).reshape(q.shape).numpy()
     else:
         scales = scale.reshape(-1, *[1] * (len(q.shape) - 1)).numpy()
     if matrix:

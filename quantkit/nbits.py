@@ -9,6 +9,7 @@ import torch
 
 from hwmodel import formats
 from hwmodel.formats import Format
+from hwmodel.spec import PerGroup
 from quantkit.qtensor import QTensor, scale_format, values_of
 
 
@@ -36,18 +37,18 @@ def width_of(fmt: Format) -> Width | None:
     return None
 
 
-def block_of(columns: int, scales: int) -> int:
-    """The operator's block for rows of `columns` weights and `scales` scales; 0 if none fits.
+def block_of(columns: int, group: int | None) -> int:
+    """The operator's block for rows of `columns` weights that share scales by groups, None: all; 0 if none fits.
 
     The largest of 128, 64, 32 and 16 that divides a group; for one scale a row, of 128, 64 and 32 the one that leaves
     least of the last block empty.
 
-    >>> block_of(2048, 1), block_of(2048, 64), block_of(172, 1), block_of(96, 12)
+    >>> block_of(2048, None), block_of(2048, 32), block_of(172, None), block_of(96, 8)
     (128, 32, 64, 0)
     """
-    if scales == 1:
+    if group is None:
         return min((128, 64, 32), key=lambda block: -columns % block)
-    return next((block for block in (128, 64, 32, 16) if (columns // scales) % block == 0), 0)
+    return next((block for block in (128, 64, 32, 16) if group % block == 0), 0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Codes:
     """A matrix of codes as the operator takes it, worth scale * (code - zero).
 
     codes: uint8 (rows, columns), below 2^bits. zero: uint8 (rows, 1) or (1, 1). scale: float32 (rows or 1, scales), all
-    powers of two from 2^-127 on where pow2.
+    powers of two from 2^-127 on where pow2. group: columns that share a scale, the last of a row perhaps fewer; None:
+    all.
     """
 
     codes: np.ndarray
@@ -63,6 +65,12 @@ class Codes:
     zero: np.ndarray
     scale: np.ndarray
     pow2: bool = False
+    group: int | None = None
+
+    @property
+    def block(self) -> int:
+        """`block_of` this matrix."""
+        return block_of(self.codes.shape[1], self.group)
 
     def packed(self, block: int) -> np.ndarray:
         """Codes in blocks, the last filled up with zeros' codes, low bits first: uint8 (rows, blocks, bytes).
@@ -88,4 +96,9 @@ def codes_of(q: QTensor) -> Codes:
     codes = (values_of(q) / unit + width.zero).to(torch.uint8).numpy()
     scale = (q.scale * unit).numpy()
     pow2 = scale_format(q.granularity) == "e8m0" and bool(scale.min() >= 2.0**-127)
-    return Codes(codes, width.bits, np.full((1, 1), width.zero, np.uint8), scale, pow2)
+    return Codes(codes, width.bits, np.full((1, 1), width.zero, np.uint8), scale, pow2, group_of(q))
+
+
+def group_of(q: QTensor) -> int | None:
+    """Columns that share a scale, None where a row has one."""
+    return q.granularity.size if isinstance(q.granularity, PerGroup) and q.scale.shape[1] > 1 else None

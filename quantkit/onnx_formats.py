@@ -157,7 +157,8 @@ def weight(graph: Graph, q: QTensor, name: str, *, real: bool = False) -> str:
     if scales.shape[1] > 1:
         stored = graph.constant(values, f"{name}.codes", kind)
         scale = graph.constant(scales, f"{name}.scale")
-        size = values.shape[1] // scales.shape[1]
+        assert isinstance(q.granularity, PerGroup)
+        size = q.granularity.size
         real_values = graph.op("DequantizeLinear", [stored, scale], f"{name}.values", axis=1, block_size=size)
         return _reshape(graph, real_values, q.shape, values.shape, name)
     stored = graph.constant(values.reshape(q.shape), f"{name}.codes", kind)
@@ -171,11 +172,18 @@ def weight(graph: Graph, q: QTensor, name: str, *, real: bool = False) -> str:
 def _weight_codes(graph: Graph, q: QTensor, fmt: Float, scales: np.ndarray, name: str) -> str:
     rows, columns = q.codes.shape
     kind = TensorProto.UINT4 if formats.bits(fmt) <= 4 else TensorProto.UINT8
-    blocks = (rows, scales.shape[1], columns // scales.shape[1])
-    codes = graph.constant(q.codes.numpy().reshape(blocks), f"{name}.codes", kind)
+    size = q.granularity.size if isinstance(q.granularity, PerGroup) else columns
+    full = np.pad(q.codes.numpy(), ((0, 0), (0, -columns % size)))  # the last group of a row may be shorter
+    blocks = (rows, full.shape[1] // size, size)
+    codes = graph.constant(full.reshape(blocks), f"{name}.codes", kind)
     scale = graph.constant(scales[:, :, None], f"{name}.scale")
     values = graph.call(dequantize_function(fmt), [codes, scale], f"{name}.values")
-    return _reshape(graph, values, q.shape, blocks, name)
+    if full.shape == q.codes.shape:
+        return _reshape(graph, values, q.shape, blocks, name)
+    ends = {"from": 0, "to": columns, "axis": 1}
+    bounds = [graph.constant([value], f"{name}.{key}", TensorProto.INT64) for key, value in ends.items()]
+    values = graph.op("Slice", [_reshape(graph, values, full.shape, blocks, f"{name}.full"), *bounds], f"{name}.cut")
+    return _reshape(graph, values, q.shape, q.codes.shape, name)
 
 
 def _reshape(graph: Graph, x: str, shape: tuple[int, ...], have: tuple[int, ...], name: str) -> str:

@@ -12,10 +12,10 @@ times `base` if it is a minifloat; rounding a scale to its format is done here a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class QTensor:
     """A quantized weight matrix of shape (rows, columns).
 
     codes: integer bit patterns (uint8, or int32 for 16-bit formats). scale: float32, (1, 1) per
-    tensor, (rows, 1) per row, (rows, columns / size) per group. shape: the original tensor's shape.
+    tensor, (rows, 1) per row, (rows, columns / size) per group, rounded up: where the size does not divide the columns
+    the last group of a row is shorter, as if zeros filled it. shape: the original tensor's shape.
     base: what the values of minifloat scales are multiplied by (a float32 number), else None.
     """
 
@@ -95,9 +96,27 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
     return _value_table(fmt).index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
-def expand_scale(scale: Tensor, columns: int) -> Tensor:
+def expand_scale(scale: Tensor, columns: int, granularity: Granularity) -> Tensor:
     """Scales as a tensor that broadcasts against (rows, columns)."""
-    return scale if scale.shape[1] == 1 else scale.repeat_interleave(columns // scale.shape[1], dim=1)
+    if scale.shape[1] == 1:
+        return scale
+    assert isinstance(granularity, PerGroup)
+    return scale.repeat_interleave(granularity.size, dim=1)[:, :columns]
+
+
+def scale_shape(rows: int, columns: int, granularity: Granularity) -> tuple[int, int]:
+    """The shape of `QTensor.scale`.
+
+    >>> scale_shape(4, 17, PerGroup(16)), scale_shape(4, 17, PerGroup(32))
+    ((4, 2), (4, 1))
+    """
+    match granularity:
+        case PerTensor():
+            return 1, 1
+        case PerRow():
+            return rows, 1
+        case PerGroup(size):
+            return rows, -(-columns // size)
 
 
 def quantize(
@@ -107,7 +126,7 @@ def quantize(
     matrix = weight.detach().flatten(1).float()
     base = base_of(weight, fmt, granularity) if base is None else base
     scale = round_scale(scale.float(), scale_format(granularity), base)
-    values = round_to(matrix / expand_scale(scale, matrix.shape[1]), fmt)
+    values = round_to(matrix / expand_scale(scale, matrix.shape[1], granularity), fmt)
     return from_values(values, scale, fmt, granularity, tuple(weight.shape), base)
 
 
@@ -212,7 +231,7 @@ def dequantize(q: QTensor | Bands) -> Tensor:
     """The weight tensor in its original shape, float32."""
     if isinstance(q, Bands):
         return dense(q)
-    return (values_of(q) * expand_scale(q.scale, q.codes.shape[1])).reshape(q.shape)
+    return (values_of(q) * expand_scale(q.scale, q.codes.shape[1], q.granularity)).reshape(q.shape)
 
 
 def units_of(q: QTensor) -> np.ndarray:
@@ -223,22 +242,20 @@ def units_of(q: QTensor) -> np.ndarray:
     return np.vectorize(int, otypes=[object])(units)
 
 
-def grouped(matrix: Tensor, granularity: Granularity) -> Tensor:
-    """A (rows, columns) matrix as (scale rows, scale columns, elements that share the scale)."""
+def grouped(matrix: Tensor, granularity: Granularity) -> list[Tensor]:
+    """A (rows, columns) matrix as (scale rows, scale columns, elements that share the scale).
+
+    Behind that, where groups do not divide a row, its last ones, which are shorter: (rows, 1, elements).
+    """
     rows, columns = matrix.shape
     match within(granularity, columns):
         case PerTensor():
-            return matrix.reshape(1, 1, rows * columns)
+            return [matrix.reshape(1, 1, rows * columns)]
         case PerRow():
-            return matrix.reshape(rows, 1, columns)
+            return [matrix.reshape(rows, 1, columns)]
         case PerGroup(size):
-            if columns % size:
-                raise InputError(
-                    f"a weight of {rows} x {columns} cannot be split into groups of {size} inputs: "
-                    f"{columns} is not a multiple of {size}; "
-                    "give this layer row granularity, another size or another format"
-                )
-            return matrix.reshape(rows, columns // size, size)
+            whole, rest = matrix.split((columns - columns % size, columns % size), dim=1)
+            return [part.unflatten(1, (-1, n)) for part, n in ((whole, size), (rest, columns % size)) if n]
 
 
 def fit_scale(
@@ -265,20 +282,14 @@ def fit_scale(
     if rule == "importance" and importance is None:
         raise InputError("scale rule 'importance' needs the mean square of every input")
     matrix = weight.detach().flatten(1).float()
-    elements = grouped(matrix, granularity)
-    column_weight = None
+    parts = grouped(matrix, granularity)
+    shares: Sequence[Tensor | None] = [None] * len(parts)
     if rule == "importance":
-        column_weight = grouped(importance.float().expand_as(matrix), granularity)  # type: ignore[union-attr]
-    return fit_groups(
-        elements,
-        fmt,
-        rule,
-        percentile=percentile,
-        column_weight=column_weight,
-        pow2=pow2,
-        scale=scale_format(granularity),
-        base=base_of(weight, fmt, granularity),
-    )
+        shares = grouped(importance.float().expand_as(matrix), granularity)  # type: ignore[union-attr]
+    options: dict[str, Any] = {"percentile": percentile, "pow2": pow2}
+    options |= {"scale": scale_format(granularity), "base": base_of(weight, fmt, granularity)}
+    fitted = [fit_groups(x, fmt, rule, column_weight=w, **options) for x, w in zip(parts, shares, strict=True)]
+    return torch.cat(fitted, dim=1)
 
 
 def fit_groups(

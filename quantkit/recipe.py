@@ -30,8 +30,7 @@ from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.observers import Visit, one_thread, visit
-from quantkit.qlayers import LayerPlan, QLayer, shape_of
-from quantkit.qtensor import grouped
+from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.rounding import all_finite
 
 Step = tuple[str, dict[str, Any]]
@@ -243,13 +242,12 @@ def quantize(
 ) -> Model:
     """A quantized copy of the model; the argument is not changed.
 
-    A layer that cannot be quantized stays in float, with the reason in `meta["float_layers"]`. Raises InputError for
-    groups that do not fit a layer, a non-finite weight or input, and a plan that matches no layer.
+    A layer that cannot be quantized stays in float, with the reason in `meta["float_layers"]`. Raises InputError for a
+    non-finite weight or input, and a plan that matches no layer.
     `progress(step name, done, total)` is called before each step. The result does not depend on the number of threads.
     """
     result = captured(model)
     check(result, recipe)
-    check_groups(result, recipe)
     _check_calibration(calib)
     give_plans(result, recipe)
     result.module.eval()
@@ -397,22 +395,6 @@ def _check_range(name: str, plan: LayerPlan, columns: int) -> None:
             f"layer {name!r}: sums of {plan.weight} x {plan.act} products can exceed float32; "
             "take fewer exponent bits on one side"
         )
-
-
-def check_groups(model: Model, recipe: Recipe) -> None:
-    """Raise InputError for groups that do not fit a layer. Apart from `check`: a sweep goes on with other designs."""
-    layers = model.layers()
-    for index, (name, layer) in enumerate(layers.items()):
-        plan, shape = recipe.plan_for(name, index, len(layers)), shape_of(layer)
-        rows, columns = shape.outputs, shape.inputs // shape.groups * math.prod(shape.kernel)
-        if shape.op == "embedding":
-            rows, columns = shape.inputs, shape.outputs
-        if plan.weight is None and plan.act is None:
-            continue
-        try:
-            grouped(torch.empty(rows, columns, device="meta"), plan.granularity)
-        except InputError as error:
-            raise InputError(f"layer {name!r}: {error}") from None
 
 
 def _check_calibration(calib: Calib) -> None:

@@ -101,7 +101,7 @@ class Trainee(nn.Module):
         if layer.uniform is not None:
             q = layer.uniform
             self.s0 = q.scale
-            u = layer.weight.detach().flatten(1) / expand_scale(q.scale, values_of(q).shape[1])
+            u = layer.weight.detach().flatten(1) / expand_scale(q.scale, values_of(q).shape[1], q.granularity)
             self.V = nn.Parameter(inside_cell(u, values_of(q), q.fmt))
             self.log_s = nn.Parameter(torch.zeros_like(q.scale))
         if self.act is not None:
@@ -132,9 +132,9 @@ class Trainee(nn.Module):
             assert layer.uniform is not None
             s = self.log_s.exp() * self.s0
             s = s + (round_scale(s, scale_format(layer.uniform.granularity), layer.uniform.base) - s).detach()
-            weight = (_Round.apply(self.V, layer.uniform.fmt) * expand_scale(s, self.V.shape[1])).reshape(
-                layer.weight.shape
-            )
+            weight = (
+                _Round.apply(self.V, layer.uniform.fmt) * expand_scale(s, self.V.shape[1], layer.uniform.granularity)
+            ).reshape(layer.weight.shape)
         bias = layer.bias + self.bias * self.unit
         if layer.op == "embedding":
             return layer.product(x, weight) + bias

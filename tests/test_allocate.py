@@ -97,12 +97,11 @@ def test_q_values_count_their_own_error(tmp_path: Path) -> None:
 
 
 def test_formats_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
-    """Groups that divide no row of a layer give it no cell; if nothing fits, the layer and the reason are named."""
-    table = measure(study_of(cartpole()), tmp_path, ("int4",), ("int4",), ("row", "group4"))
-    assert [c.granularity for c in table["net.fc1"]] == ["row", "group4"]
-    assert [c.granularity for c in table["net.head"]] == ["row"]
-    with pytest.raises(InputError, match=r"net\.head.*multiple of 4"):
-        measure(study_of(cartpole()), tmp_path, ("int4",), ("int4",), ("group4",))
+    """A format without a positive value gives a layer no cell; if nothing fits, layer and reason are named."""
+    table = measure(study_of(cartpole()), tmp_path, ("int4",), ("int4", "int1"))
+    assert all([c.acts for c in cells] == ["int4"] for cells in table.values())
+    with pytest.raises(InputError, match=r"net\.fc1.*no positive value"):
+        measure(study_of(cartpole()), tmp_path, ("int4",), ("int1",))
 
 
 def test_training_is_left_out() -> None:

@@ -62,7 +62,7 @@ def kept_by_guard(layer, values, H):
     return error[0] <= error[1] * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerRow(), PerGroup(6)], ids=str)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerRow(), PerGroup(6), PerGroup(7)], ids=str)
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_equals_the_paper(weights, granularity):
     """Codes and scales are those of the paper's algorithm, for every format and granularity."""
@@ -76,9 +76,10 @@ def test_equals_the_paper(weights, granularity):
             return fixed[:, 0].numpy().astype(np.float64) * np.ones(9)
         return fit_scale(torch.from_numpy(W).float(), fmt, PerRow(), "absmax")[:, 0].numpy().astype(np.float64)
 
-    Q, scales = paper(layer.weight.numpy(), H, fmt, scale_of, 6 if isinstance(granularity, PerGroup) else 18)
+    size = granularity.size if isinstance(granularity, PerGroup) else 18
+    Q, scales = paper(layer.weight.numpy(), H, fmt, scale_of, size)
     gptq.apply(model, calib, scale="absmax", block=4)
-    real = Q * (np.repeat(scales, 18 // scales.shape[1], axis=1))
+    real = Q * np.repeat(scales, size, axis=1)[:, :18]
     rows = kept_by_guard(layer, real, H)
     assert rows.sum() >= (2 if weights == "binary" else 5)
     assert np.array_equal(values_of(layer.q).numpy()[rows], Q[rows])
@@ -87,21 +88,22 @@ def test_equals_the_paper(weights, granularity):
 
 
 @pytest.mark.parametrize("block", [1, 4, 500])
+@pytest.mark.parametrize("size", [6, 7])
 @pytest.mark.parametrize("weights", ["int3", "e2m1"])
-def test_groups_by_falling_moment_equal_the_paper(weights, block):
+def test_groups_by_falling_moment_equal_the_paper(weights, size, block):
     """With act_order columns of one group come at different times, each under its group's scale of before."""
-    model, calib = wrapped(lambda: single(nn.Linear(36, 9)), weights, PerGroup(6))
+    model, calib = wrapped(lambda: single(nn.Linear(36, 9)), weights, PerGroup(size))
     layer, fmt = model.module[0], parse(weights)
     H = gram_of(layer, calib)[0].numpy()
-    scale = fit_scale(layer.weight, fmt, PerGroup(6), "absmax").numpy().astype(np.float64)
+    scale = fit_scale(layer.weight, fmt, PerGroup(size), "absmax").numpy().astype(np.float64)
     order = np.argsort(-np.diag(H))
-    Q, _ = paper(layer.weight.numpy()[:, order], H[order][:, order], fmt, lambda w, j: scale[:, order[j] // 6], 1)
+    Q, _ = paper(layer.weight.numpy()[:, order], H[order][:, order], fmt, lambda w, j: scale[:, order[j] // size], 1)
     gptq.apply(model, calib, scale="absmax", act_order=True, block=block)
     wanted = Q[:, np.argsort(order)]
-    rows = kept_by_guard(layer, wanted * scale.repeat(6, axis=1), H)
+    rows = kept_by_guard(layer, wanted * scale.repeat(size, axis=1)[:, :36], H)
     assert rows.sum() >= 5
     assert np.array_equal(values_of(layer.q).numpy()[rows], wanted[rows])
-    assert torch.equal(layer.q.scale, fit_scale(layer.weight, fmt, PerGroup(6), "absmax"))
+    assert torch.equal(layer.q.scale, fit_scale(layer.weight, fmt, PerGroup(size), "absmax"))
 
 
 @pytest.mark.parametrize("name", ["grouped", "depthwise"])

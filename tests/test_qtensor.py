@@ -16,7 +16,6 @@ from quantkit.qtensor import (
     encode,
     expand_scale,
     fit_scale,
-    grouped,
     pack,
     quantize,
     units_of,
@@ -114,10 +113,8 @@ def test_importance_favours_important_columns():
     assert torch.equal(same, fit_scale(w, fmt, PerRow(), "importance", importance=torch.ones(40)))
 
 
-def test_bad_groups_and_rules_are_named():
-    """A group size that does not divide the columns and an unknown rule are InputErrors that say so."""
-    with pytest.raises(InputError, match="5 x 12 cannot be split into groups of 5"):
-        grouped(weight(), PerGroup(5))
+def test_bad_rules_are_named():
+    """An unknown rule, and one that lacks what it weighs by, are InputErrors that say so."""
     with pytest.raises(InputError, match="unknown scale rule 'max'"):
         fit_scale(weight(), parse("int4"), PerRow(), "max")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="importance"):
@@ -127,7 +124,7 @@ def test_bad_groups_and_rules_are_named():
 def test_expand_scale():
     """Group scales repeat over their columns."""
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert expand_scale(scale, 6)[1].tolist() == [3, 3, 3, 4, 4, 4]
+    assert expand_scale(scale, 6, PerGroup(3))[1].tolist() == [3, 3, 3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
@@ -160,4 +157,4 @@ def test_convolution_weights_keep_their_shape():
     q = quantize(w, fit_scale(w, parse("int5"), PerGroup(4), "mse"), parse("int5"), PerGroup(4))
     assert q.codes.shape == (4, 12) and q.scale.shape == (4, 3)
     assert dequantize(q).shape == w.shape
-    assert torch.equal(values_of(q), round_to(w.flatten(1) / expand_scale(q.scale, 12), parse("int5")))
+    assert torch.equal(values_of(q), round_to(w.flatten(1) / expand_scale(q.scale, 12, PerGroup(4)), parse("int5")))

@@ -20,7 +20,7 @@ from quantkit.recipe import Recipe, make_plan, quantize, uniform
 from quantkit.study import visited_states
 from quantkit.training import Straight, cosine, train
 
-GRANULARITIES = [PerTensor(), PerRow(), PerGroup(4)]
+GRANULARITIES = [PerTensor(), PerRow(), PerGroup(4), PerGroup(5)]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,10 +77,10 @@ def test_mean_inputs_stand_for_lambda(granularity, quantizer, constant):
     y = part(x)
     (y * G).sum().backward()
     t, a = (v.detach() for v in part.codes())
-    w, q, m = part.w.detach(), t * expand_scale(a, 12), x.mean(0)
+    w, q, m = part.w.detach(), t * expand_scale(a, 12, granularity), x.mean(0)
     missing = w - q if constant == "error" else w * (t == 0)
     assert (y - (x @ q.T + part.bias + missing @ m)).abs().max() <= 1e-12
-    inside = torch.ones_like(w) if quantizer != "lsq" else (w.abs() <= expand_scale(a, 12)).double()
+    inside = torch.ones_like(w) if quantizer != "lsq" else (w.abs() <= expand_scale(a, 12, granularity)).double()
     expected = (G.T @ x) * inside
     if constant == "mean":
         expected = expected + G.sum(0)[:, None] * m * (t == 0)
@@ -112,7 +112,7 @@ def test_constants_of_any_layer(build, constant):
         for name, x in seen.items():
             part = trainees[name]
             t, a = part.codes()
-            missing = part.w - t * expand_scale(a, t.shape[1]) if constant == "error" else part.w * (t == 0)
+            missing = part.w - t * expand_scale(a, t.shape[1], PerRow()) if constant == "error" else part.w * (t == 0)
             y = part.layer.product(x, missing.reshape(part.layer.weight.shape))
             want = y.movedim(part.layer.axis, -1).flatten(0, -2).mean(0)
             got = part.matrix_and_bias()[1] - part.bias
@@ -187,7 +187,7 @@ def test_exact_merge(granularity, quantizer, act):
         assert torch.equal(got, wanted)
     size = x.abs() @ dequantize(layer.q).abs().T + layer.bias.abs()
     assert ((got - wanted).abs() <= 1e-6 * size).all()
-    assert torch.equal(dequantize(layer.q), t * expand_scale(a, 12)) and torch.equal(values_of(layer.q), t)
+    assert torch.equal(dequantize(layer.q), t * expand_scale(a, 12, granularity)) and torch.equal(values_of(layer.q), t)
     extra = 0.3 * (part.w.detach() * (t == 0)).sum(1)
     assert torch.equal(layer.bias, part.bias.detach() + extra) and extra.abs().min() > 0
 
@@ -327,13 +327,6 @@ def test_bad_input(weights, options, message):
         weights, _, group = weights.partition(":")
         granularity = f"{group}:e8m0" if group else "row"
         quantize(model, uniform(weights, "float", granularity, steps=(("tequila", options),)), calib)
-
-
-def test_groups_must_fit():
-    """A group never spans two rows: 10 inputs in groups of 4 are refused with the layer's name and shape."""
-    model, calib = single(nn.Linear(10, 2))
-    with pytest.raises(InputError, match="layer '0': a weight of 2 x 10 cannot be split into groups of 4"):
-        quantize(model, uniform("ternary", "float", "group4", steps=(("tequila", {}),)), calib)
 
 
 def test_straight_is_exact():

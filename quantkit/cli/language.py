@@ -44,7 +44,7 @@ def language_job(
     from quantkit.capture import captured
     from quantkit.language_stream import why_whole
     from quantkit.loading import hugging_face
-    from quantkit.recipe import check, check_groups
+    from quantkit.recipe import check
 
     hf = hugging_face(checkpoint)
     weights: Weights | None
@@ -57,7 +57,6 @@ def language_job(
     model = captured(model, inplace=True)
     recipe = for_kind(recipe, preset, model)
     check(model, recipe)
-    check_groups(model, recipe)
     whole = unread if weights is None else why_whole(model, recipe)
     return Job(model, weights, recipe, calib, whole, _half(dtype, weights, whole))
 

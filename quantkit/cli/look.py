@@ -331,13 +331,12 @@ def analyze(
     model = load(checkpoint, env, factory, normalize, inputs)
 
     from quantkit import analyze as analysis
-    from quantkit.recipe import check, check_groups
+    from quantkit.recipe import check
     from quantkit.study import calib_for, fresh_states
 
     if recipe is not None:
         recipe = for_kind(recipe, preset, model)
         check(model, recipe)
-        check_groups(model, recipe)
     with progress_bar("rollouts", "episodes") as update:
         seen = fresh_states(model, states, inputs, behind=0 if stored else calibration)
         calib = None if recipe is None else calib_for(model, calibration, update, inputs)

@@ -173,13 +173,12 @@ def _quantize_whole(
 ) -> tuple[Model, dict[str, Any]]:
     """Quantize what is no language model and write it; the model and its summary."""
     from quantkit.artifact import save_artifact, summary
-    from quantkit.recipe import check, check_groups
+    from quantkit.recipe import check
     from quantkit.recipe import quantize as run
 
     model = load(checkpoint, env, factory, normalize, inputs)
     recipe = for_kind(recipe, preset, model)
     check(model, recipe)
-    check_groups(model, recipe)
     with progress_bar("calibration rollouts", "episodes") as update:
         calib = calib_of(model, checkpoint, calibration, window, documents, inputs, update)
     with progress_bar("quantize", "steps") as update:

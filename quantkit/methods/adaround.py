@@ -197,7 +197,7 @@ def each(
             layer.set_weight(quantize(layer.weight, fitted, fmt, granularity))
             return
         w = layer.weight.detach().float().reshape(groups, out // groups, -1)
-        s = expand_scale(fitted, w.shape[2]).expand(out, -1).reshape(groups, out // groups, -1)
+        s = expand_scale(fitted, w.shape[2], granularity).expand(out, -1).reshape(groups, out // groups, -1)
         loss: Moments | Samples = moments
         if w.shape[2] > 4 * batch:
             loss = _samples(site, batch, samples, calib.generator)

@@ -76,7 +76,12 @@ def ternary(w: Tensor, granularity: Granularity, quantizer: Quantizer = "absmean
     >>> t.tolist(), a.tolist()
     ([[1.0, -1.0, 0.0, 1.0]], [[0.5]])
     """
-    g = grouped(w, granularity)
+    parts = [_ternary(part, quantizer) for part in grouped(w, granularity)]
+    return torch.cat([t.reshape(len(w), -1) for t, _ in parts], dim=1), torch.cat([a for _, a in parts], dim=1)
+
+
+def _ternary(g: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """(t, a) of elements (rows, groups, size): t like them, a (rows, groups)."""
     size = g.abs()
     mean = size.mean(-1)
     match quantizer:
@@ -91,8 +96,7 @@ def ternary(w: Tensor, granularity: Granularity, quantizer: Quantizer = "absmean
             a = (size * live).sum(-1) / live.sum(-1)
         case "lsq":
             a, threshold = 2 * mean, mean
-    t = g.sign() * (size >= threshold.unsqueeze(-1))
-    return t.reshape(w.shape), a
+    return g.sign() * (size >= threshold.unsqueeze(-1)), a
 
 
 class _Learned(torch.autograd.Function):
@@ -138,14 +142,14 @@ class Trainee(nn.Module):
         if self.a is None:
             return ternary(w, self.layer.plan.granularity, self.quantizer)
         a = self.a.abs().clamp_min(torch.finfo(torch.float32).tiny)
-        return w.sign() * (w.abs() >= expand_scale(a.detach(), w.shape[1]) / 2), a
+        return w.sign() * (w.abs() >= expand_scale(a.detach(), w.shape[1], self.layer.plan.granularity) / 2), a
 
     def matrix_and_bias(self) -> tuple[Tensor, Tensor]:
         """w^ in real units (rows, columns) and b + C, as trained."""
         if self.w is None:
             return self.layer.effective_weight().flatten(1), self.bias
         t, a = self.codes()
-        s = expand_scale(a, t.shape[1])
+        s = expand_scale(a, t.shape[1], self.layer.plan.granularity)
         matrix: Tensor = Straight.apply(self.w, t * s) if self.a is None else _Learned.apply(self.w, s.expand_as(t), t)
         if self.reactivate == 0:
             return matrix, self.bias

@@ -62,7 +62,7 @@ class Trainee(nn.Module):
         if (q := layer.uniform) is not None:
             values = values_of(q)
             low, high = (-1.0, 1.0) if isinstance(q.fmt, Levels) else (min_value(q.fmt), max_value(q.fmt))
-            u = layer.weight.detach().flatten(1) / expand_scale(q.scale, values.shape[1])
+            u = layer.weight.detach().flatten(1) / expand_scale(q.scale, values.shape[1], q.granularity)
             self.V = nn.Parameter(nearby(u.clamp(low, high), values, q.fmt))
             self.log_s = nn.Parameter(torch.zeros_like(q.scale))
 
@@ -76,10 +76,10 @@ class Trainee(nn.Module):
     def matrix(self) -> Tensor:
         """w~ in real units, like the layer's weight."""
         layer = self.layer
-        if self.V is None or layer.uniform is None:
+        if self.V is None or (q := layer.uniform) is None:
             return layer.effective_weight()
-        values = Straight.apply(self.V, round_to(self.V.detach(), layer.uniform.fmt))
-        return (values * expand_scale(self.scale(), values.shape[1])).reshape(layer.weight.shape)
+        values = Straight.apply(self.V, round_to(self.V.detach(), q.fmt))
+        return (values * expand_scale(self.scale(), values.shape[1], q.granularity)).reshape(layer.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
