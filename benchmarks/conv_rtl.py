@@ -2,14 +2,15 @@
 
     python benchmarks/conv_rtl.py [--data ../shared/data/vision] [--images 2] [--cache DIR] [--work DIR]
 
-Both networks at int4 weights and int8 inputs, rounded to nearest, with batch norms folded. Every design, and some of
-the layers inside them alone, runs in Verilator on the codes that the simulator gives it for test images. "whole" is the
-network with the operands of its residual sums and means quantized, too (step joints): one design from images to scores,
-`accuracy` its percent of the test data beside that without the step (`accuracy_without`); of its sums and means Yosys
-counts the cells, each alone. `exact`: its
-codes or sums, and the float32 outputs behind the sums, are the simulator's bit for bit. `cycles` are predicted,
-`simulated` counted. LUTs, flip-flops and block RAMs are estimated; of some pieces Yosys counts them, too. Finished rows
-are kept in WORK/rows.jsonl; run again to go on. Rows go to reports/hwmodel/conv_rtl.csv.
+Both networks at int4 weights and int8 inputs by the steps of STEPS, with batch norms folded. Every design, and some of
+the layers inside them alone, runs in Verilator on the codes that the simulator gives it for test images. "whole" is
+the network with the operands of its residual sums and means quantized, too (step joints): one design from images to
+scores, `accuracy` its percent of the test data beside that without the step (`accuracy_without`) and rounded to
+nearest (`accuracy_nearest`); of its sums and means Yosys counts the cells, each alone. `exact`: its codes or sums, and
+the float32 outputs behind the sums, are the simulator's bit for bit. `cycles` are predicted, `simulated` counted,
+`interval` the cycles from map to map where maps follow each other, predicted. LUTs, flip-flops and block RAMs are
+estimated; of some pieces Yosys counts them, too. Finished rows are kept in WORK/rows.jsonl; run again to go on. Rows
+go to reports/hwmodel/conv_rtl.csv.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,22 @@ import vision_networks
 from hwmodel import emit_conv, simulate, yosys
 from hwmodel.cli_proof import CACHE
 from hwmodel.devices import find_device
+from hwmodel.flow import interval
 from hwmodel.folding import Fold
 from hwmodel.network import Network
 from hwmodel.plan import plan_streams, total, total_cycles
 from quantkit.model import Calib, Model
-from quantkit.recipe import Recipe, make_plan, quantize
+from quantkit.recipe import Recipe, Step, make_plan, quantize
 from quantkit.rtl_conv import Part, designs_of, input_codes, outputs, seen
 
 DEVICE = "xc7a35t"
 WEIGHTS, ACTS = "int4", "int8"
 CALIBRATION = 200
+STEPS: dict[str, tuple[Step, ...]] = {
+    "resnet8": (("act_scales", {}), ("adaround", {}), ("bias_correction", {})),
+    "dscnn": (("act_scales", {}), ("rtn", {})),
+}
+"""Of those tried the ones that lose least: of DS-CNN rounding to nearest loses nothing."""
 ALONE = {"resnet8": ("conv1", "conv6"), "dscnn": ("dw.0", "pw.0")}
 """Layers of longer designs that run alone, too."""
 WHOLE = "whole"
@@ -51,11 +57,13 @@ def rows(name: str, data: Path, images: int, cache: Path, work: Path) -> Iterato
     done = {(row["network"], row["name"]): row for row in read(work)}
     loaded = vision_networks.load(name, data)
     start = Model(loaded.module, loaded.example, meta={"kind": "module"})
-    recipe = Recipe((("*", make_plan(WEIGHTS, ACTS, "row")),), (), 0)
-    model = quantize(start, recipe, Calib(loaded.calib[:CALIBRATION]))
+    scales, *others = STEPS[name]
+    plan, calib = (("*", make_plan(WEIGHTS, ACTS, "row")),), Calib(loaded.calib[:CALIBRATION])
+    model, nearest, joined = (
+        quantize(start, Recipe(plan, steps, 0), calib) for steps in (STEPS[name], (), (scales, ("joints", {}), *others))
+    )
     yield from _rows(name, model, loaded, images, cache, work, done)
-    joined = quantize(start, replace(recipe, steps=(("joints", {}),)), Calib(loaded.calib[:CALIBRATION]))
-    yield from _whole(name, joined, model, loaded, images, cache, work, done)
+    yield from _whole(name, joined, (model, nearest), loaded, images, cache, work, done)
 
 
 def _rows(
@@ -90,21 +98,22 @@ def _rows(
 def _whole(
     name: str,
     model: Model,
-    without: Model,
+    others: tuple[Model, Model],
     loaded: vision_networks.Network,
     images: int,
     cache: Path,
     work: Path,
     done: dict[tuple[str, str], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """The row of the one design, and one for each of its sums and means."""
+    """The row of the one design, and one for each of its sums and means; others: without the step, and to nearest."""
     (design,), _ = designs_of(model)
     (folds,) = plan_streams([design.network.specs], find_device(DEVICE))
     files = emit_conv.design_files(design.network, folds)
     if (name, WHOLE) not in done:
         row = checked(model, design.parts, design.network, folds, seen(model, loaded.test_x[:images]), {})
-        scores = [round(vision_networks.measure(one.module, loaded)["accuracy"] or 0, 3) for one in (model, without)]
-        row |= {"layers": len(folds), "accuracy": scores[0], "accuracy_without": scores[1]}
+        scores = [round(vision_networks.measure(one.module, loaded)["accuracy"] or 0, 3) for one in (model, *others)]
+        row |= {"layers": len(folds), "steps": " ".join(step for step, _ in STEPS[name])}
+        row |= dict(zip(("accuracy", "accuracy_without", "accuracy_nearest"), scores, strict=True))
         if name == "resnet8":  # minutes
             cost = yosys.cached_design(files, "policy", cache)
             row |= {"yosys_luts": cost.luts, "yosys_ffs": cost.ffs, "yosys_bram18": cost.bram18}
@@ -166,6 +175,7 @@ def checked(
         "images": len(codes),
         "exact": exact,
         "cycles": total_cycles(folds),
+        "interval": interval(tuple(folds)),
         "simulated": " ".join(map(str, sorted(set(answer.cycles.tolist())))),
         "luts": round(cost.luts),
         "ffs": round(cost.ffs),
@@ -175,6 +185,8 @@ def checked(
         "yosys_bram18": "",
         "accuracy": "",
         "accuracy_without": "",
+        "accuracy_nearest": "",
+        "steps": "",
     }
 
 

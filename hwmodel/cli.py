@@ -262,6 +262,8 @@ def estimate(
             f"fmax {found.fmax_mhz:g} MHz ±{found.fmax_residual:.0%}: nine of ten placed {found.residual_of} "
             f"lie within; slowest: {found.slowest}"
         )
+    if found.interval is not None:
+        print(f"where inputs follow each other, one result every {found.interval:,} cycles")
     print(f"{'fits' if found.fits else 'DOES NOT FIT'}; tightest: {found.binding}")
     for name, count in others.items():
         print(f"LUT {count:,.0f} by {name}")

@@ -154,24 +154,30 @@ class Stage:
 
 
 class State:
-    """The registers of `rtl/window.v` and `rtl/fifo.v` that decide what moves, for one map."""
+    """The registers of `rtl/window.v` and `rtl/fifo.v` that decide what moves, for `maps` maps."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, maps: int = 1) -> None:
         self.stage, self.stream, self.window = stage, stage.stream, stage.window
         self.line = stage.window.width * self.stream.words
         self.beats = stage.window.height * self.line
         self.rows, self.columns = stage.window.out_height, stage.window.out_width
         fold, done = self.stream.period // stage.folds, stage.tail - stage.share + 1
         self.turns = [done + (f + 1) * fold + turn for f in range(stage.folds) for turn in range(stage.share)]
-        self.total = 0  # beats in
-        self.row = self.column = 0  # the position to start next
-        self.free = 0  # the cycle from which it may start for what runs before it
+        self.free = 0  # the cycle from which the next position may start for what runs before it
         self.reserved = 0
         self.results: deque[int] = deque()  # cycles from which they are on offer
-        (kh, _), top = stage.window.kernel, stage.window.padding[0]
+        self.full = self.stream.lines >= stage.window.height
+        self.ended = -1  # the cycle of the map's last beat
+        self.maps = maps  # this one and those to come
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state before a map."""
+        self.total = 0  # beats in
+        self.row = self.column = 0  # the position to start next
+        kh, top = self.window.kernel[0], self.window.padding[0]
         self.last = kh - 1 - top  # its last line
         self.limit = self.last + self.stream.lines - kh + 1
-        self.full = self.stream.lines >= stage.window.height
         self.needed = self._needed()
         self.open = True
 
@@ -187,18 +193,20 @@ class State:
 
     @property
     def done(self) -> bool:
-        """Whether nothing of the map is left: no beat to come, no position and no result."""
-        return self.total == self.beats and self.row == self.rows and not self.results
+        """Whether nothing of the last map is left: no beat to come, no position and no result."""
+        return self.maps == 1 and self.total == self.beats and self.row == self.rows and not self.results
 
     def starts(self, at: int) -> bool:
         """Whether a position starts in this cycle."""
         if self.total < self.needed or at < self.free or self.reserved > self.stage.depth - self.stream.beats:
             return False
-        return at == self.free or at >= self.free + (self.stage.share if self.column or self.row else 0)
+        return at == self.free or at >= self.free + (self.stage.share if self.free else 0)
 
     def accept(self, at: int) -> None:
         """One beat in."""
         self.total += 1
+        if self.total == self.beats:
+            self.ended = at
 
     def step(self, at: int, start: bool, taken: bool) -> list[int]:
         """The end of the cycle; cycles behind it in which something else may change than a beat in or out makes."""
@@ -218,6 +226,12 @@ class State:
             wakes = [self.free, self.free + self.stage.share]
         drained = self.row == self.rows and at >= self.free
         self.open = self.total < self.beats and (self.full or self.total // self.line < self.limit or drained)
+        if self.maps > 1 and self.total == self.beats:
+            if at == self.ended:
+                wakes = [*wakes, at + 1]
+            elif drained:
+                self.maps -= 1
+                self._begin()
         return wakes
 
 

@@ -21,7 +21,7 @@ from hwmodel.conv import depthwise, ring
 from hwmodel.devices import Device
 from hwmodel.emit_layer import Rom, converter_lines, layer_text, mem_text, rom_text
 from hwmodel.fabric import pricing
-from hwmodel.flow import flow, queue_depths
+from hwmodel.flow import flow, interval, queue_depths
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.joint import lanes_of, operands, queue, widened
@@ -464,7 +464,7 @@ def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device
 
 
 def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
-    """Facts of the design in JSON: folds, cycles and estimated resources."""
+    """Facts of the design in JSON: folds, cycles and estimated resources. interval: cycles from map to map."""
     with pricing(device.family):
         cost, costs = total(plans), layer_costs(plans)
     layers = [
@@ -493,6 +493,7 @@ def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: 
         "cycles": cycles,
         "input_beats": plans[0].schedule.input_beats,
         "output_beats": beats_out(plans[-1]),
+        "interval": interval(tuple(plans)),
         "latency_us": cycles / clock_mhz,
         **asdict(cost),
         "fits": all(getattr(cost, key) <= getattr(device, key) for key in ("luts", "ffs", "dsps", "bram18")),
@@ -522,7 +523,8 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
 
 `policy` in `network.v`: {facts["cycles"]} cycles from the input beat that completes the first window (beat \
 {facts["layers"][0]["lead"]} of {facts["input_beats"]}) to the last result, {facts["latency_us"]:g} us at \
-{clock_mhz:g} MHz; about {facts["luts"]:g} LUTs, {facts["bram18"]:g} BRAM18 on {device.name} (estimated).\
+{clock_mhz:g} MHz; where maps follow each other, one every {facts["interval"]} cycles; about \
+{facts["luts"]:g} LUTs, {facts["bram18"]:g} BRAM18 on {device.name} (estimated).\
 {overlap if len(plans) > 1 else ""}
 
 {header}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from hwmodel import timing
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
+from hwmodel.flow import interval
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key, published
@@ -48,7 +49,8 @@ class Estimate:
 
     cycles: of a whole inference, those of the plan of `quantkit rtl` for specs that know their exact arithmetic. Layers
     with windows overlap (`hwmodel.flow`) from the input beat that completes the first window to the last result; any
-    other layers run one after the other.
+    other layers run one after the other. interval: cycles from one result to the next where maps follow each other
+    (`flow.interval`); None of designs that nobody walked through.
     luts: logical LUTs (LUT1..LUT6 cells, before packing). fits: within every resource of the device.
     binding: the resource of which the largest share is used. residual: 90th percentile of the relative LUT
     error on synthesized designs of the kind `residual_of` that no coefficient was fitted to; None where sums are
@@ -63,6 +65,7 @@ class Estimate:
     dsps: int
     bram18: int
     cycles: int
+    interval: int | None
     latency_us: float
     clock_mhz: float
     mapping: str
@@ -142,8 +145,15 @@ def _estimate(
         plans = plan_streams(chains, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp, fit=False)
         with pricing(device.family):
             costs = [cost for plan in plans for cost in layer_costs(plan)]
-            cycles = sum(map(total_cycles, plans))
-            return _summary([fold for plan in plans for fold in plan], costs, cycles, device, clock_mhz, mapping)
+            found = _summary(
+                [fold for plan in plans for fold in plan],
+                costs,
+                sum(map(total_cycles, plans)),
+                device,
+                clock_mhz,
+                mapping,
+            )
+            return replace(found, interval=sum(map(interval, plans)))
     ports = [WIDE_PORT[device.family]] * len(specs) if mapping == "dsp" else None
     with pricing(device.family):
         chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
@@ -179,6 +189,7 @@ def _summary(
         device=device.name,
         **total,
         cycles=cycles,
+        interval=None,
         latency_us=cycles / clock_mhz,
         clock_mhz=clock_mhz,
         mapping=mapping,

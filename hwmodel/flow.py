@@ -69,6 +69,16 @@ def run(plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> Flow:
     return _Machine(plans, depths).run()
 
 
+@kept
+def interval(plans: tuple[Fold, ...]) -> int:
+    """Cycles from the last result of one map to that of the next where map follows map, input is offered and results
+    are taken in every cycle: those of the third."""
+    adds = [(i, found) for i, found in enumerate(queue_depths(plans)) if found]
+    machine = _Machine(plans, {i: (a, b) for i, (a, b) in adds}, maps=3)
+    machine.run()
+    return machine.ends[-1] - machine.ends[-2]
+
+
 class _Edge:
     """What one layer gives another: `rtl/regroup.v` and, before an add, `rtl/queue.v`."""
 
@@ -107,13 +117,14 @@ class _Edge:
 
 
 class _Joint:
-    """The registers of an add or a mean that decide what moves, for one map: as `conv.State`."""
+    """The registers of an add or a mean that decide what moves, for `maps` maps: as `conv.State`."""
 
-    def __init__(self, plan: Fold) -> None:
+    def __init__(self, plan: Fold, maps: int = 1) -> None:
         self.latency, self.depth = plan.depth - 1, plan.depth
         self.beats = joint.beats(plan.spec, plan.pe)
         self.silent = 0 if plan.spec.op == "add" else self.beats - plan.spec.out_features // plan.pe
         self.total = self.reserved = 0
+        self.maps = maps
         self.results: deque[int] = deque()
 
     @property
@@ -123,8 +134,8 @@ class _Joint:
 
     @property
     def done(self) -> bool:
-        """Whether nothing of the map is left."""
-        return self.total == self.beats and not self.results
+        """Whether nothing of the last map is left."""
+        return self.total == self.beats * self.maps and not self.results
 
     def starts(self, at: int) -> bool:
         """Never: it takes beats as they come."""
@@ -133,7 +144,7 @@ class _Joint:
     def accept(self, at: int) -> None:
         """One beat in, of both operands."""
         self.total += 1
-        if self.total > self.silent:
+        if (self.total - 1) % self.beats >= self.silent:
             self.results.append(at + self.latency)
             self.reserved += 1
 
@@ -146,11 +157,12 @@ class _Joint:
 
 
 class _Machine:
-    """A design in one inference, its parts and the edges between them; a cycle looks only at what may change."""
+    """A design in some inferences, its parts and the edges between them; a cycle looks only at what may change."""
 
-    def __init__(self, plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> None:
-        self.plans = plans
-        self.parts = [_Joint(plan) if plan.spec.joint else conv.State(plan.stage) for plan in plans]
+    def __init__(self, plans: Sequence[Fold], depths: dict[int, tuple[int, int]], maps: int = 1) -> None:
+        self.plans, self.maps = plans, maps
+        self.parts = [_Joint(plan, maps) if plan.spec.joint else conv.State(plan.stage, maps) for plan in plans]
+        self.ends: list[int] = []  # the cycle of each map's last result
         self.edges: list[_Edge] = []
         self.readers: dict[int, list[_Edge]] = {i: [] for i in range(-1, len(plans))}
         self.operands: dict[int, list[_Edge]] = {i: [] for i in depths}
@@ -169,11 +181,12 @@ class _Machine:
         self.offers = [False] * len(plans) + [True]  # of the network's input, number -1
 
     def run(self) -> Flow:
-        """All cycles of one inference, those without any move left out."""
+        """All cycles, those without any move left out."""
         parts, offers, last = self.parts, self.offers, self.plans[-1]
         adds = [(i, parts[i], a, b) for i, (a, b) in self.operands.items()]
         lead, beats, final = self.plans[0].schedule.lead, self.plans[0].schedule.input_beats, len(parts) - 1
-        left = last.spec.positions * last.stream.beats
+        each, beats = last.spec.positions * last.stream.beats, beats * self.maps
+        left = each * self.maps
         live = [edge for edge in self.readers[-1] if not edge.depth]  # whose beat on offer has not gone there
         looked = set(range(len(parts)))  # parts that may start
         begin = end = at = 0
@@ -210,6 +223,8 @@ class _Machine:
                 taken.add(final)
                 left -= 1
                 end = at
+                if left % each == 0:
+                    self.ends.append(at)
             for source in taken:
                 for edge in self.readers[source]:
                     edge.done = False

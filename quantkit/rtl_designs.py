@@ -37,8 +37,9 @@ def write_designs(
 ) -> dict[str, Any]:
     """Write the model's hardware into an existing folder; returns the facts of all designs together, in JSON.
 
-    cycles: the sum over the designs, each from the beat that completes its first window to its last result; the host's
-    work between them is not in it. The targets are those of `hwmodel.plan.plan_streams`.
+    cycles: the sum over the designs, each from the beat that completes its first window to its last result; interval:
+    likewise, of their cycles from map to map. The host's work between them is in neither. The targets are those of
+    `hwmodel.plan.plan_streams`.
     """
     designs, after = designs_of(model)
     try:
@@ -70,7 +71,7 @@ def write_designs(
 
 
 def _document(entries: list[dict[str, Any]], after: Sequence[str], device: Device, clock_mhz: float) -> dict[str, Any]:
-    total = {key: sum(entry[key] for entry in entries) for key in ("cycles", *RESOURCES)}
+    total = {key: sum(entry[key] for entry in entries) for key in ("cycles", "interval", *RESOURCES)}
     return {
         "device": device.name,
         "clock_mhz": clock_mhz,

@@ -24,6 +24,7 @@ from quantkit.loading import describe_checkpoint, load_checkpoint
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Head, InputStage
 from quantkit.recipe import Recipe, make_plan, quantize, uniform
+from quantkit.rtl_export import hardware_specs
 from quantkit.specs import bits_per_weight, layer_specs
 
 ACTS = [n for n in formats.all_names() if n != "int1"] + ["float"]
@@ -167,7 +168,7 @@ def test_the_directory_is_plain_data(tmp_path: Path) -> None:
         for name in ("quantkit.json", "specs.json"):
             json.loads((tmp_path / weight / name).read_text(), parse_constant=pytest.fail)
         specs = json.loads((tmp_path / weight / "specs.json").read_text())["layers"]
-        assert tuple(LayerSpec.from_json(s) for s in specs) == layer_specs(done)
+        assert tuple(LayerSpec.from_json(s) for s in specs) == hardware_specs(done)
 
 
 def test_a_loaded_directory_can_be_saved_again(tmp_path: Path) -> None:

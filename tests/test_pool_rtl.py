@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from test_conv_rtl import DEVICE, emitted, prove, random_folds, residual
+from test_conv_rtl import CHAINS, DEVICE, chain, emitted, prove, random_folds, residual
 from test_conv_rtl import image_policy as conv_policy
+from test_joint_rtl import NETWORKS as BRANCHES
 from test_joint_rtl import SAME, add, made, mean, product
 from torch import nn
 from torch.nn import functional
@@ -24,6 +25,7 @@ from hwmodel.cli import read_specs
 from hwmodel.cost import HwError
 from hwmodel.estimate import estimate
 from hwmodel.fabric import pricing
+from hwmodel.flow import interval
 from hwmodel.folding import pool_fold
 from hwmodel.formats import bits, decode, encode, parse
 from hwmodel.network import Layer, Network, greatest, reference, sample_codes
@@ -159,6 +161,61 @@ def test_designs_are_exact_and_on_time(name: str, seed: int, tmp_path: Path) -> 
     """At random folds every result is the reference's, and the cycles are those of the plan."""
     network = NETWORKS[name]()
     prove(tmp_path / "x", emitted(network, random_folds(network, seed), tmp_path / "x"), n=4)
+
+
+FOLLOWING = """`timescale 1ns/1ps
+module testbench;
+  reg clk = 0, rst = 1, in_valid = 0;
+  wire in_ready, out_valid;
+  reg [{wide}-1:0] in_codes = 0;
+  wire [{out}-1:0] out_results;
+  policy dut (clk, rst, in_valid, in_ready, in_codes, out_valid, 1'b1, out_results);
+  always #5 clk = ~clk;
+  reg [{wide}-1:0] words [0:{beats}-1];
+  integer sent = 0, got = 0, at = 0;
+  initial begin
+    $readmemh("words.txt", words);
+    repeat (4) @(negedge clk);
+    rst = 0;
+    while (got < {each} * {maps} && at < 100000) begin
+      in_valid = sent < {beats};
+      if (in_valid) in_codes = words[sent];
+      #1;
+      if (out_valid) got = got + 1;
+      if (out_valid && got % {each} == 0) $display("%0d", at);
+      if (in_valid && in_ready) sent = sent + 1;
+      at = at + 1;
+      @(negedge clk);
+    end
+    $finish;
+  end
+endmodule
+"""
+
+
+@pytest.mark.sim
+@icarus
+@pytest.mark.parametrize("name", [*NETWORKS, "residual", "around", "lines that nothing reads"])
+def test_maps_that_follow_each_other_take_the_interval(name: str, tmp_path: Path) -> None:
+    """Map behind map without a pause: every result but the first comes the planned interval behind the one before."""
+    network = (NETWORKS | BRANCHES)[name]() if name in NETWORKS | BRANCHES else chain(CHAINS[name])
+    folder, maps = tmp_path / "x", 4
+    plans = emitted(network, random_folds(network, 1), folder)
+    wide, lanes = bits(network.products[0].formats[1]), plans[0].lanes
+    words = sample_codes(network, maps, seed=2).reshape(-1, lanes)
+    lines = [f"{sum(int(code) << (k * wide) for k, code in enumerate(word)):x}" for word in words]
+    (folder / "words.txt").write_text("\n".join(lines) + "\n")
+    out = plans[-1].units * emit_conv.result_bits(network.products[-1])
+    each = emit_conv.beats_out(plans[-1])
+    text = FOLLOWING
+    for key, value in {"wide": wide * lanes, "out": out, "beats": len(words), "each": each, "maps": maps}.items():
+        text = text.replace("{" + key + "}", str(value))
+    (folder / "following.v").write_text(text)
+    sources = ["network.v", "following.v", *(str(p) for p in sorted((folder / "rtl").glob("*.v")))]
+    subprocess.run(["iverilog", "-g2005", "-s", "testbench", "-o", "x.vvp", *sources], cwd=folder, check=True)
+    done = subprocess.run(["vvp", "-n", "x.vvp"], cwd=folder, capture_output=True, text=True, check=True)
+    ends = [int(line) for line in done.stdout.split()]
+    assert np.diff(ends).tolist() == [interval(tuple(plans))] * (maps - 1)
 
 
 @pytest.mark.sim
@@ -350,15 +407,15 @@ def test_artifact_file_and_design_say_the_same(make: Callable[[], Model], tmp_pa
     export_onnx(model, tmp_path / "x.onnx")
     if has_convolutions(model):
         facts = write_designs(model, new(tmp_path / "rtl"), DEVICE)
-        want = facts["cycles"], facts["luts"]
+        want = facts["cycles"], facts["luts"], facts["interval"]
         folders = [tmp_path / "rtl" / one["folder"] for one in facts["designs"]]
     else:
         network, _ = network_of(model)
         plans = plan_network(network, DEVICE)
-        want, folders = (total_cycles(plans), total(plans).luts), []
+        want, folders = (total_cycles(plans), total(plans).luts, None), []
     for path in (tmp_path / "q", tmp_path / "x.onnx", *(folders if len(folders) == 1 else [])):
         found = estimate(read_specs(path), DEVICE)
-        assert (found.cycles, found.luts) == want, path
+        assert (found.cycles, found.luts, found.interval) == want, path
 
 
 def new(path: Path) -> Path:
