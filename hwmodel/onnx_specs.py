@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hwmodel.accumulator import exact_bits
+from hwmodel.accumulator import exact_bits, signed_bits, unit_range
 from hwmodel.cost import HwError
 from hwmodel.formats import BINARY, TERNARY, Float, Format, FormatError, Int, max_value, min_value, parse, unit
 from hwmodel.reference import to_units
@@ -105,13 +105,49 @@ def read_onnx(path: Path) -> list[LayerSpec]:
         else:
             spec = replace(spec, scale_pow2=False)
         specs.append(spec)
-    windows = [
-        _window(graph, node, spec, specs[i - 1] if i else None)
-        for i, (node, spec) in enumerate(zip(products, specs, strict=True))
-    ]
-    if all(window is not None for window in windows) and any(node.op == "Conv" for node in products):
-        specs = [replace(spec, window=window) for spec, window in zip(specs, windows, strict=True)]
-    return specs
+    windows = [_window(graph, node, spec) for node, spec in zip(products, specs, strict=True)]
+    pools = [_pools(graph, node, spec) for node, spec in zip(products, specs, strict=True)]
+    if None in windows or None in pools or all(node.op != "Conv" for node in products):
+        return specs
+    found: list[LayerSpec] = []
+    for spec, window, before in zip(specs, windows, pools, strict=True):
+        found += [*(before or ()), replace(spec, window=window)]
+    return found
+
+
+def _pools(graph: Graph, node: Node, spec: LayerSpec) -> list[LayerSpec] | None:
+    """The maxima over windows between a product and the one before it, as layers that give its input's codes.
+
+    None where no hardware here follows one.
+    """
+    found: list[LayerSpec] = []
+    for above in _ascent(graph, node):
+        if above.op != "MaxPool":
+            continue
+        dims, facts = graph.shapes.get(above.inputs[0], ()), above.facts
+        kernel = tuple(facts.get("kernel_shape", ()))
+        gaps = any(d != 1 for d in facts.get("dilations", ()))
+        if len(dims) != 4 or None in dims[1:] or len(kernel) != 2 or gaps or spec.act is None:
+            return None
+        if facts.get("ceil_mode") or facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+            return None
+        top, left, bottom, right = facts.get("pads", (0, 0, 0, 0))
+        window = Window(*dims[1:], kernel, tuple(facts.get("strides", (1, 1))), (top, bottom, left, right))  # type: ignore[arg-type]
+        acc_bits = signed_bits(*unit_range(spec.act))
+        found.append(LayerSpec(
+            layer_name(above), "max", window.channels, math.prod(kernel), window.out_height * window.out_width,
+            Int(1, signed=False), spec.act, spec.act, PerTensor(), acc_bits=acc_bits, groups=window.channels,
+            window=window,
+        ))  # fmt: skip
+    return found[::-1]
+
+
+def _ascent(graph: Graph, node: Node) -> Iterator[Node]:
+    """The nodes from a product's input up to the product before it, nearest first."""
+    name = node.inputs[0]
+    while (above := graph.made.get(name)) is not None and above.op not in PRODUCTS:
+        yield above
+        name = next((n for n in above.inputs if _constant(graph, n) is None), "")
 
 
 def _told(
@@ -214,7 +250,7 @@ def _quantizer(graph: Graph, layer: Node, name: str) -> Quantized | None:
     clipped: tuple[float, float] | None = None
     while (node := graph.made.get(name)) is not None:
         ends = [None if not end else _constant(graph, end) for end in node.inputs[1:]]
-        if node.op in SHAPING or (node.op == "Mul" and ends[0] is not None):
+        if node.op in (*SHAPING, "MaxPool") or (node.op == "Mul" and ends[0] is not None):
             name = node.inputs[0]
         elif node.op == "Clip" and None not in ends and _is_quantized(graph, node.inputs[0]):
             clipped = (float(ends[0]), float(ends[1]))  # type: ignore[arg-type]
@@ -372,6 +408,8 @@ def _behind(graph: Graph, node: Node) -> tuple[Activation, str]:
             name = user.output
         elif user.op in ACTIVATIONS and activation == "none":
             activation, name = ACTIVATIONS[user.op], user.output
+        elif user.op == "MaxPool":
+            name = user.output
         else:
             break
     return activation, _above(graph, name)[0] if graph.made[name].op in SHAPING else name  # type: ignore[return-value]
@@ -428,19 +466,20 @@ def _granularity(scale: np.ndarray, gain: np.ndarray, shape: tuple[int, ...], bl
     return PerRow() if scale.size > 1 or gain.size > 1 else PerTensor()
 
 
-def _window(graph: Graph, node: Node, spec: LayerSpec, before: LayerSpec | None) -> Window | None:
+def _window(graph: Graph, node: Node, spec: LayerSpec) -> Window | None:
     """The map that a product reads; None where it is not in the file or no hardware here follows it.
 
-    Of a product behind a convolution whose whole map it reads, this map.
+    Of a product behind a convolution or a maximum whose whole map it reads, this map.
     """
     if isinstance(spec.granularity, PerGroup):
         return None
     if node.op != "Conv":
-        if before is not None and before.op == "conv2d" and before.out_features * before.positions == spec.in_features:
-            source = next(n for n in graph.nodes if n.op == "Conv" and layer_name(n) == before.name)
-            height, width = graph.shapes[source.output][2:]
-            assert height is not None and width is not None
-            return Window(before.out_features, height, width, (height, width))
+        names = [name for above in _ascent(graph, node) for name in (above.output, *above.inputs)]
+        for name in [node.inputs[0], *names]:
+            known = [size for size in graph.shapes.get(name, ())[1:] if size is not None]
+            if len(known) == 3 and math.prod(known) == spec.in_features:
+                channels, height, width = known
+                return Window(channels, height, width, (height, width))
         return Window(spec.in_features)
     dims, facts = graph.shapes.get(node.inputs[0], ()), node.facts
     if len(dims) != 4 or dims[2] is None or dims[3] is None:

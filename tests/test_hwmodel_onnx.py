@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 import tiny_models
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from typer.testing import CliRunner
@@ -143,3 +144,32 @@ def test_a_float_layer_is_named_by_the_estimate(tmp_path: Path) -> None:
     onnx.save(helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [weight])), tmp_path / "x.onnx")
     with pytest.raises(HwError, match=r"'fc'.* floating point.*accepted: int1"):
         estimate(read_onnx(tmp_path / "x.onnx"), DEVICE)
+
+
+class Pooled(nn.Module):
+    """A convolution with a maximum behind its activation, another one, and a dense layer on the map of a maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 6, 3)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(6 * 2 * 1, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(torch.relu(self.first(x)))
+        return self.head(self.pool(torch.relu(self.second(x))).flatten(1))
+
+
+@pytest.mark.parametrize("to", ["qdq", "qcdq", "qonnx"])
+def test_maxima_are_layers(to: str, tmp_path: Path) -> None:
+    """Read from the nodes alone, maxima between products have the windows, formats and places of the design's."""
+    torch.manual_seed(3)
+    images = torch.randn(20, 1, 12, 8)
+    model = quantize(
+        Model(Pooled().eval(), images[:1], meta={"kind": "module"}), uniform("int4", "int5"), Calib(images)
+    )
+    export_onnx(model, tmp_path / "x.onnx", to=to)  # type: ignore[arg-type]
+    silent(tmp_path / "x.onnx")
+    found, want = read_onnx(tmp_path / "x.onnx"), hardware_specs(model)
+    keys = ("op", "out_features", "in_features", "positions", "groups", "weight", "act", "out", "acc_bits", "window")
+    assert [spec.op for spec in found] == ["conv2d", "max", "conv2d", "max", "linear"]
+    assert [[getattr(s, k) for k in keys] for s in found] == [[getattr(s, k) for k in keys] for s in want]
