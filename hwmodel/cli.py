@@ -381,14 +381,14 @@ def devices(json_: Json = False) -> None:
 def read_specs(path: Path) -> list[Any]:
     """The layers of a directory with specs.json or network.json, of a specs file, or of an ONNX file.
 
-    One line of error for anything else.
+    Of a network in several designs those of all of them. One line of error for anything else.
     """
     from hwmodel.spec import LayerSpec
 
     if (path / "network.json").is_file():
-        from hwmodel.network import read_network
+        from hwmodel.network import design_folders, read_network
 
-        return list(read_network(path).specs)
+        return [spec for folder in design_folders(path) for spec in read_network(folder).specs]
     if path.suffix == ".onnx" and path.is_file():
         from hwmodel.onnx_specs import read_onnx
 

@@ -120,7 +120,7 @@ def _show_designs(output: Path, document: dict[str, Any], json: bool) -> None:
     many = len(document["designs"])
     title = (
         f"{output}: {many} design{'s' * (many > 1)}, {document['latency_us']:g} us at {document['clock_mhz']:g} MHz, "
-        f"about {document['luts']:,.0f} LUTs"
+        f"one input every {document['interval'] / document['clock_mhz']:g} us, about {document['luts']:,.0f} LUTs"
     )
     print_table(title, columns, rows)
     left = outside(document)
