@@ -3,8 +3,8 @@
     python -m venv ../llmc && ../llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
     python benchmarks/llm_compressor.py --python ../llmc/bin/python
 
-A Llama of 110 million random weights (tied embeddings), stored once in bfloat16 and once in float32, and 32 x 512
-random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales fitted
+A Llama of 110 million random weights (tied embeddings), stored in float32 or with `--dtype bfloat16` in that, and 32 x
+512 random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales fitted
 beforehand (`act_order=true`; "static" there), damping 0.01, head and embeddings in float. Ours is `quantkit quantize`
 as it is; both calibrate in what the checkpoint is stored in, as is their default. "absmax" is ours with scales by
 minimum and maximum, as theirs are. llm-compressor runs `oneshot` with the scheme W4A16 and its own defaults (one
@@ -39,6 +39,7 @@ def main() -> None:
     """Make the network, let both quantize it in turns, compare, publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, required=True, help="interpreter that has llmcompressor")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the checkpoint")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1, help="sequences that llm-compressor runs at once")
@@ -48,9 +49,9 @@ def main() -> None:
     args = parser.parse_args()
     from report import publish
 
-    rows = [row for dtype in ("bfloat16", "float32") for row in side_by_side(dtype, args)]
+    name = "llm_compressor" if args.dtype == "float32" else f"llm_compressor_{args.dtype}"
     packages = ("torch", "transformers", "compressed-tensors")
-    publish("language/llm_compressor", rows, packages=packages, title="llm_compressor")
+    publish(f"language/{name}", side_by_side(args.dtype, args), packages=packages, title=name)
 
 
 def side_by_side(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,8 +142,8 @@ def peak() -> float:
 
 def ours(who: str) -> Any:
     """What runs `quantkit quantize`, everything that it needs imported."""
-    import torch.export._trace  # what following a network's code imports
-    import transformers.models.llama.modeling_llama
+    import torch.export._trace  # noqa: F401 - what following a network's code imports
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import quantkit.cli
     import quantkit.language_stream

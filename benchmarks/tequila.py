@@ -17,10 +17,11 @@ on 8,192 answers of its own by KL to its logits where it answers; mean reward of
 `agreement_percent` those on which the answer is the float policy's, `to_absmean` paired by problem. After 300 steps the
 reward is float's within its error; the 40 of tequila_arithmetic_short and _means tell the methods apart.
 
-Lambda is the paper's 1e-3 and the quantizer the paper's, AbsMean, unless a row says so. "+ bias" trains a bias
-in every layer besides, which asks how much of the gain is just a bias. "mean inputs" and "mean error" are the constants
-"mean" and "error" of the method's docstring; "then bias correction" adds after training what "error" adds while
-training. RTN rounds without training, at the ternary
+The constant is the paper's with its lambda of 1e-3, and the quantizer the paper's, AbsMean, unless a row says so.
+"Tequila on TWN, mean inputs" is the method's default. "+ bias" trains a bias in every layer besides, which asks how much
+of the gain is just a bias. "mean inputs" and "mean error" are the constants "mean" and "error" of the method's
+docstring, of LSQ too, which asks whether the gain is the quantizer's; "then bias correction" adds after training what
+"error" adds while training. RTN rounds without training, at the ternary
 scale of least squared error. The seed sets the order of the batches. Standard errors are over documents or episodes;
 rows with seed "all" have the mean over seeds, with standard errors over seeds. `loss` is on the first four calibration
 batches.
@@ -52,19 +53,24 @@ from quantkit.tasks import episodes, perplexity, reward
 AGENTS = Path(__file__).parent / "agents"
 AGENT = AGENTS / "ppo" / "LunarLander-v3.zip"
 WINDOW, CUT = 64, 256
-PAPER: dict[str, Any] = {"biases": False, "quantizer": "absmean"}
+PAPER: dict[str, Any] = {"biases": False, "quantizer": "absmean", "constant": "lambda"}
+TWN: dict[str, Any] = {"biases": False, "quantizer": "twn", "constant": "lambda"}
+LSQ: dict[str, Any] = {"biases": False, "quantizer": "lsq", "constant": "lambda"}
 METHODS: dict[str, dict[str, Any]] = {
     "Tequila": PAPER,
     "AbsMean": PAPER | {"reactivate": 0.0},
-    "TWN": {"biases": False, "reactivate": 0.0, "quantizer": "twn"},
-    "LSQ": {"biases": False, "reactivate": 0.0, "quantizer": "lsq"},
-    "Tequila on TWN": {"biases": False, "quantizer": "twn"},
-    "Tequila on TWN, lambda 0.01": {"biases": False, "quantizer": "twn", "reactivate": 0.01},
-    "Tequila on TWN, lambda 0.03": {"biases": False, "quantizer": "twn", "reactivate": 0.03},
-    "Tequila on TWN, mean inputs": {"biases": False, "quantizer": "twn", "constant": "mean"},
-    "Tequila on TWN, mean error": {"biases": False, "quantizer": "twn", "constant": "error"},
+    "TWN": TWN | {"reactivate": 0.0},
+    "LSQ": LSQ | {"reactivate": 0.0},
+    "Tequila on TWN": TWN,
+    "Tequila on TWN, lambda 0.01": TWN | {"reactivate": 0.01},
+    "Tequila on TWN, lambda 0.03": TWN | {"reactivate": 0.03},
+    "Tequila on TWN, mean inputs": TWN | {"constant": "mean"},
+    "Tequila on TWN, mean error": TWN | {"constant": "error"},
+    "Tequila, mean inputs": PAPER | {"constant": "mean"},
     "Tequila, mean error": PAPER | {"constant": "error"},
-    "TWN, then bias correction": {"biases": False, "reactivate": 0.0, "quantizer": "twn"},
+    "LSQ, mean inputs": LSQ | {"constant": "mean"},
+    "LSQ, mean error": LSQ | {"constant": "error"},
+    "TWN, then bias correction": TWN | {"reactivate": 0.0},
     "Tequila, lambda 0.1": PAPER | {"reactivate": 0.1},
     "AbsMean + bias": PAPER | {"biases": True, "reactivate": 0.0},
     "Tequila + bias": PAPER | {"biases": True},

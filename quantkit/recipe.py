@@ -58,6 +58,10 @@ LIMITS: dict[str, tuple[float, float]] = {
 where that is the default. A method may ask for more."""
 
 
+EARLIER: dict[str, dict[str, Any]] = {"tequila": {"constant": "lambda"}}
+"""Options whose defaults have changed, by step, with what they were: a record that does not name them means these."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """plan: (pattern, LayerPlan) pairs. steps: (method name, options) in order. seed: of every random choice."""
@@ -67,7 +71,7 @@ class Recipe:
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` is the inverse."""
+        """JSON values; `from_json` is the inverse. Options of `EARLIER` are in them whether they were given or not."""
         plan = [
             {
                 "layers": pattern,
@@ -77,13 +81,15 @@ class Recipe:
             }
             for pattern, entry in self.plan
         ]
-        return {"plan": plan, "steps": [[name, options] for name, options in self.steps], "seed": self.seed}
+        steps = [[name, _defaults(name) | options] for name, options in self.steps]
+        return {"plan": plan, "steps": steps, "seed": self.seed}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Recipe:
         """Inverse of `to_json`."""
         plan = tuple((e["layers"], make_plan(e["weight"], e["act"], e["granularity"])) for e in record["plan"])
-        return cls(plan, tuple((name, dict(options)) for name, options in record["steps"]), record["seed"])
+        steps = tuple((name, EARLIER.get(name, {}) | options) for name, options in record["steps"])
+        return cls(plan, steps, record["seed"])
 
     def plan_for(self, name: str, index: int, count: int) -> LayerPlan:
         """The plan of the layer `name`, which is number `index` of `count`."""
@@ -93,6 +99,12 @@ class Recipe:
             if position == index or (position is None and fnmatch.fnmatchcase(name, pattern)):
                 found = entry
         return found
+
+
+def _defaults(step: str) -> dict[str, Any]:
+    """The options of `EARLIER` that a step has, as they are now when nobody gives them."""
+    options = step_options(step) if step in EARLIER else {}
+    return {option: options[option].default for option in EARLIER.get(step, {})}
 
 
 def format_name(fmt: formats.Format | None) -> str:

@@ -50,6 +50,16 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
+def test_a_recorded_recipe_means_what_it_meant():
+    """Of an option whose default has changed since, a record holds what it is, and one without it means what it was."""
+    plan = (("*", make_plan("ternary", "float")),)
+    record = Recipe(plan, (("tequila", {"steps": 5}),)).to_json()
+    assert record["steps"] == [["tequila", {"constant": "mean", "steps": 5}]]
+    assert Recipe.from_json(record).steps == (("tequila", {"constant": "mean", "steps": 5}),)
+    record["steps"] = [["tequila", {"steps": 5}]]
+    assert Recipe.from_json(record).steps == (("tequila", {"constant": "lambda", "steps": 5}),)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_format_names_are_read_back(name: str) -> None:
     """parse_format inverts format_name, "float" included, in any case and with spaces around."""
