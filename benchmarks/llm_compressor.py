@@ -4,11 +4,11 @@
     python benchmarks/llm_compressor.py --python ../llmc/bin/python
 
 A Llama of 110 million random weights (tied embeddings), stored in float32 or with `--dtype bfloat16` in that, and 32 x
-512 random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales fitted
-beforehand (`act_order=true`; "static" there), damping 0.01, head and embeddings in float. Ours is `quantkit quantize`
-as it is; both calibrate in what the checkpoint is stored in, as is their default. "absmax" is ours with scales by
-minimum and maximum, as theirs are. llm-compressor runs `oneshot` with the scheme W4A16 and its own defaults (one
-sequence at a time, or `--batch`) in an interpreter of its own, as it wants other versions of transformers and
+512 random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales
+fitted beforehand (`act_order=true`; "static" there), damping 0.01, head and embeddings in float. Ours is `quantkit
+quantize` as it is; both calibrate in what the checkpoint is stored in, as is their default. "absmax" is ours with
+scales by minimum and maximum, as theirs are. llm-compressor runs `oneshot` with the scheme W4A16 and its own defaults
+(one sequence at a time, or `--batch`) in an interpreter of its own, as it wants other versions of transformers and
 compressed-tensors. Each run is a process with `--threads` threads; they take turns.
 
 `wall` and `cpu` are seconds from the end of the imports to the written directory, the smaller of `--repeats` each;

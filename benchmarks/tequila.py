@@ -18,13 +18,12 @@ on 8,192 answers of its own by KL to its logits where it answers; mean reward of
 reward is float's within its error; the 40 of tequila_arithmetic_short and _means tell the methods apart.
 
 The constant is the paper's with its lambda of 1e-3, and the quantizer the paper's, AbsMean, unless a row says so.
-"Tequila on TWN, mean inputs" is the method's default. "+ bias" trains a bias in every layer besides, which asks how much
-of the gain is just a bias. "mean inputs" and "mean error" are the constants "mean" and "error" of the method's
+"Tequila on TWN, mean inputs" is the method's default. "+ bias" trains a bias in every layer besides, which asks how
+much of the gain is just a bias. "mean inputs" and "mean error" are the constants "mean" and "error" of the method's
 docstring, of LSQ too, which asks whether the gain is the quantizer's; "then bias correction" adds after training what
-"error" adds while training. RTN rounds without training, at the ternary
-scale of least squared error. The seed sets the order of the batches. Standard errors are over documents or episodes;
-rows with seed "all" have the mean over seeds, with standard errors over seeds. `loss` is on the first four calibration
-batches.
+"error" adds while training. RTN rounds without training, at the ternary scale of least squared error. The seed sets the
+order of the batches. Standard errors are over documents or episodes; rows with seed "all" have the mean over seeds,
+with standard errors over seeds. `loss` is on the first four calibration batches.
 """
 
 from __future__ import annotations

@@ -11,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 from test_cli import call, document, error
 from test_language import checkpoint, ids
 from test_loader_hf import change, edit, folder
+from transformers import AutoModelForCausalLM
 
-from quantkit import columns
+from quantkit import columns, observers
 from quantkit.artifact import load_artifact, save_artifact
 from quantkit.capture import captured
+from quantkit.cli import language
+from quantkit.errors import InputError
+from quantkit.language_store import Store, Stream, save_tensors
 from quantkit.language_stream import join, partial_folder, quantize_streamed, why_whole
 from quantkit.loaders import hf
 from quantkit.model import Calib
-from quantkit.observers import Gram
+from quantkit.observers import Gram, has_half
 from quantkit.qlayers import LayerPlan
 from quantkit.recipe import Recipe, make_plan, quantize
 
@@ -229,3 +235,115 @@ def test_joined_files_are_one_file(tmp_path: Path) -> None:
     data = (tmp_path / "all.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     assert len(data) == 8 + length + sum(a.nbytes for a in wanted.values()) and length % 8 == 0
+
+
+def stored_in_half(path: Path) -> Path:
+    """The directory with its weights stored in bfloat16."""
+    for file in path.glob("*.safetensors"):
+        tensors = {k: v.bfloat16() for k, v in load_torch(file).items()}
+        save_torch(tensors, file, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_bfloat16_depends_on_nothing_but_the_work(stored: str, tmp_path: Path) -> None:
+    """Neither memory, nor threads, nor an interruption; the artifact says so, however the checkpoint is stored."""
+    path = folder(tmp_path)
+    path = stored_in_half(path) if stored == "bfloat16" else path
+    streamed(path, AIMED, tmp_path / "a", half=True, memory=2**30)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            streamed(path, AIMED, tmp_path / "b", half=True, memory=0, progress=Stop(12))
+        streamed(path, AIMED, tmp_path / "b", half=True, memory=20_000)
+    finally:
+        torch.set_num_threads(before)
+    same(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "a" / "quantkit.json").read_text())["meta"]["calibrated_in"] == "bfloat16"
+
+
+def test_bfloat16_is_finer_than_transformers_own(tmp_path: Path) -> None:
+    """What reaches the head errs less, against float64, than where transformers computes everything in bfloat16."""
+    path = stored_in_half(folder(tmp_path))
+    model, weights = hf.outline(path)
+    model = captured(model, inplace=True)
+    for name, parameter in model.module.named_parameters():
+        parameter.data = weights.read(name)
+    inputs = ids(4, 64)
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(inputs).logits
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)(inputs).logits.double()
+        found = {}
+        for half in (False, True):
+            stream = Stream(model.module, [inputs], Store(tmp_path, 2**30, half))
+            for node in stream.nodes[:-1]:
+                stream.follow(node)
+            stream.last[stream.nodes[-2]] = len(stream.nodes)  # somebody will ask for the logits
+            stream.catch_up()
+            (logits,) = stream.values[stream.nodes[-2]]
+            found[half] = (logits.double() - wanted).norm() / wanted.norm()
+    assert found[False] < 1e-5 < found[True] < 0.75 * (theirs - wanted).norm() / wanted.norm()
+
+
+def test_moments_of_halves_are_sums_of_exact_products() -> None:
+    """Second moments of bfloat16 inputs err as float32 sums do; those of others are of the rounded inputs."""
+    x = torch.randn(1, 3000, 300, generator=torch.Generator().manual_seed(0))
+    rounded = x.bfloat16().double()
+    wanted = rounded.mT @ rounded
+    for given in (x, x.bfloat16().float()):
+        gram = Gram(half=True)
+        for part in given.split(700, dim=1):
+            gram.add(part)
+        assert gram.total is not None
+        exact = has_half() or given is not x
+        assert (gram.total.double() - wanted).norm() <= (1e-6 if exact else 1e-2) * wanted.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_dtype_is_the_checkpoints_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto follows what is stored and what the processor has; what cannot be had is refused in a line."""
+    path = folder(tmp_path)
+    weights = hf.outline(path)[1]
+    assert weights.stored_in() == "F32" and hf.outline(stored_in_half(path))[1].stored_in() == "BF16"
+    for has, wanted in ((True, True), (False, False)):
+        monkeypatch.setattr(observers, "has_half", lambda has=has: has)
+        assert [language._half(d, hf.outline(path)[1], None) for d in ("auto", "float32")] == [wanted, False]
+        assert not language._half("auto", weights, "it trains") and not language._half("auto", None, None)
+    with pytest.raises(InputError, match="does not multiply bfloat16"):
+        language._half("bfloat16", weights, None)
+    with pytest.raises(InputError, match="block by block; here it trains"):
+        language._half("bfloat16", weights, "it trains")
+    with pytest.raises(InputError, match="'half'; accepted: auto, float32, bfloat16"):
+        language._half("half", weights, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
+def test_weights_are_read_from_any_floating_point(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As the library reads them, in float32; integers are refused in a line."""
+    path = folder(tmp_path)
+    file = next(path.glob("*.safetensors"))
+    tensors = {k: v.to(dtype) for k, v in load_torch(file).items()}
+    save_torch(tensors, file, metadata={"format": "pt"})
+    weights, name = hf.outline(path)[1], "model.layers.0.mlp.up_proj.weight"
+    if dtype == torch.int32:
+        with pytest.raises(InputError, match="is stored in I32; accepted: F64"):
+            weights.read(name)
+    else:
+        assert torch.equal(weights.read(name), tensors[name].float())
+
+
+def test_tensors_are_saved_as_the_library_does(tmp_path: Path) -> None:
+    """Its own reader finds every dtype, shape and number."""
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "b": np.array(3, np.int64),
+        "c": np.zeros((0, 4), np.uint8),
+        "d": np.array([True, False]),
+        "e": np.arange(3, dtype=np.float16),
+    }
+    save_tensors(arrays, tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and np.array_equal(found[name], array)

@@ -34,11 +34,11 @@ instead of inside of it makes it 1.86 (3 seeds, reports/language/tequila_means.c
 method is level with its quantizer alone; with "mean" it is ahead of AbsMean, TWN and LSQ with every seed.
 
 Differs from the paper: the constant, as above; the quantizer is TWN's unless "absmean", the paper's, is asked for:
-trained with it two language models lost less, with C and without; C itself changed little (reports/language/tequila.csv,
-tequila_arithmetic_short).
-By default the float network's outputs are distilled instead of predicting the next token (`distill`), learning rates
-are relative to the size of what they change, and biases, embeddings and normalizations stay unless `biases` and
-`others` ask for them. Embeddings are ternary without C, as what they sum is one row.
+trained with it two language models lost less, with C and without; C itself changed little
+(reports/language/tequila.csv, tequila_arithmetic_short). By default the float network's outputs are distilled instead
+of predicting the next token (`distill`), learning rates are relative to the size of what they change, and biases,
+embeddings and normalizations stay unless `biases` and `others` ask for them. Embeddings are ternary without C, as what
+they sum is one row.
 """
 
 from __future__ import annotations
@@ -270,9 +270,9 @@ def apply(
     the sum of a row; warmed up over 5 % of the run, then along a cosine to zero. reactivate: lambda, 0 for the
     baselines, which have no C. constant: what C is; lambda is a factor in the paper's alone. distill: 1 for the float
     network's outputs (of a policy: its actions, `quantkit.losses`; of a language model: KL of the next token), 0 for
-    the next token of the calibration text itself, in between for both. biases: train those of the layers, too. others: train
-    what has no ternary weight, too: layers left in float, normalizations. rounds: with `calib.visit`, how often the
-    policy acts to find `states` more states to be trained on.
+    the next token of the calibration text itself, in between for both. biases: train those of the layers, too. others:
+    train what has no ternary weight, too: layers left in float, normalizations. rounds: with `calib.visit`, how often
+    the policy acts to find `states` more states to be trained on.
 
     Returns the loss on the first four batches of samples before and after, the fraction of dead weights before and
     after, that of weights whose code changed, and the root mean square of C over that of the layers' outputs.
