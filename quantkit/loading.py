@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from quantkit.errors import InputError
 from quantkit.loaders import cleanrl, sb3, torch_module
 from quantkit.model import EnvSpec, Model, Normalization
+from quantkit.policy import Field, Policy
 from quantkit.qlayers import QLayer, shape_of
 from quantkit.recipe import format_name
 from quantkit.specs import parameter_count, weight_name
@@ -97,8 +99,25 @@ def gaps(model: Model) -> dict[str, Any]:
     }
 
 
+def _places(fields: tuple[Field, ...]) -> dict[str, str]:
+    """First and last number of each field in the vector.
+
+    >>> _places((Field("goal", (2,)), Field("mode", (), (3,))))
+    {'goal': '0..1', 'mode': '2..4 one-hot'}
+    """
+    ends = list(accumulate(f.width for f in fields))
+    return {
+        f.key: f"{end - f.width}..{end - 1}{' one-hot' if f.sizes else ''}" for f, end in zip(fields, ends, strict=True)
+    }
+
+
 def describe_checkpoint(model: Model) -> dict[str, Any]:
-    """What `quantkit inspect` shows: kind, algo, env, spaces, layers and the number of parameters."""
+    """What `quantkit inspect` shows: kind, algo, env, spaces, layers and the number of parameters.
+
+    made_of: by key of a dictionary ("" where there is none) where its numbers lie in the vector that is observed.
+    memory: numbers that the policy keeps from step to step.
+    """
+    policy = model.module if isinstance(model.module, Policy) else None
     layers = []
     for name, layer in model.layers().items():
         shape, bias = shape_of(layer), getattr(layer, "bias", None)
@@ -121,7 +140,9 @@ def describe_checkpoint(model: Model) -> dict[str, Any]:
         "algo": meta.get("algo"),
         "env": None if spec is None else spec.id,
         "env_spec": None if spec is None else asdict(spec),
-        "observations": list(model.example.shape[1:]),
+        "observations": list(policy.obs_shape if policy else model.example.shape[1:]),
+        "made_of": _places(policy.fields) if policy and policy.fields else None,
+        "memory": sum(2 * cell.hidden for cell in policy.cells) if policy and policy.recurrent else None,
         "actions": meta.get("action_space"),
         "normalizer": meta.get("normalizer"),
         "layers": layers,

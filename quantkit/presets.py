@@ -8,6 +8,9 @@ from typing import Any, Literal
 from quantkit.errors import InputError
 from quantkit.recipe import Step
 
+Kind = Literal["policy", "recurrent", "network", "language"]
+"""A policy, one with a memory, a network that does not act, a language model."""
+
 _SCALING: tuple[Step, ...] = (("center", {}), ("smoothquant", {"explicit": False}))
 _ROUNDING: tuple[Step, ...] = (("gptq", {"act_order": True}),)
 
@@ -24,6 +27,19 @@ PRESETS: dict[str, tuple[Step, ...]] = {
 }
 """fast: milliseconds. balanced: training on the calibration set, a second or two. best: the policy acts, too, and
 its return counts; half a minute to three minutes of a core, more where episodes have thousands of steps."""
+
+
+RECURRENT_PRESETS: dict[str, tuple[Step, ...]] = {
+    "fast": PRESETS["fast"],
+    "balanced": (*_SCALING, *_ROUNDING, ("distill", {"steps": 300, "rounds": 1, "batch": 16})),
+    "best": (
+        *_SCALING,
+        *_ROUNDING,
+        ("distill", {"steps": 1600, "rounds": 8, "states": 1024, "batch": 16, "lr": 0.01}),
+    ),
+}
+"""The same for policies with a memory, trained through time on `batch` sequences a step: five seconds and half a minute
+of a core for an LSTM of 16 cells."""
 
 
 _AIMED: Step = ("gptq", {"act_order": True, "drift": True})
@@ -49,7 +65,7 @@ LANGUAGE_PRESETS: dict[str, tuple[Step, ...]] = {
 on the float network's logits, with the whole model in memory; `batch` windows a step."""
 
 
-def preset_steps(name: str, kind: Literal["policy", "network", "language"] = "policy") -> tuple[Step, ...]:
+def preset_steps(name: str, kind: Kind = "policy") -> tuple[Step, ...]:
     """The steps of a preset, for a network of this kind, each time a fresh copy.
 
     InputError with the nearest name for an unknown one.
@@ -57,5 +73,10 @@ def preset_steps(name: str, kind: Literal["policy", "network", "language"] = "po
     if name not in PRESETS:
         near: Any = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
         raise InputError(f"unknown preset {name!r}; did you mean {near[0]!r}? Presets: {', '.join(PRESETS)}")
-    table = {"policy": PRESETS, "network": NETWORK_PRESETS, "language": LANGUAGE_PRESETS}[kind]
+    table = {
+        "policy": PRESETS,
+        "recurrent": RECURRENT_PRESETS,
+        "network": NETWORK_PRESETS,
+        "language": LANGUAGE_PRESETS,
+    }[kind]
     return tuple((step, dict(options)) for step, options in table[name])

@@ -149,7 +149,8 @@ def assemble(cells: Iterable[Cell], steps: tuple[Step, ...] = (), seed: int = 0)
 def errors_of(study: Study, quantized: Model) -> dict[str, float]:
     """The errors of a quantized network's outputs on the study's states, by metric."""
     states = _states(study)
-    outputs, reference = outputs_of(quantized, states), study.float_outputs[: len(states)]
+    outputs = outputs_of(quantized, states)
+    reference = study.float_outputs[: len(outputs)]
     plain = damage(torch.from_numpy(outputs), torch.from_numpy(reference), None)
     found = {"output_error": plain.error}
     if not isinstance(quantized.module, Policy):

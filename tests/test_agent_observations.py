@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from quantkit.errors import InputError
 from quantkit.export import export_onnx, open_session
-from quantkit.loading import load_checkpoint
+from quantkit.loading import describe_checkpoint, load_checkpoint
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Field, Policy
 from quantkit.recipe import quantize, uniform
@@ -138,6 +138,8 @@ def test_quantized_and_exported(algorithm: str, policy: str, env: str, tmp_path:
     assert found.ok and found.mean == pytest.approx(found.mean_torch, rel=1e-6)  # libraries' tanh differ
     facts = open_session(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
     first = '"key": "achieved"' if "MultiInput" in policy else '"sizes": [4, 3]'
+    places = describe_checkpoint(small)["made_of"]
+    assert places == {"": "0..6 one-hot"} if "sizes" in first else places["mode"] == "6..8 one-hot"
     assert first in facts["fields"] and fresh_states(small, 10).shape[-1] == sum(f.width for f in fields_of(small))
 
 

@@ -16,15 +16,18 @@ from hwmodel import emit
 from hwmodel.devices import find_device
 from hwmodel.plan import plan_network
 from quantkit.artifact import load_artifact, save_artifact
+from quantkit.cli.options import kind_of
 from quantkit.export import export_onnx, open_session
-from quantkit.loading import load_checkpoint
-from quantkit.model import EnvSpec, Model
+from quantkit.loading import describe_checkpoint, load_checkpoint
+from quantkit.model import Calib, EnvSpec, Model
 from quantkit.policy import Policy
+from quantkit.presets import PRESETS, preset_steps
 from quantkit.recipe import quantize, uniform
 from quantkit.rtl_episodes import fly
 from quantkit.rtl_export import network_of
+from quantkit.sensitivity import errors_of
 from quantkit.simulate import compile_step
-from quantkit.study import calib_for, fresh_states, outputs_of
+from quantkit.study import Settings, calib_for, evaluate_design, fresh_states, outputs_of, prepare
 from quantkit.tasks.episodes import act_of, collect_sequences, evaluate_policy, rollout
 from quantkit.verify import verify
 
@@ -233,3 +236,28 @@ def test_hardware_flies_episodes(pair: tuple[Any, Model], tmp_path: Path) -> Non
     env = EnvSpec(model.env.id, {"max_episode_steps": 15})
     flight = fly(small, tmp_path, env, episodes=2, seed=4, tool="iverilog")
     assert flight.difference is None and flight.decisions == sum(flight.lengths)
+
+
+def test_designs_are_measured_on_every_step(pair: tuple[Any, Model]) -> None:
+    """A study of a recurrent policy scores and prices designs, and compares outputs at every step of its sequences."""
+    model = pair[1]
+    study = prepare(model, Settings(episodes=3, device=find_device("xc7a35t")))
+    row = evaluate_design(study, uniform("int6", "int6", steps=(("gptq", {}),)))
+    assert "error" not in row and row["cost"]["luts"] > 0 and row["score"]["n"] == 3
+    assert study.float_outputs.shape == (study.states.shape[0] * study.states.shape[1], policy_of(model).head.outputs)
+    states = torch.from_numpy(study.states)
+    small = quantize(model, uniform("int6", "int6"), Calib(states))
+    with torch.inference_mode():
+        ours, theirs = small.module(states).double(), model.module(states).double()
+    error = ((ours - theirs).square().sum() / theirs.square().sum()).sqrt()
+    assert errors_of(study, small)["output_error"] == pytest.approx(float(error), rel=1e-4)
+    assert describe_checkpoint(model)["memory"] == 16
+
+
+def test_presets_train_through_time(pair: tuple[Any, Model]) -> None:
+    """A preset means other steps for a policy with a memory: fewer sequences at once than states of others."""
+    assert kind_of(pair[1]) == "recurrent"
+    for name in PRESETS:
+        own = dict(preset_steps(name, "recurrent"))
+        assert own.keys() <= dict(preset_steps(name)).keys()
+        assert "distill" not in own or own["distill"]["batch"] <= 16

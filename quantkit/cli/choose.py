@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping as Mapping_
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +40,7 @@ from quantkit.cli.options import (
     app,
     check_space,
     exceptions,
+    kind_of,
     labelled_of,
     listed,
     load,
@@ -49,6 +51,7 @@ from quantkit.console import guarded, note, print_json, print_table, progress_ba
 from quantkit.errors import InputError
 
 if TYPE_CHECKING:
+    from quantkit.presets import Kind
     from quantkit.recipe import Recipe
 
 
@@ -122,7 +125,7 @@ def sweep(
 
     check_space(weights, acts, granularity)
     targets = targets_for(device, latency_us, luts, mapping)
-    kind: Literal["policy", "network", "language"] = "language" if text else "network" if labels else "policy"
+    kind: Kind = "language" if text else "network" if labels else "policy"
     pipelines = pipelines_of(step, preset, kind) or ((),)
     space = Space(
         listed(weights), listed(acts), listed(granularity), pipelines, exceptions(layer, listed(granularity)[0])
@@ -133,6 +136,9 @@ def sweep(
         return
     model = load(checkpoint, env, factory, normalize, inputs)
     labelled = labelled_of(checkpoint, model, inputs, labels, calibration)
+    if preset and kind_of(model) != kind:
+        space = replace(space, pipelines=pipelines_of(step, preset, kind_of(model)))
+        recipes = space.recipes()
 
     from quantkit.backends import answers
     from quantkit.report import write_report

@@ -57,9 +57,9 @@ def inspect(
         print_json(document)
         return
     say(f"{checkpoint}")
-    for key in ("kind", "algo", "env", "observations", "actions", "normalizer", "parameters"):
+    for key in ("kind", "algo", "env", "observations", "made_of", "memory", "actions", "normalizer", "parameters"):
         if (text := _phrase(document[key])) != "none":
-            say(f"  {key}: {text}")
+            say(f"  {key.replace('_', ' ')}: {text}")
     fields = {"name": "layer", "op": "op", "in_features": "in", "out_features": "out", "parameters": "parameters"}
     fields |= {"weight": "weights", "act": "input"}
     rows = [[_phrase(entry[key]) for key in fields] for entry in document["layers"]]
@@ -84,6 +84,8 @@ def _phrase(fact: Any) -> str:
             return f"{kind}({', '.join(map(str, nvec))})"
         case int():
             return f"{fact:,}"
+        case dict() if fact and all(isinstance(value, str) for value in fact.values()):
+            return ", ".join(f"{key} {value}".strip() for key, value in fact.items())
     return str(fact)
 
 

@@ -16,6 +16,7 @@ from quantkit.errors import InputError
 
 if TYPE_CHECKING:
     from quantkit.model import Calib, Model, Normalization
+    from quantkit.presets import Kind
     from quantkit.qlayers import LayerPlan
     from quantkit.recipe import Recipe, Step
     from quantkit.targets import Target
@@ -258,12 +259,21 @@ def for_kind(recipe: Recipe, preset: str | None, model: Model) -> Recipe:
     The preset's steps for networks that do not act, where the model is one; what stays in float of a language model.
     """
     from quantkit.language import is_language, with_defaults
-    from quantkit.policy import Policy
     from quantkit.presets import preset_steps
 
-    if preset is not None and not isinstance(model.module, Policy):
-        recipe = replace(recipe, steps=preset_steps(preset, "language" if is_language(model) else "network"))
+    if preset is not None:
+        recipe = replace(recipe, steps=preset_steps(preset, kind_of(model)))
     return with_defaults(recipe, model) if is_language(model) else recipe
+
+
+def kind_of(model: Model) -> Kind:
+    """Whose presets the model takes."""
+    from quantkit.language import is_language
+    from quantkit.policy import Policy
+
+    if isinstance(model.module, Policy):
+        return "recurrent" if model.module.recurrent else "policy"
+    return "language" if is_language(model) else "network"
 
 
 def recipe_of(
@@ -287,7 +297,7 @@ def recipe_of(
 
 
 def pipelines_of(
-    step: list[str] | None, preset: list[str] | None, kind: Literal["policy", "network", "language"] = "policy"
+    step: list[str] | None, preset: list[str] | None, kind: Kind = "policy"
 ) -> tuple[tuple[Step, ...], ...]:
     """The alternatives that repeated --step A+B and --preset, of this kind of model, stand for; () for none."""
     from quantkit.presets import preset_steps

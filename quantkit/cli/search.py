@@ -37,6 +37,7 @@ from quantkit.cli.options import (
     Seed,
     app,
     check_space,
+    kind_of,
     labelled_of,
     listed,
     load,
@@ -152,6 +153,8 @@ def search(
     chosen = cost or ("weight_kib" if not targets else "luts" if luts is None else "latency_us")
     model = load(checkpoint, env, factory, normalize, inputs)
     labelled = labelled_of(checkpoint, model, inputs, labels, calibration)
+    if preset and kind_of(model) != kind:
+        pipelines = pipelines_of(step, preset, kind_of(model))
 
     from quantkit.backends import answers, workers
     from quantkit.report import write_report
