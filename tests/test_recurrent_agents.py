@@ -261,3 +261,31 @@ def test_presets_train_through_time(pair: tuple[Any, Model]) -> None:
         own = dict(preset_steps(name, "recurrent"))
         assert own.keys() <= dict(preset_steps(name)).keys()
         assert "distill" not in own or own["distill"]["batch"] <= 16
+
+
+@pytest.mark.parametrize("normalize", ["stage", "fold"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_velocities_stay_hidden(wrapped: bool, normalize: Any, tmp_path: Path) -> None:
+    """Of rl-zoo's agents without velocities the policy takes the whole observation and sees what SB3's agent saw."""
+    import gymnasium
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    name = "Pendulum-v1" if wrapped else "PendulumNoVel-v1"
+    folder = tmp_path / "ppo_lstm" / f"{name}_1"
+    (folder / name).mkdir(parents=True)
+    venv = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), clip_obs=1.5)
+    venv.obs_rms.mean, venv.obs_rms.var = np.array([0.1, -0.2, 0.3]), np.array([0.5, 0.6, 0.2])
+    kwargs = {"policy_kwargs": {"lstm_hidden_size": 8, "net_arch": [8]}}
+    agent = tiny.make_agent("RecurrentPPO", "MlpLstmPolicy", ("box",), ("box",), kwargs, venv)
+    agent.save(folder / f"{name}.zip")
+    venv.save(str(folder / name / "vecnormalize.pkl"))
+    config = "normalize: true\n" + ("env_wrapper: rl_zoo3.wrappers.MaskVelocityWrapper\n" if wrapped else "")
+    (folder / name / "config.yml").write_text(config)
+    (folder / name / "args.yml").write_text(f"algo: ppo_lstm\nenv: {name}\n")
+    model = load_checkpoint(folder, normalize=normalize)
+    assert model.env is not None and model.env.id == "Pendulum-v1" and model.meta["unseen"] == [2]
+    raw = np.random.default_rng(1).normal(0, 2, (30, 3)).astype(np.float32)
+    seen = venv.normalize_obs(raw * np.array([1, 1, 0], np.float32))
+    expected = agent.predict(seen, deterministic=True)[0]
+    np.testing.assert_allclose(policy_of(model).predict(raw)[0], expected, rtol=1e-4, atol=1e-4)
+    assert len(np.unique(expected)) > 20

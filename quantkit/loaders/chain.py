@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InputError
-from quantkit.policy import activation
+from quantkit.policy import Recurrent, activation
 
 _NATURE_CNN = ((8, 4), (4, 2), (3, 1))  # kernel and stride of its three convolutions
 
@@ -92,14 +92,18 @@ class Parts:
 
 def fold(net: nn.Sequential, mean: np.ndarray, std: np.ndarray) -> None:
     """Make the first layer take raw inputs where it took `(x - mean) / std`: W / std, b - W (mean / std). In place."""
+    owner: nn.Module = net
     name, first = next((n, m) for n, m in net.named_children() if not isinstance(m, nn.Flatten))
+    if isinstance(first, Recurrent):
+        owner, name = first.loop.cells[0], "ih"
+        first = owner.get_submodule(name)
     if not isinstance(first, nn.Linear):
         kind = type(first).__name__
         raise InputError(f"normalize='fold' needs a linear first layer, not {kind}; use normalize='stage'")
     weight = first.weight.detach().double().numpy() / std.reshape(1, -1)
     bias = 0.0 if first.bias is None else first.bias.detach().double().numpy()
     folded = Part(name, torch.from_numpy(weight), torch.from_numpy(bias - weight @ mean.reshape(-1)))
-    setattr(net, name, make_linear(folded))
+    setattr(owner, name, make_linear(folded))
 
 
 def check_chain(convs: list[Part], dense: list[Part], obs_shape: tuple[int, ...], outputs: int, where: str) -> None:

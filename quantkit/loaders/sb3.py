@@ -104,6 +104,8 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Normalizati
         _check_normalizer(normalizer, obs_shape, stage, str(checkpoint.vecnormalize))
         of_critic = _normalized(normalizer, "stage", actor.net)
         stage = _normalized(normalizer, normalize, actor.net)
+    if unseen := zoo.unseen(checkpoint):
+        _hide(stage, unseen, obs_shape, where)
     policy = Policy(stage, actor.net, head, obs_shape, fields).eval()
 
     critics = build_critics(archive.tensors, actor.activation, math.prod(obs_shape) + outputs, where)
@@ -137,6 +139,7 @@ def load(path: Path, *, env: EnvSpec | str | None = None, normalize: Normalizati
                 "sha256": normalizer.sha256,
                 "clip": normalizer.clip if math.isfinite(normalizer.clip) else None,
             },
+            "unseen": list(unseen),
             "time_feature": env_spec.time_feature if env_spec else None,
             "pad_obs": env_spec.pad_obs if env_spec else None,
             "trained_on": checkpoint.trained_on,
@@ -246,6 +249,20 @@ def _check_normalizer(normalizer: Normalizer, obs_shape: tuple[int, ...], stage:
         raise InputError(
             f"{where}: normalizes images that the policy divides by 255 as well; expected normalize_images=False"
         )
+
+
+def _hide(stage: InputStage, unseen: tuple[int, ...], obs_shape: tuple[int, ...], where: str) -> None:
+    """Make the stage give what it gives for zero, whatever these numbers of the observation are, in place."""
+    if len(obs_shape) != 1 or max(unseen) >= obs_shape[0]:
+        raise InputError(
+            f"{where}: trained without the velocities {unseen}; observations of shape {obs_shape} are others"
+        )
+    rows = list(unseen)
+    found = stage(torch.zeros(obs_shape))[rows]
+    for name in ("low", "high"):
+        bound = getattr(stage, name).expand(obs_shape).clone()
+        bound[rows] = found
+        setattr(stage, name, bound)
 
 
 def _normalized(normalizer: Normalizer, mode: str, net: torch.nn.Sequential) -> InputStage:

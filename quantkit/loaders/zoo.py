@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ _NO_MAP = (
 )
 _ANT_INPUTS = 111  # 27 and 84 contact forces, which were always zero before Ant-v4
 _HARMLESS = ("DelayedRewardWrapper", "Monitor", "DoneOnSuccessWrapper")
+_VELOCITIES = {
+    "CartPole-v1": (1, 3),
+    "MountainCar-v0": (1,),
+    "MountainCarContinuous-v0": (1,),
+    "Pendulum-v1": (2,),
+    "LunarLander-v2": (2, 3, 5),
+    "LunarLander-v3": (2, 3, 5),
+    "LunarLanderContinuous-v2": (2, 3, 5),
+    "LunarLanderContinuous-v3": (2, 3, 5),
+}
+"""Which numbers rl-zoo's MaskVelocityWrapper sets to zero; its environments are named CartPoleNoVel-v1 and so on."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +153,28 @@ def id_in_name(name: str) -> str | None:
     if not match:
         return None
     env_id = match["id"]
-    known = env_id in RENAMED or any(re.fullmatch(pattern, env_id) for pattern, _ in _NO_MAP)
-    return env_id if known or _registered(env_id) is not False else None
+    plain = with_velocities(env_id)
+    known = plain in RENAMED or any(re.fullmatch(pattern, plain) for pattern, _ in _NO_MAP)
+    return env_id if known or _registered(plain) is not False else None
+
+
+def with_velocities(env_id: str) -> str:
+    """The id of the environment of which rl-zoo's hides velocities; any other id itself.
+
+    >>> with_velocities("PendulumNoVel-v1")
+    'Pendulum-v1'
+    """
+    plain = env_id.replace("NoVel-v", "-v")
+    return plain if plain in _VELOCITIES else env_id
+
+
+def unseen(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Which numbers of its observation an agent saw as zero, as it was trained without velocities."""
+    trained_on = checkpoint.trained_on or ""
+    plain = with_velocities(trained_on)
+    if plain == trained_on and "MaskVelocityWrapper" not in _wrappers(checkpoint.config):
+        return ()
+    return _VELOCITIES.get(plain, ())
 
 
 def _registered(env_id: str) -> bool | None:
@@ -166,6 +197,10 @@ def episode_limit(env_id: str) -> int | None:
 
 def today(env_id: str) -> tuple[EnvSpec | None, str | None]:
     """An id in today's names, or None and one line saying why there is none."""
+    plain = with_velocities(env_id)
+    if plain != env_id:
+        found, problem = today(plain)
+        return None if found is None else replace(found, trained_on=env_id), problem
     if env_id in RENAMED:
         name, kwargs = RENAMED[env_id]
         return EnvSpec(name, dict(kwargs), trained_on=env_id), None
@@ -209,7 +244,8 @@ def env_spec(
         horizon = episode_limit(spec.id) or (steps if isinstance(steps, int) and steps > 0 else 1000)
     padded = inputs - (horizon is not None)
     pad_obs = padded if re.fullmatch(r"Ant-v[45]", spec.id) and padded == _ANT_INPUTS else None
-    other = [name for name in wrappers if name not in ("TimeFeatureWrapper", *_HARMLESS)]
+    rebuilt = ["TimeFeatureWrapper", *_HARMLESS, *(["MaskVelocityWrapper"] if unseen(checkpoint) else [])]
+    other = [name for name in wrappers if name not in rebuilt]
     if env is None and other:
         return (
             None,
