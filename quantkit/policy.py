@@ -147,12 +147,14 @@ class Field:
         codes = flat.astype(np.int64)
         if (codes < 0).any() or (codes >= np.array(self.sizes)).any():
             raise InputError(f"observation {self.key or 'of integers'}: {codes.tolist()[:4]} is not below {self.sizes}")
-        return np.concatenate([np.eye(n, dtype=np.float32)[codes[:, i]] for i, n in enumerate(self.sizes)], axis=1)
+        found = np.zeros((len(codes), self.width), np.float32)
+        found[np.arange(len(codes))[:, None], codes + np.cumsum((0, *self.sizes[:-1]))] = 1
+        return found
 
 
-def to_vectors(fields: tuple[Field, ...], observation: Any) -> np.ndarray:
-    """A batch of observations, an array or a dictionary of arrays by key, as vectors (batch, sum of widths) float32."""
-    return np.concatenate([f.vector(observation[f.key] if f.key else observation) for f in fields], axis=1)
+def to_vectors(fields: tuple[Field, ...], given: dict[str, np.ndarray]) -> np.ndarray:
+    """Arrays (batch, *shape) by the fields' keys as vectors (batch, sum of widths) float32."""
+    return np.concatenate([f.vector(given[f.key]) for f in fields], axis=1)
 
 
 States = tuple[Tensor, Tensor]
@@ -276,9 +278,8 @@ class Policy(nn.Module):
             at = f"observation {wrong.key!r}" if wrong.key else "observation"
             raise InputError(f"{at} of shape {given[wrong.key].shape} given to a policy for shape {wrong.shape}")
         if all(given[f.key].shape == f.shape for f in self.fields):
-            single = {key: value[None] for key, value in given.items()}
-            return np.concatenate([f.vector(single[f.key]) for f in self.fields], axis=1)[0]
-        return np.concatenate([f.vector(given[f.key]) for f in self.fields], axis=1)
+            return to_vectors(self.fields, {key: value[None] for key, value in given.items()})[0]
+        return to_vectors(self.fields, given)
 
     def _states(self, state: tuple[np.ndarray, ...] | None, episode_start: np.ndarray | None, batch: int) -> States:
         """What SB3's caller keeps, as tensors; zero where an episode starts."""

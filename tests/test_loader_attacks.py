@@ -271,9 +271,21 @@ _LSTM = {
 _OWN = {"__module__": "__main__", "__init__": "<function MyPolicy.__init__ at 0x1>"}
 
 
+def _dict(text: str) -> dict[str, Any]:
+    return {":type:": "<class 'gymnasium.spaces.dict.Dict'>", "spaces": text, "_shape": None, "dtype": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"observation_space": _dict("{}")}, ["a Dict without keys"]),
+        ({"observation_space": _dict("{'a': Dict('b': Discrete(2))}")}, ["cannot read", "accepted under its keys"]),
+        ({"observation_space": _dict("{'a': Box(-1.0, 1.0, (3,), float32), __import__('os')}")}, ["cannot read"]),
+        ({"observation_space": _dict("{'a': Discrete(999999999999)}")}, ["key 'a' has no readable size"]),
+        ({"observation_space": _dict("{'a': Box(0, 1, (99999, 99999), uint8)}")}, ["key 'a' has no readable size"]),
+        ({"observation_space": _dict("{'a': MultiDiscrete([[2 2] [3 3]])}")}, ["key 'a' has no readable size"]),
+        ({"observation_space": _dict("'a': " * 50_000)}, ["cannot read"]),
+        ({"observation_space": _dict("{'a': Discrete(2), " * 9_000)}, ["cannot read"]),
         ({"policy_class": _LSTM}, ["RecurrentActorCriticCnnPolicy", "accepted: PPO"]),
         ({"policy_class": _OWN}, ["__main__.MyPolicy", "accepted: PPO"]),
         ({"policy_class": None}, ["policy class", "accepted: PPO"]),

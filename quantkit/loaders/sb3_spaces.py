@@ -90,7 +90,7 @@ def _printed(text: str, where: str) -> tuple[tuple[str, Space], ...]:
     found, rest = [], text.strip().removeprefix("OrderedDict").strip("({[ ")
     while rest.strip(" )}],"):
         match = _ENTRY.match(rest)
-        if not match or len(text) > 1_000_000:
+        if not match or len(text) > 100_000:
             raise InputError(
                 f"{where}: cannot read {rest[:60]!r} in a Dict; accepted under its keys: Box, Discrete, MultiDiscrete, "
                 "MultiBinary"

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec
-from quantkit.policy import Field, Head, Policy
+from quantkit.policy import Field, Head, Policy, to_vectors
 
 if TYPE_CHECKING:
     import gymnasium
@@ -163,7 +163,8 @@ def _as_vectors(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
 
     def vector(observation: Any) -> np.ndarray:
         given = {f.key: np.asarray(observation[f.key] if f.key else observation)[None] for f in fields}
-        return np.concatenate([f.vector(given[f.key])[0] for f in fields])
+        found: np.ndarray = to_vectors(fields, given)[0]
+        return found
 
     vectors = spaces.Box(-np.inf, np.inf, (sum(f.width for f in fields),), np.float32)
     found = wrappers.TransformObservation(env, vector, vectors)
