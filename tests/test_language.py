@@ -281,7 +281,6 @@ GPTQ = ("--weights", "int4", "--acts", "float", "--step", "gptq")
         (("quantize", "M", *GPTQ, "-o", "OUT", "--calibration", "T", "--window", "65"), "context of 64"),
         (("quantize", "M", *GPTQ, "-o", "OUT", "--calibration", "T", "--documents", "1"), "less than one window of 64"),
         (("quantize", "M", *GPTQ, "-o", "OUT", "--calibration", "EMPTY"), "holds no text"),
-        (("quantize", "M", *GPTQ, "-o", "OUT", "--calibration", "T", "--granularity", "group7"), "groups of 7"),
         (("evaluate", "M"), "give --text FILE.txt"),
         (("evaluate", "M", "--text", "EMPTY"), "holds no text"),
         (("evaluate", "M", "--text", "ONE"), "no document has 2 tokens"),

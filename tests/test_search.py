@@ -283,7 +283,7 @@ def test_a_mistake_in_a_study_file_is_one_line(text: str, tmp_path: Path) -> Non
         (("--device", "none", "--cost", "luts"), ("luts", "device")),
         (("--weights", "int4,innt3"), ("innt3",)),
         (("--ray", "127.0.0.1:1"), ("127.0.0.1:1", "answers")),
-        (("--granularity", "group7"), ("net.", "7")),
+        (("--acts", "int1"), ("net.", "no positive value")),
     ],
 )
 def test_a_mistake_of_a_search_is_one_line(options: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
