@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from hwmodel.affine import solved
 from hwmodel.cell import MEMORY_BITS, NOUNS
@@ -38,7 +38,7 @@ from quantkit.recurrent import Cell, GRUCell, LSTMCell
 from quantkit.rounding import rounder
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
-from quantkit.stepwise import chain_of, is_recurrent
+from quantkit.stepwise import MODULES, chain_of, is_recurrent
 
 Step = Callable[[np.ndarray], np.ndarray]
 
@@ -48,6 +48,8 @@ FACTOR_BITS = 9
 """Bits, one more or less, of the factors that bring the sums of a recurrent cell to one scale."""
 NEAR = 32
 """Sums tried on both sides of each threshold where there are more."""
+_MIXING = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Softmax, nn.LogSoftmax)
+ACTIVATIONS = sorted({module.__name__ for module in MODULES.values()})
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,18 @@ class Host:
 
 
 def network_of(model: Model) -> tuple[Network, Host]:
-    """The integers of a quantized MLP, linear or recurrent policy; InputError names the layer that has none."""
+    """The integers of a quantized MLP, a policy or not, or of a recurrent network; InputError names what has none."""
     stage, head, modules = _chain(model)
     places = [i for i, (_, m) in enumerate(modules) if isinstance(m, QLayer | nn.Linear | nn.Conv2d | Cell)]
     if not places:
-        raise InputError("this policy has no layers")
+        raise InputError("this network has no layers")
     for i in places:
         _check_part(*modules[i])
     specs = {spec.name: spec for spec in layer_specs(model)}
+    for name, module in modules[places[0] : places[-1]]:
+        if isinstance(module, _MIXING):
+            kind = type(module).__name__
+            raise InputError(f"{name}: a {kind} mixes features; hardware computes what depends on one sum at a time")
     parts = [[m for _, m in modules[a + 1 : b]] for a, b in pairwise([*places, len(modules)])]
     layers: list[Layer | Integers] = []
     try:
@@ -148,11 +154,37 @@ def _chain(model: Model) -> tuple[InputStage, Head | None, list[tuple[str, nn.Mo
         return policy.stage, policy.head, [(f"net.{name}", module) for name, module in chain]
     if isinstance(policy, Policy):
         return policy.stage, policy.head, [(f"net.{name}", m) for name, m in policy.net.named_children()]
-    if not is_recurrent(policy):
-        raise InputError(
-            "this network is not a policy; hardware is written for chains of linear layers and cells of GRU and LSTM"
-        )
-    return InputStage(), None, chain_of(model)
+    return InputStage(), None, chain_of(model) if is_recurrent(policy) else _row(model)
+
+
+def _row(model: Model) -> list[tuple[str, nn.Module]]:
+    """The layers and activations of a network that is no policy, by name, each fed by the one before alone.
+
+    InputError names the first node that has no place in such a row.
+    """
+    written = f"hardware is written for linear layers in a row, with {', '.join(ACTIVATIONS)} between"
+    if not isinstance(model.module, fx.GraphModule):
+        why = model.meta.get("untraced", "it is not traced")
+        raise InputError(f"this network cannot be followed ({why}); {written}")
+    if model.example.dim() != 2:
+        raise InputError(f"inputs have the shape {tuple(model.example.shape[1:])}; {written}, on vectors")
+    row: list[tuple[str, nn.Module]] = []
+    last: fx.Node | None = None
+    for n in model.module.graph.nodes:
+        if n.op == "output":
+            if n.args != (last,):
+                raise InputError(f"the output is not that of the last layer alone; {written}")
+        elif last is None and n.op == "placeholder":
+            last = n
+        elif last is not None and n.op == "call_module" and n.args == (last,):
+            row.append((str(n.target), model.module.get_submodule(str(n.target))))
+            last = n
+        elif n.target in MODULES and n.args[0] is last and None not in n.args:
+            row.append((n.name, MODULES[n.target](*n.args[1:])))
+            last = n
+        else:
+            raise InputError(f"node {n.name!r}: {n.target} has no place there; {written}")
+    return row
 
 
 def _activation(modules: list[nn.Module]) -> Any:

@@ -146,13 +146,13 @@ def chain_of(model: Model) -> list[tuple[str, nn.Module]]:
             part = gm.get_submodule(str(n.target))
             chain.append((str(n.target), part.cell if isinstance(part, _Joined) else part))  # type: ignore[arg-type]
             states = states[len(n.args) - 1 :]
-        elif n.target in _ACTIVATIONS and n.args[0] is last:
-            chain.append((n.name, _ACTIVATIONS[n.target](*n.args[1:])))
+        elif n.target in MODULES and n.args[0] is last:
+            chain.append((n.name, MODULES[n.target](*n.args[1:])))
         elif not (n.target in _SHAPES and _depends(n, last)):
             raise InputError(
                 f"node {n.name!r}: {n.target} has no place in a chain; hardware of a recurrent network is written for "
                 "linear layers, cells of GRU and LSTM and between them "
-                f"{', '.join(sorted({m.__name__ for m in _MODULES}))}"
+                f"{', '.join(sorted({m.__name__ for m in MODULES.values()}))}"
             )
         last = n
     if results[0] is not last or states:
@@ -181,7 +181,7 @@ def _depends(n: fx.Node, last: fx.Node) -> bool:
     return last in n.all_input_nodes
 
 
-_ACTIVATIONS: dict[Any, Any] = {
+MODULES: dict[Any, Any] = {  # what stands for an operation on one value and numbers, by its position in the call
     aten.relu.default: nn.ReLU,
     aten.tanh.default: nn.Tanh,
     aten.sigmoid.default: nn.Sigmoid,
@@ -190,7 +190,6 @@ _ACTIVATIONS: dict[Any, Any] = {
     aten.hardtanh.default: nn.Hardtanh,
     aten.clamp.default: nn.Hardtanh,
 }
-_MODULES = set(_ACTIVATIONS.values())
 _SHAPES = {
     aten.unsqueeze.default,
     aten.squeeze.dim,

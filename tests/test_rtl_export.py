@@ -107,11 +107,48 @@ def test_sabotage_a_moved_threshold_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     assert rtl_export._disproof(ranks, wrong, low, high) == (3, int(right[3, 7]))
 
 
+@pytest.mark.parametrize(("weights", "acts"), [("int3", "int4"), ("e2m1", "e3m2"), ("ternary", "int5")])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.LeakyReLU])
+def test_a_network_in_a_row_needs_no_policy(weights: str, acts: str, activation: type[nn.Module]) -> None:
+    """Integers, gain and bias of any module of linear layers give the floats of the module itself."""
+    model, obs = row_of(nn.Linear(5, 11), activation(), nn.Linear(11, 7), activation(), nn.Linear(7, 3))
+    done = quantize(model, Recipe((("*", make_plan(weights, acts)),)), Calib(obs))
+    network, host = network_of(done)
+    assert [spec.name for spec in network.specs] == ["0", "2", "4"] and host.head is None
+    with torch.no_grad():
+        want = done.module(obs).numpy()
+    assert np.array_equal(host.outputs(networks.reference(network, host.codes(obs.numpy()))), want)
+
+
+def row_of(*modules: nn.Module) -> tuple[Model, torch.Tensor]:
+    """A network that is no policy, and inputs for it."""
+    torch.manual_seed(8)
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.6
+    obs = 2 * torch.randn(300, 5)
+    return Model(nn.Sequential(*modules).eval(), obs[:2], meta={"kind": "module"}), obs
+
+
+def test_what_is_no_row_is_refused() -> None:
+    """A normalization between layers, an activation that falls, and inputs that are no vectors, by name."""
+    normalized = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+    falling = nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3)
+    for modules, words in ((normalized, "1: a LayerNorm mixes features"), (falling, "gelu.* has no place there")):
+        model, obs = row_of(*modules)
+        with pytest.raises(InputError, match=words):
+            network_of(quantize(model, Recipe((("*", make_plan("int4", "int4")),)), Calib(obs)))
+    model, obs = row_of(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    model.example = obs[None, :2]
+    with pytest.raises(InputError, match=r"inputs have the shape \(2, 5\)"):
+        network_of(quantize(model, Recipe((("*", make_plan("int4", "int4")),)), Calib(obs.view(-1, 2, 5))))
+
+
 def test_what_has_no_hardware_is_refused() -> None:
     """Float layers, convolutions, group scales, functions that fall, and networks that are no policy, by name."""
     with pytest.raises(InputError, match=r"net\.0 is in float"):
         network_of(quantized("int4", "float")[0])
-    with pytest.raises(InputError, match="not a policy"):
+    with pytest.raises(InputError, match="it is not traced"):
         network_of(tiny_models.mlp()[0])
     model, calib = tiny_models.image_policy()
     plan = (("*", make_plan("int4", "int4", "row")),)
