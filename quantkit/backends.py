@@ -207,6 +207,7 @@ def _connected(address: str) -> Any:
             ray.init(address=None if address == "local" else address, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         hint = "start one with: ray start --head" if address == "auto" else "is a cluster of this Ray version there?"
+        hint += ", or RAY_AUTH_MODE=token if it wants a token"  # without it, Ray tells of no answer only
         raise InputError(f"--ray {address}: no cluster answers ({str(error).splitlines()[0]}); {hint}") from None
     return ray
 

@@ -229,7 +229,7 @@ def hardware_figure(row: Row, capacity: Mapping[str, int]) -> Figure:
 
 def sensitivity_figure(table: Mapping[str, Any], title: str) -> Figure:
     """A map of `layers` against `formats` with `values` (None: not measured), colors by the logarithm if they are all
-    positive; up to 14 formats each cell has its number."""
+    positive; up to 14 formats each cell has its number, with more a bar tells what the colors stand for."""
     layers, formats, values = table["layers"], table["formats"], table["values"]
     numbers = [[math.nan if v is None else v for v in line] for line in values]
     known = [v for line in numbers for v in line if math.isfinite(v)]
@@ -243,6 +243,8 @@ def sensitivity_figure(table: Mapping[str, Any], title: str) -> Figure:
         axes.set_xticks(range(len(formats)), [_plain(f) for f in formats], fontsize=9 if told else 7, **turned)
         axes.set_yticks(range(len(layers)), [_plain(name) for name in layers])
         axes.set_title(_plain(title), loc="left", fontsize=11)
+        if not told and known:
+            figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
         for y, line in enumerate(numbers if told else []):
             for x, v in enumerate(line):
                 dark = math.isfinite(v) and float(image.norm(v)) > 0.6  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ _INSTALL = "pip install 'quantkit[study]'"
 
 def write_page(folder: Path, output: Path, *, checkpoint: Path | None = None, force: bool = False) -> Path:
     """Write the page of a study; InputError as `page_data`, for an existing file, and without plotly or jinja2."""
-    check_new(output, force=force)
+    if folder.is_dir():  # else what is wrong is not that nothing can be written there
+        check_new(output, force=force)
     page = render(page_data(folder, checkpoint=checkpoint))
     with new_file(output, force=force) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -336,7 +337,7 @@ def _head(
         (
             "the design to take",
             f"{best['weights']} × {best['acts']}",
-            f"{best['steps']}: {why}".replace("+", "+\u200b"),
+            f"{best['steps']}: {why}",
         ),
     ]
     cost = value(best, study["x"])

@@ -132,12 +132,14 @@ def write_report(
     each = f"{settings['episodes']} episodes"
     if metric_of(rows) == "accuracy":
         name, each = str(settings.get("checkpoint")), f"{settings['episodes']:,} labelled inputs"
-    title = f"{name}: {len(rows)} designs, {each} each"
+    short = any(row["score"]["n"] < reference["n"] for row in rows)
+    title = f"{name}: {len(rows)} designs, {'at most ' if short else ''}{each} each"
     title += f", {names[place]}" if len(names) > 1 else ""
     files = save_figure(pareto_figure(rows, reference, margin, x=x, y=y, title=title), folder / stem)
     return {
         "metric": metric_of(rows),
         "reference": {k: reference[k] for k in ("mean", "stderr", "n")},
+        "random": (document.get("random") or {}).get("mean"),
         "margin": margin,
         "x": x,
         "y": y,

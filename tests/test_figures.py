@@ -14,7 +14,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
+from typer.testing import CliRunner
 
+from quantkit.cli import app
 from quantkit.errors import InputError
 from quantkit.figures import pareto_figure, save_figure
 from quantkit.pareto import COLUMNS, front, knee
@@ -202,6 +204,16 @@ def test_a_study_without_rows_says_so(tmp_path: Path) -> None:
     """Before the first design is finished there is nothing to show."""
     with pytest.raises(InputError, match="no finished design"):
         read_study(study(tmp_path / "s", []))
+
+
+@pytest.mark.parametrize(("random", "told"), [(9.0, False), (10.0, True), (12.0, True)])
+def test_a_float_policy_that_is_no_better_than_chance_is_said(tmp_path: Path, random: float, told: bool) -> None:
+    """A margin that is a share of the distance to a random policy means nothing where there is none to lose."""
+    folder = study(tmp_path / "s", CASES["many"])
+    document = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(document | {"random": REFERENCE | {"mean": random}}))
+    result = CliRunner().invoke(app, ["pareto", str(folder)])
+    assert result.exit_code == 0 and ("no better than random actions" in result.stderr) == told, result.output
 
 
 def test_the_table_is_flat() -> None:

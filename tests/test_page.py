@@ -222,6 +222,7 @@ def test_bad_input_is_one_line(real: Path, tmp_path: Path, monkeypatch: pytest.M
     page = tmp_path / "p.html"
     page.write_text("mine")
     assert "not a study directory" in error("report", tmp_path, "-o", tmp_path / "q.html")
+    assert "not a study directory" in error("report", tmp_path / "never")
     assert "exists already" in error("report", real, "-o", page) and page.read_text() == "mine"
     other = AGENTS / "ppo/LunarLander-v3.zip"
     assert "is another checkpoint" in error("report", real, "-o", tmp_path / "q.html", "--checkpoint", other)

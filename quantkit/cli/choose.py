@@ -252,6 +252,12 @@ def _show_report(report: dict[str, Any], json: bool) -> None:
         f"float {'network' if metric == 'accuracy' else 'policy'}: {_score(reference, metric)}; "
         f"margin {_number(report['margin'], metric)}; {report['designs']} designs"
     )
+    if report["random"] is not None and reference["mean"] <= report["random"]:
+        rival = "random actions" if metric == "return" else "always the most frequent class"
+        warn(
+            f"float is no better than {rival} ({_number(report['random'], metric)}): margin and --max-loss, which are "
+            "shares of the distance, say little"
+        )
     if len(report["targets"]) > 1:
         say(f"costs for {report['target']}; of {len(report['targets'])} targets: {', '.join(report['targets'])}")
     shown = list(dict.fromkeys((x, "luts", "weight_kib", "latency_us")))

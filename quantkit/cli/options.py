@@ -101,7 +101,7 @@ Mapping = Annotated[
     Literal["lut", "dsp", "auto"],
     typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=_HW),
 ]
-Jobs = Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.", rich_help_panel=_RUN)]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 = one per core.", rich_help_panel=_RUN)]
 Ray = Annotated[
     str | None,
     typer.Option(
