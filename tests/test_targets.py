@@ -129,6 +129,8 @@ def test_commands_take_lists_of_parts_and_latencies(tmp_path: Path) -> None:
     ("options", "word"),
     [
         (("--device", "xc7a35t,none"), "none"),
+        (("--device", "none", "--luts", "300"), "--luts folds the hardware of a part"),
+        (("--device", "none", "--latency-us", "3"), "--latency-us folds the hardware of a part"),
         (("--device", ","), "--device"),
         (("--latency-us", "5,fast"), "fast"),
         (("--latency-us", "0"), "--latency-us"),

@@ -355,12 +355,16 @@ def targets_for(
 ) -> tuple[Target, ...]:
     """Every part of the list with every latency or number of LUTs; () for the part none.
 
-    InputError for what is no positive number, and for both kinds of numbers.
+    InputError for what is no positive number, for both kinds of numbers, and for numbers without a part.
     """
     from quantkit.targets import parse_targets
 
     if latency_us is not None and luts is not None:
         raise InputError("give --latency-us or --luts, not both")
+    if device == "none" and (latency_us is not None or luts is not None):
+        raise InputError(
+            f"{'--luts' if latency_us is None else '--latency-us'} folds the hardware of a part; give --device"
+        )
     parts = () if device == "none" else listed(device)
     if device != "none" and not parts:
         raise InputError(f"--device {device!r} names nothing; give one or more parts, separated by commas, or none")
