@@ -80,12 +80,23 @@ def exact_bits(weights: np.ndarray, act: Format) -> np.ndarray:
     weights: integers (rows, columns) in units of the weight format's step; `object` arrays hold
     integers beyond 64 bits. The layer's accumulator is the maximum over rows.
     """
-    low, high = unit_range(act)
-    widths = []
-    for row in _rows(weights):
-        terms = [(int(w) * low, int(w) * high) for w in row]
-        widths.append(signed_bits(sum(min(t) for t in terms), sum(max(t) for t in terms)))
-    return np.array(widths, dtype=np.int64)
+    low, high = sum_range(_rows(weights), *unit_range(act))
+    return np.array([signed_bits(int(a), int(b)) for a, b in zip(low, high, strict=True)], dtype=np.int64)
+
+
+def sum_range(weights: np.ndarray, low: int | np.ndarray, high: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest sum of each row's products with inputs low .. high: Python integers (rows,), exact.
+
+    weights: integers (rows, columns). low, high: numbers, or one of each column.
+    """
+    most = max((abs(int(v)) for v in np.ravel([low, high]).tolist()), default=0)
+    reach = max(abs(int(weights.max())), abs(int(weights.min()))) if weights.size else 0
+    small = weights.dtype != object and reach * most * weights.shape[1] < 2**62
+    units, a, b = (np.asarray(v, np.int64 if small else object) for v in (weights, low, high))
+    return (
+        np.minimum(units * a, units * b).sum(axis=1).astype(object),
+        np.maximum(units * a, units * b).sum(axis=1).astype(object),
+    )
 
 
 def _rows(weights: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hwmodel import gru, lstm
-from hwmodel.accumulator import signed_bits, unit_range
+from hwmodel.accumulator import signed_bits, sum_range, unit_range
 from hwmodel.cell import NOUNS, Cell, codes_of
 from hwmodel.cost import HwError
 from hwmodel.formats import Block, Format, bits, decode, encode, levels
@@ -114,10 +114,9 @@ class Layer:
         """Smallest and largest sum of each row, whatever the input: Python integers (rows,)."""
         acts = [self.formats[1], *([] if self.spec.second is None else [self.spec.second])]
         low, high = (np.array(ends, object) for ends in zip(*map(unit_range, acts), strict=True))
-        units = self.units.astype(object)
         if self.spec.op == "max":
-            return np.repeat(low, len(units)), np.repeat(high, len(units))
-        return np.minimum(units * low, units * high).sum(axis=1), np.maximum(units * low, units * high).sum(axis=1)
+            return np.repeat(low, len(self.codes)), np.repeat(high, len(self.codes))
+        return sum_range(self.units, low, high)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

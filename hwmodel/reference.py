@@ -31,15 +31,15 @@ def to_units(codes: np.ndarray, fmt: Format) -> np.ndarray:
     low, high = unit_range(fmt)
     wide = max(-low, high).bit_length() > 62
     step = unit(fmt)
-    table: dict[int, int] = {}
+    table: list[int] = []
     codes = np.asarray(codes)
-    for code in np.unique(codes):
+    different, places = np.unique(codes, return_inverse=True)
+    for code in different:
         value = decode(int(code), fmt)
         if not low <= value / step <= high:
             raise ValueError(f"code {int(code)} of {fmt} is {value}, not a number of the format")
-        table[int(code)] = int(value / step)
-    out = np.array([table[int(c)] for c in codes.ravel()], dtype=object if wide else np.int64)
-    return out.reshape(codes.shape)
+        table.append(int(value / step))
+    return np.array(table, dtype=object if wide else np.int64)[places].reshape(codes.shape)
 
 
 def forward(
