@@ -99,8 +99,9 @@ def check(decoder: Decoder) -> None:
     if decoder.family in _GEMMAS:
         _check_gemma(decoder)
     rope = _rope(decoder)
-    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise InputError(f"rotary positions {rope['rope_type']!r} are not exported; accepted: default, linear, llama3")
+    known = ("default", "linear", "llama3", "dynamic")  # the last changes nothing within the context
+    if rope.get("rope_type", "default") not in known:
+        raise InputError(f"rotary positions {rope['rope_type']!r} are not exported; accepted: {', '.join(known)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("rotary positions of some channels are not exported; accepted: of all")
     for name, layer in decoder.layers.items():

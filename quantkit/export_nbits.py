@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper
 from torch import Tensor
 
@@ -65,6 +66,8 @@ _LARGEST = 2**31 - 2**24  # of one protobuf file, with room for the graph itself
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")  # norms multiply with 1 + w, embeddings with the root of their width
 _OUTSIDE = ("post_attention_layernorm", "post_feedforward_layernorm")
+ROPES = ("default", "linear", "llama3", "dynamic", "yarn")
+"""Rotary positions whose frequencies do not change within the context: those of "dynamic" would beyond it."""
 _INSIDE = ("input_layernorm", "post_attention_layernorm")
 _AROUND = (("input_layernorm", "pre_feedforward_layernorm"), _OUTSIDE)
 _NORMS = {"gemma2": _AROUND, "gemma3_text": _AROUND, "olmo2": (("", ""), _OUTSIDE)}
@@ -96,11 +99,13 @@ def check(decoder: Decoder) -> None:
     act = activation(config)
     if act not in _ACTIVATIONS:
         raise InputError(f"activation {act!r} is not exported to onnx-nbits; accepted: {', '.join(_ACTIVATIONS)}")
+    several = len(ropes(config)) > 1
     for rope in ropes(config):
         kind = rope.get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        known = ROPES[:-1] if several else ROPES
+        if kind not in known or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise InputError(
-                f"rotary positions {kind!r} are not exported; accepted: default, linear, llama3, of all channels"
+                f"rotary positions {kind!r} are not exported; accepted: {', '.join(known)}, of all channels"
             )
     if decoder.family == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
         raise InputError("attention with a scale of its own is not exported; accepted: GPT-2's default")
@@ -111,6 +116,16 @@ def ropes(config: Any) -> list[dict[str, Any]]:
     found = getattr(config, "rope_parameters", None) or {}
     each = [rope for rope in found.values() if isinstance(rope, dict)]
     return each or ([found] if found else [])
+
+
+def turned_by(config: Any) -> float:
+    """What cosines and sines are multiplied by, which is 1 but for YaRN (arXiv 2309.00071, section 3.4)."""
+    (rope,) = ropes(config) if len(ropes(config)) == 1 else ({},)
+    if rope.get("rope_type") != "yarn":
+        return 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return float(ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))[1])
 
 
 def check_level(level: int) -> None:
@@ -327,7 +342,11 @@ class Builder:
         for prefix in sorted({self._prefix(n) for n in range(self.config.num_hidden_layers)}):
             inv_freq = self.of.tensor(f"model.rotary_emb.{prefix}inv_freq").float()
             angles = self.op("Mul", [column, self.constant(inv_freq.numpy(), f"{prefix}inv_freq")], f"{prefix}angles")
-            self.turns[prefix] = [self.op(kind, [angles], f"{prefix}{kind.lower()}") for kind in ("Cos", "Sin")]
+            turns = [self.op(kind, [angles], f"{prefix}{kind.lower()}") for kind in ("Cos", "Sin")]
+            if (factor := turned_by(self.config)) != 1:
+                size = self.constant(np.float32(factor), "turns.size")
+                turns = [self.op("Mul", [turn, size], f"{turn}.sized") for turn in turns]
+            self.turns[prefix] = turns
 
     def _prefix(self, number: int) -> str:
         """What the name of a layer's rotary frequencies starts with: its kind, where kinds turn differently."""

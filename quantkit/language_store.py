@@ -264,7 +264,8 @@ class Stream:
         def pick(used: fx.Node) -> Any:
             return self._value(used, batch, now)
 
-        args, kwargs = fx.map_arg(node.args, pick), fx.map_arg(node.kwargs, pick)
+        args: Any = fx.map_arg(node.args, pick)
+        kwargs: Any = fx.map_arg(node.kwargs, pick)
         half = self.store.half and isinstance(call, nn.Linear | QLayer | MatMul | Attention)
         if half and isinstance(call, Attention) and call.plain():  # of the fused kernel the operands decide
             halves = (x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)

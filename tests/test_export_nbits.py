@@ -22,7 +22,7 @@ from quantkit.qtensor import dequantize, fit_scale, quantize
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'quantkit[lm]'")
 
-from tiny_decoders import FAMILIES, VOCABULARY, apart, ids, logits_of, network, put, rounded
+from tiny_decoders import FAMILIES, VOCABULARY, YARN, apart, ids, logits_of, network, put, rounded
 
 
 def runner(model, tmp_path: Path, level: int = 1) -> OnnxDecoder:
@@ -223,6 +223,9 @@ def test_text_goes_in_and_out(tmp_path: Path) -> None:
         continued(file, "", 7)
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     """One line that names the layer and what is accepted, before anything is written."""
 
@@ -236,9 +239,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     model, _ = rounded(network(), "int4")
     model.model.layers[1].self_attn.v_proj.set_act(ActQuant(formats.parse("int8"), 0.1))
     refused("layers.1.self_attn.v_proj': its input is quantized to int8.*--acts float", model)
-    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
-    refused("'yarn' are not exported; accepted: default", network(rope_parameters=yarn))
-    split = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": yarn}
+    refused("'longrope' are not exported; accepted: default", network("phi3", rope_parameters=LONG))
+    split = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}
     refused("'yarn' are not exported; accepted: default", network("gemma3", rope_parameters=split))
     refused("activation 'relu'.*accepted: silu", network(hidden_act="relu"))
     other = network()

@@ -26,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 GLOBAL_FIRST = ["full_attention", "sliding_attention"]
 TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -35,6 +36,8 @@ FAMILIES = {
     "llama": {},
     "llama3": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 5},
+    "llama_yarn": {"rope_parameters": YARN, "num_key_value_heads": 1, "head_dim": 16},
+    "llama_dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 16},
@@ -57,7 +60,13 @@ FAMILIES = {
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5},
     "gpt2": {},
 }
-TYPES = {"llama3": "llama", "gemma3": "gemma3_text", "gemma3_linear": "gemma3_text"}
+TYPES = {
+    "llama3": "llama",
+    "llama_yarn": "llama",
+    "llama_dynamic": "llama",
+    "gemma3": "gemma3_text",
+    "gemma3_linear": "gemma3_text",
+}
 
 
 def network(family: str = "llama", layers: int = 2, hidden: int = 48, **options):
