@@ -5,7 +5,9 @@ has no part in that, only in what follows. Rounds alternate (Ross, Gordon, Bagne
 and Structured Prediction to No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far
 acts, each time in new episodes, the states that it visits join the ones seen before, the float policy labels them, and
 training goes on.
-A network that does not act is trained on the calibration set alone, the scales of attention's operands included.
+A network that does not act is trained on the calibration set alone, the scales of attention's operands included. With
+several rounds it ends with one of half the steps at a tenth of the learning rate, from the best found so far: where
+quantization has cost little, large steps lose more than they find.
 
 The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoint has Q-functions of squashed actions
 (SAC, TD3, DDPG, TQC), it is, with a the float and a' the quantized action, e their error and Q the critic's value,
@@ -319,6 +321,12 @@ def _distill(
             course.pool = course.pool.plus(Pool.of(seen.states, label))
             earned.append(float(seen.returns.mean()))
     losses = [course.error(m) for m in candidates]
+    if rounds > 1 and not isinstance(model.module, Policy):
+        found, half = candidates[losses.index(min(losses))], steps // 2
+        calm = Course(found, *_student(found, pool), pool, loss, batch, calib.generator)
+        slower = _optimizer(calm.trainees, 0.1 * lr, slow)
+        candidates.append(calm.train(slower, lambda t: rate(t * steps // half), range(half)))
+        losses.append(calm.error(candidates[-1]))
     order = sorted(range(len(candidates)), key=lambda i: losses[i])
     kept, report = order[0], {}
     best = candidates[kept]
