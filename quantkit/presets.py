@@ -51,7 +51,7 @@ NETWORK_PRESETS: dict[str, tuple[Step, ...]] = {
     "best": (*_FAITHFUL, ("distill", {"steps": 400, "rounds": 4, "batch": 32, "lr": 0.01})),
 }
 """The same for networks that do not act. fast: scales and weights aim at the layers' float outputs, and so need no bias
-correction. balanced: all layers are trained together on the calibration set. best: seven times as long."""
+correction. balanced: all layers are trained together on the calibration set. best: ten times as long."""
 
 
 _WEIGHED: Step = ("gptq", {"act_order": True, "drift": True, "scale": "importance"})
