@@ -23,13 +23,13 @@ and 3.6 times as fast as float32 (reports/language/nbits_speed.csv). 2 bits are 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper
 from torch import Tensor
 
@@ -123,9 +123,15 @@ def turned_by(config: Any) -> float:
     (rope,) = ropes(config) if len(ropes(config)) == 1 else ({},)
     if rope.get("rope_type") != "yarn":
         return 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
 
-    return float(ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))[1])
+    def size(mscale: float) -> float:
+        return 0.1 * mscale * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return size(rope["mscale"]) / size(rope["mscale_all_dim"])
+    return size(1.0)
 
 
 def check_level(level: int) -> None:
