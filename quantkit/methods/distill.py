@@ -19,9 +19,9 @@ few bits cannot imitate everywhere, so they are spent where it matters.
 
 Differs from the paper: no mixing with the float policy's actions while collecting. An eighth of the states is held out,
 and of the model at the start and those at the end of every round that of the smallest loss on these is kept. With
-visits, it gives way to one that surely earns more (`Contest`), and the return moves what is not a weight on from there
-(`uphill`): a small error at the wrong place ends an episode and a large one may not matter, so that of a hopper's
-rounds, all of nearly the same loss, one earned an eighth of the float policy's return and one all but a fortieth.
+visits, the return decides (`Contest`) and moves what is not a weight on from there (`uphill`): a small error at the
+wrong place ends an episode and a large one may not matter, so that of a hopper's rounds, all of nearly the same loss,
+one earned an eighth of the float policy's return and one all but a fortieth.
 """
 
 from __future__ import annotations
@@ -210,36 +210,29 @@ def trainable(model: Model) -> dict[str, QLayer | Point]:
 
 
 class Contest:
-    """Which of several models earns most, in episodes that none was trained in; the first takes part as the best."""
+    """Which of several models earns most, in episodes that none was trained in."""
 
-    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model, first: Model) -> None:
+    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model) -> None:
         self.visit = visit
-        self.goal, self.best = ([self.returns(m, heat) for heat in HEATS] for m in (teacher, first))
+        self.goals = [self.returns(teacher, heat) for heat in HEATS]
+        self.gains = torch.zeros(0)
+        """How much more than the float policy the best so far earned, (episodes,); empty before there is one."""
 
     def returns(self, model: Model, heat: tuple[int, ...]) -> Tensor:
         """What it earns in the episodes of these seeds, (episodes,)."""
         return torch.cat([self.visit(model, 1, seed).returns for seed in heat])
 
-    @property
-    def gains(self) -> Tensor:
-        """How much more than the float policy the best so far earned, (episodes,)."""
-        return torch.cat(self.best) - torch.cat(self.goal)
-
     def won(self, model: Model) -> bool:
-        """Whether the model takes the place of the best so far.
-
-        It must earn more in the mean after each heat, and surely more in the end: where chance decides what an episode
-        earns, the greatest of many means is luck.
-        """
-        earned: list[Tensor] = []
-        for heat in HEATS:
-            earned.append(self.returns(model, heat))
-            more = torch.cat(earned) - torch.cat(self.best[: len(earned)])
-            if not float(more.mean()) > 0:
+        """Whether the model takes the place of the best so far: its `sure` gain must be greater in the end, and after
+        each heat the mean of its gains greater than that."""
+        gains, best = torch.zeros(0), sure(self.gains) if len(self.gains) else -math.inf
+        for goal, heat in zip(self.goals, HEATS, strict=True):
+            gains = torch.cat([gains, self.returns(model, heat) - goal])
+            if not float(gains.mean()) > best:
                 return False
-        if not sure(more) > 0:
+        if not sure(gains) > best:
             return False
-        self.best = earned
+        self.gains = gains
         return True
 
 
@@ -331,8 +324,8 @@ def _distill(
     kept, report = order[0], {}
     best = candidates[kept]
     if visit is not None:
-        rich, contest = sorted(order, key=lambda i: -earned[i]), Contest(visit, teacher, best)
-        for i in [i for i in order[1:] if i in order[:FINALISTS] or i in rich[:FINALISTS]]:
+        rich, contest = sorted(order, key=lambda i: -earned[i]), Contest(visit, teacher)
+        for i in [i for i in rich if i in order[:FINALISTS] or i in rich[:FINALISTS]]:
             kept = i if contest.won(candidates[i]) else kept
         course.load(latent[kept])
         best = uphill(course, contest, candidates[kept], calib.generator, budget)
