@@ -25,13 +25,11 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.", rich_help_panel="Output")]
-MappingOption = Annotated[
-    str,
-    typer.Option(
-        help="lut: no DSPs; dsp: integers packed into them; auto: DSPs if LUTs do not suffice.",
-        rich_help_panel="Hardware",
-    ),
-]
+MAPPING = typer.Option(
+    help="lut: no DSPs, the default; dsp: integers packed into them; auto: DSPs if LUTs do not suffice.",
+    rich_help_panel="Hardware",
+)
+MappingOption = Annotated[str, MAPPING]
 CoeffsOption = Annotated[
     Path | None,
     typer.Option(
@@ -177,10 +175,13 @@ def estimate(
         int | None, typer.Option(help="Lowest latency within this many LUTs.", rich_help_panel="Target")
     ] = None,
     clock_mhz: Annotated[
-        float,
-        typer.Option(help="Clock frequency assumed; of ECP5 fmax is estimated beside it.", rich_help_panel="Hardware"),
-    ] = 100.0,
-    mapping: MappingOption = "lut",
+        float | None,
+        typer.Option(
+            help="Clock frequency assumed, 100 without; of ECP5 fmax is estimated beside it.",
+            rich_help_panel="Hardware",
+        ),
+    ] = None,
+    mapping: Annotated[str | None, MAPPING] = None,
     unroll: Annotated[
         bool,
         typer.Option(
@@ -195,7 +196,8 @@ def estimate(
 ) -> None:
     """A whole network on a device: the best folding, layer by layer.
 
-    Without a target: 64 multiply-accumulates per cycle, but 1,000 cycles at least.
+    Without a target: 64 multiply-accumulates per cycle, but 1,000 cycles at least; a directory of quantkit rtl, on the
+    device that it was written for, without any other option: the design that lies there.
 
     An ONNX file is a chain of Gemm, MatMul and Conv with QDQ, QCDQ or QONNX quantizers; reading it needs onnx.
 
@@ -204,28 +206,30 @@ def estimate(
     with plain_errors():
         from hwmodel.devices import find_device
         from hwmodel.estimate import estimate as run
-        from hwmodel.estimate import estimate_unrolled
+        from hwmodel.estimate import estimate_unrolled, read_design
         from hwmodel.mac import use_coefficients
         from hwmodel.network import read_network
 
         use_coefficients(coeffs)
-        part = find_device(device)
+        part, clock = find_device(device), 100.0 if clock_mhz is None else clock_mhz
         if latency_us is not None and luts is not None:
             fail("give --latency-us or --luts, not both")
         if unroll:
-            if latency_us is not None or luts is not None or mapping != "lut":
+            if latency_us is not None or luts is not None or mapping not in (None, "lut"):
                 fail("--unroll has one design only; leave out --latency-us, --luts and --mapping")
             network = read_network(directory)  # unrolled, weights are the cost
-            specs, found = network.specs, estimate_unrolled(network, part, clock_mhz=clock_mhz)
+            specs, found = network.specs, estimate_unrolled(network, part, clock_mhz=clock)
         else:
             specs = tuple(read_specs(directory))
-            found = run(
+            asked = any(given is not None for given in (latency_us, luts, clock_mhz, mapping, coeffs))
+            written = None if asked else read_design(directory, part)
+            found = written or run(
                 specs,
                 part,
                 latency_us=latency_us,
                 luts=luts,
-                clock_mhz=clock_mhz,
-                mapping=checked_mapping(mapping),
+                clock_mhz=clock,
+                mapping=checked_mapping(mapping or "lut"),
             )
         others = {}
         if compare:
@@ -416,17 +420,23 @@ def read_specs(path: Path) -> list[Any]:
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table, as wide as it needs to be where no terminal limits it."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, show_header=any(columns))
+    table = Table(
+        title=title, title_justify="left", show_header=any(columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in columns:
-        table.add_column(
-            name, justify="left" if name in ("name", "memory", "converter", "family", "source", "") else "right"
-        )
+        left = name in ("name", "memory", "converter", "family", "source", "")
+        table.add_column(name, justify="left" if left else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
 
 
 if __name__ == "__main__":

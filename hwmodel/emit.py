@@ -22,6 +22,7 @@ from hwmodel.cell import Cell
 from hwmodel.devices import Device, part_option
 from hwmodel.emit_cell import cell_text
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
+from hwmodel.estimate import DESIGN, of_plans
 from hwmodel.fabric import FAMILIES, pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
@@ -329,6 +330,8 @@ def write_files(
     (folder / "lint.vlt").write_text(LINT)
     (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
     (folder / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
+    found = of_plans(plans, device, clock_mhz=clock_mhz, interval=facts.get("interval"))
+    (folder / DESIGN).write_text(json.dumps(found.to_json(), indent=1) + "\n")
     (folder / "synth.ys").write_text(yosys_script(plans, device, [name[:-2] for name in templates]))
     if device.family == "ecp5":
         (folder / "place.sh").write_text(place_script(device, clock_mhz))

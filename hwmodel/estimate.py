@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from hwmodel import timing
@@ -15,7 +17,7 @@ from hwmodel.flow import interval
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key, published
-from hwmodel.network import Network
+from hwmodel.network import Network, design_folders
 from hwmodel.packing import WIDE_PORT
 from hwmodel.plan import chains_of, layer_costs, plan_streams, total_cycles
 from hwmodel.spec import LayerSpec, PerGroup
@@ -127,6 +129,63 @@ def estimate_unrolled(network: Network, device: Device, *, clock_mhz: float = 10
     chosen = plan_unrolled(network, device, fit=False)
     with pricing(device.family):
         return _summary(chosen, predict(chosen), sum(fold.cycles for fold in chosen), device, clock_mhz, "lut")
+
+
+def of_plans(
+    plans: Sequence[Fold], device: Device, *, clock_mhz: float = 100.0, interval: int | None = None
+) -> Estimate:
+    """What a design takes that was planned already, as `emit.write` and `emit_conv.write` write it."""
+    with pricing(device.family):
+        costs = layer_costs(plans)
+        mapping: Mapping = "dsp" if any(cost.dsps for cost in costs) else "lut"
+        return replace(
+            _summary(plans, costs, total_cycles(plans), device, clock_mhz, mapping),
+            interval=interval,
+        )
+
+
+DESIGN = "estimate.json"
+"""The file of an emitted design with what `of_plans` told of it."""
+
+
+def read_design(folder: Path, device: Device) -> Estimate | None:
+    """What was told of the design in a directory of `quantkit rtl` when it was written, of several their sum.
+
+    None for a design of older versions, and for one that was written for another device.
+    """
+    found: list[Estimate] = []
+    for one in design_folders(folder):
+        if not (one / DESIGN).is_file():
+            return None
+        record = json.loads((one / DESIGN).read_text())
+        layers = tuple(LayerEstimate(**layer) for layer in record.pop("layers"))
+        found.append(Estimate(**record, layers=layers))
+    if any(one.device != device.name for one in found):
+        return None
+    return found[0] if len(found) == 1 else _sum(found, device)
+
+
+def _sum(found: Sequence[Estimate], device: Device) -> Estimate:
+    """Designs that follow each other on one device; the error is that of the worst, of clocks nothing is known."""
+    worst = max(found, key=lambda one: one.residual or 0.0)
+    used = {name: sum(getattr(one, name) for one in found) for name in ("luts", "ffs", "dsps", "bram18")}
+    share = {name: count / getattr(device, name) for name, count in used.items()}
+    tightest = max(share, key=lambda name: share[name])
+    intervals = [one.interval for one in found]
+    return replace(
+        worst,
+        **used,
+        cycles=sum(one.cycles for one in found),
+        interval=None if None in intervals else sum(i for i in intervals if i is not None),
+        latency_us=sum(one.latency_us for one in found),
+        mapping="dsp" if used["dsps"] else "lut",
+        fits=max(share.values()) <= 1,
+        binding=tightest if share[tightest] > 0 else None,
+        fmax_mhz=None,
+        fmax_residual=None,
+        slowest=None,
+        layers=tuple(layer for one in found for layer in one.layers),
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -19,7 +19,7 @@ from hwmodel.affine import solved
 from hwmodel.cli import app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
-from hwmodel.estimate import estimate
+from hwmodel.estimate import DESIGN, estimate, read_design
 from hwmodel.folding import Fold, layer_fold
 from hwmodel.formats import Format, levels, parse
 from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
@@ -27,6 +27,7 @@ from hwmodel.plan import plan_network, total
 from hwmodel.reference import to_units
 from hwmodel.simulate import SimulationError
 from hwmodel.spec import LayerSpec
+from hwmodel.unroll import plan_unrolled
 
 DEVICE = find_device("xc7a35t")
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
@@ -326,9 +327,44 @@ def test_the_estimate_is_the_plan_is_what_is_written(
         assert {key: one[key] for key in keys} == {key: getattr(other, key) for key in keys}
     assert (found.dsps > 0) == (dsp == "all") and all((p.pack is not None) == (dsp == "all") for p in plans)
     emit.write(network, plans, tmp_path, DEVICE)
-    if mapping == "lut" and not target:
-        result = CliRunner().invoke(app, ["estimate", str(tmp_path), "--device", "xc7a35t", "--json"])
-        assert json.loads(result.stdout)["luts"] == json.loads((tmp_path / "plan.json").read_text())["luts"]
+    assert told(tmp_path) == json.loads(json.dumps(found.to_json()))
+
+
+def told(folder: Path, *options: str) -> dict[str, object]:
+    """What hwmodel estimate says of a directory."""
+    result = CliRunner().invoke(app, ["estimate", str(folder), "--device", "xc7a35t", "--json", *options])
+    assert result.exit_code == 0, result.output
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def test_a_design_is_told_as_it_was_written(tmp_path: Path) -> None:
+    """Of an unrolled design, of one without the file, for another device and with a target: the design that lies there
+    is told where nothing else was asked, else a new fold."""
+    network = tiny_network(["int4", "int5", "int3"], ["int6", "uint4", "int4n"])
+    emit.write(network, plan_unrolled(network, DEVICE), tmp_path, DEVICE)
+    written = told(tmp_path)
+    assert written["residual_of"] == "unrolled" and written == told(tmp_path, "--unroll")
+    folded = json.loads(json.dumps(estimate(network.specs, DEVICE).to_json()))
+    assert told(tmp_path, "--mapping", "lut") == told(tmp_path, "--clock-mhz", "100") == folded != written
+    assert read_design(tmp_path, find_device("xc7a100t")) is None
+    (tmp_path / DESIGN).unlink()
+    assert told(tmp_path) == folded
+
+
+def test_designs_that_follow_each_other_add_up(tmp_path: Path) -> None:
+    """Of a network in two designs cells, cycles and layers are those of both."""
+    network = tiny_network(["int4", "int5", "int3"], ["int6", "uint4", "int4n"])
+    parts = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        emit.write(network, plan_network(network, DEVICE, luts=900 if name == "a" else None), tmp_path / name, DEVICE)
+        parts.append({"folder": name})
+    (tmp_path / "network.json").write_text(json.dumps({"parts": parts}))
+    a, b, both = (read_design(path, DEVICE) for path in (tmp_path / "a", tmp_path / "b", tmp_path))
+    assert a and b and both and both.layers == a.layers + b.layers
+    for key in ("luts", "ffs", "dsps", "bram18", "cycles", "latency_us"):
+        assert getattr(both, key) == getattr(a, key) + getattr(b, key)
 
 
 def test_an_accumulator_too_small_is_refused() -> None:
