@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hwmodel.cli_proof import fit, validate
+from hwmodel.console import print_table
 
 app = typer.Typer(
     help="What a quantized network costs on an FPGA: LUTs, flip-flops, DSPs, block RAMs, latency.",
@@ -155,7 +156,7 @@ def cost(
     shown = record | {"luts": f"{found.luts:,.1f} {band}"}
     rows = [[k, str(v)] for k, v in shown.items() if k != "residual"]
     rows += [[f"LUTs by {name}", "-" if count is None else f"{count:,.1f}"] for name, count in others.items()]
-    _table(f"{record['weights']} x {record['acts']}", ["", ""], rows)
+    print_table(f"{record['weights']} x {record['acts']}", ["", ""], rows)
 
 
 @app.command(rich_help_panel="Model")
@@ -256,7 +257,7 @@ def estimate(
             "",
         ]
     )
-    _table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
+    print_table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
     if found.residual is None:
         print(f"LUT {found.luts:,} {UNMEASURED}")
     else:
@@ -379,7 +380,7 @@ def devices(json_: Json = False) -> None:
     if json_:
         print(json.dumps(parts))
     else:
-        _table("Devices", list(parts[0]), [[str(v) for v in part.values()] for part in parts])
+        print_table("Devices", list(parts[0]), [[str(v) for v in part.values()] for part in parts])
 
 
 def read_specs(path: Path) -> list[Any]:
@@ -417,26 +418,6 @@ def read_specs(path: Path) -> list[Any]:
     if not layers:
         fail(f"{file} has no layers")
     return layers
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table, as wide as it needs to be where no terminal limits it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=title, title_justify="left", show_header=any(columns), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in columns:
-        left = name in ("name", "memory", "converter", "family", "source", "")
-        table.add_column(name, justify="left" if left else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hwmodel.console import print_table
+
 CACHE = Path("~/.cache/hwmodel/yosys")
 Jobs = Annotated[int, typer.Option(help="Yosys processes at once; 0.3-0.6 GB each.", rich_help_panel="Run")]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of synthesized counts.", rich_help_panel="Run")]
@@ -189,12 +191,8 @@ class Bar:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"LUTs predicted against {record['yosys']}")
-    for name in ("", "model", "n", "median", "p90", "Spearman", "FF median", "DSP exact", "BRAM exact"):
-        table.add_column(name, justify="left" if name in ("", "model") else "right")
+    columns = ("", "model", "n", "median", "p90", "Spearman", "FF median", "DSP exact", "BRAM exact")
+    rows: list[list[str]] = []
 
     def numbers(found: dict[str, Any]) -> list[str]:
         rank = found["spearman"]
@@ -213,12 +211,12 @@ def _show(record: dict[str, Any]) -> None:
             f"{found['dsp']['exact']:.0%}",
             f"{found['bram']['exact']:.0%}",
         ]
-        table.add_row(kind, "hwmodel", str(found["n"]), *numbers(found), *others)
+        rows.append([kind, "hwmodel", str(found["n"]), *numbers(found), *others])
         for name, baseline in found["baselines"].items():
             title = f"{name.removesuffix('_scaled')} x {baseline['scale']:.2f}" if "scale" in baseline else name
-            table.add_row("", title, "", *numbers(baseline), "", "", "")
-        table.add_section()
-    Console().print(table)
+            rows.append(["", title, "", *numbers(baseline), "", "", ""])
+        rows.append([])
+    print_table(f"LUTs predicted against {record['yosys']}", columns, rows)
     for kind in ("layers", "policies", "unrolled"):
         if clocks := record[kind].get("fmax_mhz"):
             print(
