@@ -41,13 +41,16 @@ def bram18(width: int, depth: int) -> int:
 
 
 def rom(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto") -> Memory:
-    """Constants read one word per cycle. Depth 1 is wiring; up to `LUTRAM_DEPTH` LUTs; else block RAM."""
+    """Constants read one word per cycle, such as weights: as good as random bits, see `rom_columns`.
+
+    Depth 1 is wiring; up to `LUTRAM_DEPTH` LUTs; else block RAM.
+    """
     if width <= 0 or depth <= 0:
         return Memory("none", 0, 0, ZERO)
     if depth == 1:
         return Memory("logic", width, depth, ZERO)
     if kind == "lutram" or (kind == "auto" and depth <= LUTRAM_DEPTH):
-        return Memory("lutram", width, depth, Cost(luts=width * rom_depth(depth), ffs=width))
+        return Memory("lutram", width, depth, rom_columns(width, depth))
     return Memory("bram", width, depth, Cost(bram18=bram18(width, depth)))
 
 
@@ -58,7 +61,7 @@ def rom_columns(columns: float, depth: int) -> Cost:
     (8, 2)
     """
     address = (depth - 1).bit_length()
-    if depth > 8:
+    if depth > 16:
         return Cost(luts=columns * rom_depth(depth), ffs=columns)
     functions = 2.0**depth
     seen = 1 - (1 - 1 / functions) ** columns  # chance that a given function of the address occurs
