@@ -16,7 +16,7 @@ from quantkit.loading import load_checkpoint
 from quantkit.losses import loss_for
 from quantkit.methods import distill
 from quantkit.model import Model
-from quantkit.policy import Head
+from quantkit.policy import Head, to_vectors
 from quantkit.recipe import quantize, uniform
 
 OFF_POLICY = [name for name, (algo, *_) in tiny.AGENTS.items() if algo in ("SAC", "TD3", "DDPG", "TQC")]
@@ -44,10 +44,13 @@ def test_values_are_those_of_sb3(name: str, tmp_path: Path) -> None:
     if tiny.AGENTS[name][1] == "CnnPolicy":
         assert model.critic is None
         return
-    obs = torch.as_tensor(tiny.observations(agent.observation_space)).float()
+    seen = tiny.observations(agent.observation_space)
+    vector = to_vectors(model.module.fields, seen) if isinstance(seen, dict) else seen
+    obs = torch.as_tensor(vector).float()
+    theirs = {key: torch.as_tensor(part).float() for key, part in seen.items()} if isinstance(seen, dict) else obs
     action = torch.rand(len(obs), agent.action_space.shape[0], generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        values = agent.critic(obs, action)
+        values = agent.critic(theirs, action)
         values = torch.cat(values, dim=1) if isinstance(values, tuple) else values.flatten(1)
         assert model.critic is not None
         assert torch.allclose(model.critic(obs, action), values.mean(dim=1), rtol=1e-4, atol=1e-5)

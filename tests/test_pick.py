@@ -74,7 +74,8 @@ def test_what_is_taken_is_what_the_row_says(study: Path, taken: tuple[Path, dict
     assert record["estimate"] == {k: v for k, v in row["cost"].items() if k != "model"}
     assert json.loads((folder / "estimate.json").read_text()) == record["estimate"]
     specs = [LayerSpec.from_json(e) for e in json.loads((folder / "specs.json").read_text())["layers"]]
-    assert estimate(specs, find_device("xc7a35t")).luts == row["cost"]["luts"]
+    known = estimate(specs, find_device("xc7a35t")).luts  # of the directory, whose thresholds are known
+    assert known == pytest.approx(row["cost"]["luts"], rel=0.1)
 
 
 def test_the_onnx_files_run_and_are_verified(taken: tuple[Path, dict[str, Any]]) -> None:

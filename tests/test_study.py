@@ -84,8 +84,8 @@ def test_a_row_agrees_with_its_parts(study: Study) -> None:
 
 
 def test_what_a_design_makes_impossible_is_recorded(study: Study) -> None:
-    """A group size that does not divide, and an unknown step, give a row with `error` and no score."""
-    for recipe in (uniform("int4", "int4", "group3"), uniform("int4", "int4", steps=(("gptk", {}),))):
+    """Inputs of a format without positive values, and an unknown step, give a row with `error` and no score."""
+    for recipe in (uniform("int4", "int1"), uniform("int4", "int4", steps=(("gptk", {}),))):
         row = evaluate_design(study, recipe)
         assert row["error"] and "score" not in row
         json.dumps(row, allow_nan=False)
