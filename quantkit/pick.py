@@ -23,8 +23,9 @@ import torch
 
 from hwmodel.cost import HwError
 from hwmodel.devices import Device, find_device
-from hwmodel.estimate import Estimate
+from hwmodel.estimate import Estimate, estimate
 from hwmodel.estimate import Mapping as Mapping_
+from hwmodel.spec import LayerSpec
 from quantkit.artifact import save_artifact, summary
 from quantkit.card import write_card
 from quantkit.errors import InputError
@@ -506,6 +507,8 @@ def pick(
         for file in (place / "model").iterdir():
             shutil.move(file, place / file.name)
         (place / "model").rmdir()
+        if target is not None:
+            record["estimate"] = _of_directory(place, target, choice).to_json()
         tick = count("verify in onnxruntime")
         if labelled is not None:
             record["onnx"] = export_network(choice.model, place, labelled, tick)
@@ -521,6 +524,17 @@ def pick(
         _write(place / MARKER, record)
         write_card(place, record, {p.name: (p.stat().st_size, sha256_of(p)) for p in sorted(place.iterdir())})
     return record
+
+
+def _of_directory(folder: Path, target: Target, choice: Choice) -> Estimate:
+    """What the directory's own specs take, as `hwmodel estimate` says: they know the constants behind the sums, which
+    rows of a study are priced without. The choice's price where they miss the target."""
+    specs = [LayerSpec.from_json(spec) for spec in json.loads((folder / "specs.json").read_text())["layers"]]
+    try:
+        return estimate(specs, target.device, latency_us=target.latency_us, luts=target.luts, mapping=target.mapping)
+    except HwError:
+        assert choice.priced is not None
+        return choice.priced
 
 
 def _finite(number: float) -> float | None:
