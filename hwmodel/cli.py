@@ -259,7 +259,7 @@ def estimate(
     )
     print_table(f"{found.device}, {found.latency_us:g} us at {found.clock_mhz:g} MHz", columns, rows)
     if found.residual is None:
-        print(f"LUT {found.luts:,} {UNMEASURED}")
+        print(f"LUT {found.luts:,} {UNMEASURED if coeffs else 'without an error band'}")
     else:
         print(f"LUT {found.luts:,} ±{found.residual:.0%}: nine of ten synthesized {found.residual_of} lie within")
     if found.fmax_mhz is not None:

@@ -267,7 +267,7 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     """Kind and 90th percentile of the error to expect: of whole designs where they were judged, else of the MACs.
 
     Whole designs were judged as the emitter writes them: linear layers without scales per group or tables, and
-    recurrent cells. Nothing was judged by published counters: None.
+    recurrent cells. None by published counters, and of maxima and averages alone: no band was fitted to either.
     """
     if published():
         return "published counters", None
@@ -284,6 +284,8 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     if emitted and kind in known:
         return kind, float(known[kind]["p90"])
     macs = [residual(f.spec.weight, f.spec.act) for f in chosen if f.spec.macs]  # type: ignore[arg-type]
+    if not macs:
+        return "pooling units", None
     return "units", max(band for band in macs if band is not None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from hwmodel.cli import app
 from hwmodel.formats import parse
+from hwmodel.mac import use_coefficients
 from hwmodel.network import Layer, Network
 from hwmodel.spec import LayerSpec
 
@@ -21,6 +23,13 @@ SPECS = [
     LayerSpec("a", "linear", 16, 8, weight=parse("int4"), act=parse("e2m1"), out=parse("int4"), activation="tanh"),
     LayerSpec("b", "linear", 4, 16, weight=parse("int4"), act=parse("int4")),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_coefficients() -> Iterator[None]:
+    """What a command was told to price with is forgotten: a process runs one command only where no test calls it."""
+    yield
+    use_coefficients(None)
 
 
 @pytest.fixture
