@@ -334,11 +334,7 @@ def _head(
     facts = [
         (f"float {what}", _text(reference["mean"]), f"± {stderr:.2g} standard error" if stderr else "one episode"),
         ("designs", str(len(rows)), f"{good} non-inferior to float"),
-        (
-            "the design to take",
-            f"{best['weights']} × {best['acts']}",
-            f"{best['steps']}: {why}",
-        ),
+        ("the design to take", f"{best['weights']} × {best['acts']}", f"{best['steps']}: {why}"),
     ]
     cost = value(best, study["x"])
     if cost is not None:
