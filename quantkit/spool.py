@@ -28,7 +28,7 @@ class Spool:
         flat = _in_memory_order(x)
         size = flat.numel() * flat.element_size()
         gaps = self.gaps.setdefault(size, [])
-        place = gaps.pop() if gaps else self.end
+        place = gaps[-1] if gaps else self.end
         try:
             if self.file is None:
                 self.file = tempfile.TemporaryFile(buffering=0)
@@ -38,6 +38,8 @@ class Spool:
                 left = left[self.file.write(left) :]
         except OSError:
             return x
+        if gaps:
+            gaps.pop()
         self.end = max(self.end, place + size)
         return Filed(self, place, x.dtype, x.shape, x.stride() if flat.data_ptr() == x.data_ptr() else None)
 
