@@ -42,8 +42,7 @@ from quantkit.policy import Policy, build, describe
 from quantkit.qlayers import ActQuant, BlockAct, LayerPlan, Plain, QLayer, shape_of
 from quantkit.qtensor import BlockRule, QTensor, pack, scale_codes, scale_format, scale_shape, scales_of, unpack, within
 from quantkit.recipe import format_name, parse_format
-from quantkit.recurrent import has_loop
-from quantkit.specs import bits_per_weight, layer_specs, repeated, sqnr_db, weight_name
+from quantkit.specs import bits_per_weight, layer_specs, may_have_design, repeated, sqnr_db, weight_name
 
 FORMAT_VERSION = 1
 MARKER, TENSORS = "quantkit.json", "model.safetensors"
@@ -110,10 +109,8 @@ def save_artifact(model: Model, path: Path, *, force: bool = False, files: Itera
 
 
 def _specs(model: Model) -> tuple[LayerSpec, ...]:
-    """What the cost model reads; only a policy, a recurrent network or one of images loads the code that knows its
-    hardware."""
-    images = any(layer.op == "conv2d" for layer in model.qlayers().values())
-    if not images and not isinstance(model.module, Policy) and not has_loop(model.module):
+    """What the cost model reads; code that knows hardware is loaded only where there may be some."""
+    if not may_have_design(model):
         return layer_specs(model)
     from quantkit.rtl_export import hardware_specs
 

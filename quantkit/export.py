@@ -65,6 +65,7 @@ from quantkit.model import Model
 from quantkit.onnx_formats import DOMAIN, OPSET, Graph
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import BlockAct, QLayer
+from quantkit.specs import may_have_design
 
 IR_VERSION = 10  # the one released with opset 21
 _OLD_IR_VERSION = 8  # the first with model-local functions; released before opset 21, for older tools
@@ -333,12 +334,8 @@ def metadata(model: Model, to: Target, postprocess: bool) -> dict[str, str]:
 
 
 def _hardware(model: Model) -> list[dict[str, Any]] | None:
-    """What `hwmodel estimate` cannot see in the file, as `rtl_export.hardware_specs` has it.
-
-    None of other networks than policies and those of images.
-    """
-    images = any(layer.op == "conv2d" for layer in model.qlayers().values())
-    if not images and not isinstance(model.module, Policy):
+    """What `hwmodel estimate` cannot see in the file, as `rtl_export.hardware_specs` has it; None without a design."""
+    if not may_have_design(model):
         return None
     from quantkit.rtl_export import hardware_specs
 

@@ -20,6 +20,7 @@ from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Plain, QLayer, shape_of
 from quantkit.qtensor import QTensor, units_of
+from quantkit.recurrent import has_loop
 from quantkit.rounding import is_pow2
 
 
@@ -30,6 +31,15 @@ def layer_shapes(model: Model) -> list[dict[str, Any]]:
         {"name": name, "inputs": s.inputs, "outputs": s.outputs, "kernel": list(s.kernel) or None}
         for name, s in shapes.items()
     ]
+
+
+def may_have_design(model: Model) -> bool:
+    """Whether `quantkit rtl` may write the network, so that `rtl_export.hardware_specs` knows more than `layer_specs`.
+
+    Policies, networks that loop over time and those of images; of others that code need not be loaded.
+    """
+    images = any(layer.op == "conv2d" for layer in model.qlayers().values())
+    return images or isinstance(model.module, Policy) or has_loop(model.module)
 
 
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
