@@ -1,7 +1,7 @@
 """Layer specifications of a quantized ONNX file: QDQ, QCDQ or QONNX, a chain of Gemm, MatMul and Conv.
 
-A file of `quantkit export` says in its metadata (`hardware`) what its layers are in Verilog, exact arithmetic and steps
-without weights included; that is believed where its products are those of the file. Of any other file:
+A file of `quantkit export` says in its metadata (`hardware`) what its layers are in Verilog: exact arithmetic, steps
+without weights, the gates of recurrent cells. That is believed where its products are those of the file. Of any other:
 
 A layer's formats are read from the quantizers before its input and its weight: QuantizeLinear with Clip, Quant,
 BipolarQuant, FloatQuant, and `quantkit export`'s minifloat functions. Stored integers without a Clip get the
@@ -23,7 +23,7 @@ from hwmodel.accumulator import exact_bits, signed_bits, unit_range
 from hwmodel.cost import HwError
 from hwmodel.formats import BINARY, TERNARY, Float, Format, FormatError, Int, max_value, min_value, parse, unit
 from hwmodel.reference import to_units
-from hwmodel.spec import Activation, Granularity, LayerSpec, PerGroup, PerRow, PerTensor, Window
+from hwmodel.spec import CELL_GATES, Activation, Granularity, LayerSpec, PerGroup, PerRow, PerTensor, Window
 
 ACTIVATIONS: dict[str, Activation] = {
     "Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Elu": "elu", "LeakyRelu": "leaky_relu", "Gelu": "gelu",
@@ -159,13 +159,22 @@ def _told(
         specs = [LayerSpec.from_json(record) for record in json.loads(graph.facts["hardware"])]
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    weighted = [spec for spec in specs if not spec.joint and not spec.pool]
+    weighted = [one for spec in specs if not spec.joint and not spec.pool for one in _products(spec)]
     if len(weighted) != len(products):
         return None
     found = [_spec(graph, node, entry, "none") for node, entry in zip(products, inputs, strict=True)]
     keys = ("op", "out_features", "in_features", "positions", "groups", "weight", "act", "acc_bits")
     alike = all(getattr(a, key) == getattr(b, key) for a, b in zip(weighted, found, strict=True) for key in keys)
     return specs if alike else None
+
+
+def _products(spec: LayerSpec) -> list[LayerSpec]:
+    """A layer's products as linear layers: of a recurrent cell those of all gates with its input and with its state."""
+    if spec.recurrence is None:
+        return [spec]
+    rows, state = CELL_GATES[spec.op] * spec.out_features, spec.recurrence
+    inputs = replace(spec, op="linear", out_features=rows, recurrence=None)
+    return [inputs, replace(inputs, in_features=spec.out_features, act=state.state, acc_bits=state.acc_bits)]
 
 
 def layer_name(node: Node) -> str:

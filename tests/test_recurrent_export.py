@@ -12,6 +12,8 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from hwmodel.cost import HwError
+from hwmodel.onnx_specs import read_onnx
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export import build_onnx, export_onnx, open_session
@@ -19,6 +21,7 @@ from quantkit.model import Calib, Model
 from quantkit.qlayers import QLayer
 from quantkit.recipe import quantize, uniform
 from quantkit.recurrent import GRUCell, LSTMCell
+from quantkit.rtl_export import hardware_specs
 from quantkit.stepwise import chain_of, step_graph
 from quantkit.verify import verify
 
@@ -89,6 +92,26 @@ def test_the_file_verifies(kind, layers, to, tmp_path):
     with torch.no_grad():
         want = model.module(x).numpy()
     assert np.abs(in_a_loop(tmp_path / "q.onnx", x.numpy()) - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(nn.GRU, 1), (nn.GRU, 2), (nn.LSTM, 1)])
+@pytest.mark.parametrize("to", ["qdq", "qcdq"])
+def test_the_file_costs_what_the_network_costs(kind, layers, to, tmp_path):
+    """The layers that hwmodel reads from it are those of the design, gates and states included; of other weights than
+    the file's they are not believed."""
+    torch.manual_seed(5)
+    model = quantized(Flier(kind, layers), "int4", "int6")
+    export_onnx(model, tmp_path / "q.onnx", to=to)
+    found = read_onnx(tmp_path / "q.onnx")
+    assert tuple(found) == hardware_specs(model) and sum(spec.recurrence is not None for spec in found) == layers
+    proto = onnx.load(tmp_path / "q.onnx")
+    entry = next(entry for entry in proto.metadata_props if entry.key == "hardware")
+    told = json.loads(entry.value)
+    told[1]["recurrence"]["acc_bits"] += 1
+    entry.value = json.dumps(told)
+    onnx.save(proto, tmp_path / "other.onnx")
+    with pytest.raises(HwError, match="expected a chain"):
+        read_onnx(tmp_path / "other.onnx")
 
 
 def test_names_tell_whose_state_it_is():
