@@ -153,8 +153,7 @@ def run(case: Case, data: Path, out: Path, *, episodes: int, seed: int, synthesi
     network, _ = network_of(model)
     device = find_device(case.device)
     plans = plan_network(network, device, latency_us=case.latency_us)
-    emit.write(network, plans, out, device)
-    facts = emit.summary(network, plans, device, 100.0)
+    facts = emit.write(network, plans, out, device)
     if case.agent == "quad":
         score_float, _ = hover(act_of(crazyflie(data).module), data, drones=4, seed=seed)
         with Pilot(model, out) as pilot:

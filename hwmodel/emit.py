@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,14 +21,14 @@ from hwmodel.cell import Cell
 from hwmodel.devices import Device, part_option
 from hwmodel.emit_cell import cell_text
 from hwmodel.emit_layer import layer_text, mem_text, rom_text
-from hwmodel.estimate import DESIGN, of_plans
+from hwmodel.estimate import PLAN, of_plans
 from hwmodel.fabric import FAMILIES, pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.gates import INDEX
 from hwmodel.layer import address_bits
 from hwmodel.network import Network, reference, sample_codes
-from hwmodel.plan import layer_costs, total, total_cycles
+from hwmodel.plan import total, total_cycles
 from hwmodel.yosys import flow
 
 VECTORS = 64
@@ -289,25 +288,31 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     return files | {"network.v": "\n".join(texts)}
 
 
-def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0) -> None:
-    """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README."""
+def write(
+    network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0
+) -> dict[str, Any]:
+    """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README, its plan.
+
+    Returns the plan: `summary`.
+    """
     with pricing(device.family):
-        _write(network, plans, folder, device, clock_mhz)
+        return _write(network, plans, folder, device, clock_mhz)
 
 
-def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
+def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> dict[str, Any]:
+    facts = summary(plans, device, clock_mhz)
     codes = sample_codes(network, VECTORS)
     first = np.arange(VECTORS) % EPISODE == 0
     texts = {
         **design_files(network, plans),
         "policy_axis.v": stream_text(network, plans),
         "testbench.v": testbench_text(network, plans),
-        "README.md": readme(network, plans, device, clock_mhz),
+        "README.md": readme(network, plans, device, facts),
     }
-    facts = summary(network, plans, device, clock_mhz)
     rows = np.column_stack([first, codes]) if network.recurrent else codes
     write_files(network, plans, folder, device, clock_mhz, texts, library(network.cells), facts)
     write_vectors(folder, rows, reference(network, codes, first))
+    return facts
 
 
 def write_files(
@@ -329,9 +334,7 @@ def write_files(
         (folder / ("rtl" if name in templates else ".") / name).write_text(text)
     (folder / "lint.vlt").write_text(LINT)
     (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
-    (folder / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
-    found = of_plans(plans, device, clock_mhz=clock_mhz, interval=facts.get("interval"))
-    (folder / DESIGN).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    (folder / PLAN).write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "synth.ys").write_text(yosys_script(plans, device, [name[:-2] for name in templates]))
     if device.family == "ecp5":
         (folder / "place.sh").write_text(place_script(device, clock_mhz))
@@ -346,32 +349,11 @@ def write_vectors(folder: Path, rows: np.ndarray, results: np.ndarray) -> None:
     (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in results))
 
 
-def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
-    """Facts of the design in JSON: folds, cycles and estimated resources."""
-    with pricing(device.family):
-        cost, costs = total(plans), layer_costs(plans)
-    layers = [
-        {
-            "name": p.spec.name,
-            "pe": p.pe,
-            "simd": p.simd,
-            "converter": p.converter,
-            "converters": p.units,
-            "cycles": p.cycles,
-        }
-        | asdict(one)
-        for p, one in zip(plans, costs, strict=True)
-    ]
-    return {
-        "device": device.name,
-        "clock_mhz": clock_mhz,
-        "cycles": total_cycles(plans),
-        "input_beats": plans[0].column_folds,
-        "latency_us": total_cycles(plans) / clock_mhz,
-        **asdict(cost),
-        "fits": all(getattr(cost, key) <= getattr(device, key) for key in ("luts", "ffs", "dsps", "bram18")),
-        "layers": layers,
-    }
+def summary(plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
+    """The plan in JSON: what `estimate.of_plans` says of it, input beats, and how many converters a layer has."""
+    found = of_plans(plans, device, clock_mhz=clock_mhz).to_json()
+    layers = [layer | {"converters": p.units} for layer, p in zip(found["layers"], plans, strict=True)]
+    return found | {"input_beats": plans[0].column_folds, "layers": layers}
 
 
 FLATTEN = "setattr -mod -unset keep_hierarchy *\nflatten\nopt_clean -purge\n"
@@ -432,9 +414,8 @@ bit for bit, and the float simulation nearly; the truth of the whole is `hwmodel
 """
 
 
-def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> str:
-    """What is in the folder, the contract with the host, and how to simulate and synthesize."""
-    facts = summary(network, plans, device, clock_mhz)
+def readme(network: Network, plans: Sequence[Fold], device: Device, facts: Mapping[str, Any]) -> str:
+    """What is in the folder, the contract with the host, and how to simulate and synthesize; `facts` by `summary`."""
     first, last = network.layers[0], network.layers[-1]
     tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
     if device.family == "ecp5":
@@ -450,7 +431,7 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
     return f"""# A quantized policy in Verilog
 
 `policy` in `network.v`: {facts["cycles"]} cycles from the last input beat to the sums, {facts["latency_us"]:g} us at \
-{clock_mhz:g} MHz; about {facts["luts"]} LUTs, {facts["bram18"]} BRAM18 on {device.name} (estimated).
+{facts["clock_mhz"]:g} MHz; about {facts["luts"]} LUTs, {facts["bram18"]} BRAM18 on {device.name} (estimated).
 
 | layer | size | weight x input | PE | SIMD | converters | cycles | LUTs | BRAM18 |
 |---|---|---|---|---|---|---|---|---|

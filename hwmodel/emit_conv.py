@@ -9,7 +9,7 @@ consecutive beats. The top `policy` has one valid/ready stream in and one out, `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
@@ -20,14 +20,15 @@ from hwmodel import emit, pool
 from hwmodel.conv import depthwise, ring
 from hwmodel.devices import Device
 from hwmodel.emit_layer import Rom, converter_lines, layer_text, mem_text, rom_text
+from hwmodel.estimate import of_plans
 from hwmodel.fabric import pricing
-from hwmodel.flow import flow, interval, queue_depths
+from hwmodel.flow import flow, queue_depths
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.joint import lanes_of, operands, queue, widened
 from hwmodel.layer import address_bits
 from hwmodel.network import Layer, Network, reference, sample_codes
-from hwmodel.plan import layer_costs, total, total_cycles
+from hwmodel.plan import total
 
 VECTORS = 8
 ZERO = "1'b0"
@@ -443,67 +444,56 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
     return files | {"network.v": "\n".join(texts)}
 
 
-def write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0) -> None:
-    """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README."""
+def write(
+    network: Network, plans: Sequence[Fold], folder: Path, device: Device, *, clock_mhz: float = 100.0
+) -> dict[str, Any]:
+    """Everything about the design, into an existing folder: Verilog, memories, testbench, scripts, README, its plan.
+
+    Returns the plan: `summary`.
+    """
     with pricing(device.family):
-        _write(network, plans, folder, device, clock_mhz)
+        return _write(network, plans, folder, device, clock_mhz)
 
 
-def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> None:
+def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> dict[str, Any]:
+    facts = summary(plans, device, clock_mhz)
     codes = sample_codes(network, VECTORS)
     texts = {
         **design_files(network, plans),
         "policy_axis.v": stream_text(network, plans),
         "testbench.v": testbench_text(network, plans),
-        "README.md": readme(network, plans, device, clock_mhz),
+        "README.md": readme(network, plans, device, facts),
     }
-    emit.write_files(
-        network, plans, folder, device, clock_mhz, texts, library(), summary(network, plans, device, clock_mhz)
-    )
+    emit.write_files(network, plans, folder, device, clock_mhz, texts, library(), facts)
     emit.write_vectors(folder, codes, reference(network, codes))
+    return facts
 
 
-def summary(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
-    """Facts of the design in JSON: folds, cycles and estimated resources. interval: cycles from map to map."""
+def summary(plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
+    """The plan in JSON: what `estimate.of_plans` says of it, beats, and how each layer streams."""
+    found = of_plans(plans, device, clock_mhz=clock_mhz).to_json()
     with pricing(device.family):
-        cost, costs = total(plans), layer_costs(plans)
+        depths = queue_depths(plans)
     layers = [
         {
-            "name": p.spec.name,
+            **layer,
             "op": p.spec.op,
             "window": asdict(p.spec.window),  # type: ignore[arg-type]
-            "pe": p.pe,
-            "simd": p.simd,
-            "converter": p.converter,
             "converters": p.units,
             "lines": p.stream.lines,
             "period": p.stream.period,
             "lead": p.schedule.lead,
             "stalls": p.schedule.stalls,
-            "cycles": p.cycles,
             "queues": list(waits),
         }
-        | asdict(one)
-        for p, one, waits in zip(plans, costs, queue_depths(plans), strict=True)
+        for layer, p, waits in zip(found["layers"], plans, depths, strict=True)
     ]
-    cycles = total_cycles(plans)
-    return {
-        "device": device.name,
-        "clock_mhz": clock_mhz,
-        "cycles": cycles,
-        "input_beats": plans[0].schedule.input_beats,
-        "output_beats": beats_out(plans[-1]),
-        "interval": interval(tuple(plans)),
-        "latency_us": cycles / clock_mhz,
-        **asdict(cost),
-        "fits": all(getattr(cost, key) <= getattr(device, key) for key in ("luts", "ffs", "dsps", "bram18")),
-        "layers": layers,
-    }
+    beats = {"input_beats": plans[0].schedule.input_beats, "output_beats": beats_out(plans[-1])}
+    return found | beats | {"layers": layers}
 
 
-def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: float) -> str:
-    """What is in the folder, the contract with the host, and how to simulate and synthesize."""
-    facts = summary(network, plans, device, clock_mhz)
+def readme(network: Network, plans: Sequence[Fold], device: Device, facts: Mapping[str, Any]) -> str:
+    """What is in the folder, the contract with the host, and how to simulate and synthesize; `facts` by `summary`."""
     first, last = network.products[0], network.products[-1]
     tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
     if device.family == "ecp5":
@@ -523,8 +513,8 @@ def readme(network: Network, plans: Sequence[Fold], device: Device, clock_mhz: f
 
 `policy` in `network.v`: {facts["cycles"]} cycles from the input beat that completes the first window (beat \
 {facts["layers"][0]["lead"]} of {facts["input_beats"]}) to the last result, {facts["latency_us"]:g} us at \
-{clock_mhz:g} MHz; where maps follow each other, one every {facts["interval"]} cycles; about \
-{facts["luts"]:g} LUTs, {facts["bram18"]:g} BRAM18 on {device.name} (estimated).\
+{facts["clock_mhz"]:g} MHz; where maps follow each other, one every {facts["interval"]} cycles; about \
+{facts["luts"]} LUTs, {facts["bram18"]} BRAM18 on {device.name} (estimated).\
 {overlap if len(plans) > 1 else ""}
 
 {header}
@@ -563,18 +553,16 @@ def _row(entry: dict[str, Any], plan: Fold, depths: Sequence[int]) -> str:
         queued = f", queue {' and '.join(waits)}" if waits else ""
         cells = (
             *(spec.name, size, spec.op + queued, "", leaves, reads, entry["pe"], "", entry["converters"], ""),
-            *(entry["period"], f"{entry['luts']:g}", f"{entry['bram18']:g}"),
+            *(entry[key] for key in ("period", "luts", "bram18")),
         )
         return f"| {' | '.join(map(str, cells))} |"
-    kind = (
-        f", {spec.op}"
-        if spec.pool
-        else ", depthwise"
-        if depthwise(spec)
-        else f", {spec.groups} groups"
-        if spec.groups > 1
-        else ""
-    )
+    kind = ""
+    if spec.pool:
+        kind = f", {spec.op}"
+    elif depthwise(spec):
+        kind = ", depthwise"
+    elif spec.groups > 1:
+        kind = f", {spec.groups} groups"
     cells = (
         spec.name,
         f"{window.channels} x {window.height} x {window.width}",
@@ -582,8 +570,6 @@ def _row(entry: dict[str, Any], plan: Fold, depths: Sequence[int]) -> str:
         window.padding,
         f"{spec.out_features} x {window.out_height} x {window.out_width}",
         str(spec.act) if spec.pool else f"{spec.weight} x {spec.act}",
-        *(entry[key] for key in ("pe", "simd", "converters", "lines", "period")),
-        f"{entry['luts']:g}",
-        f"{entry['bram18']:g}",
+        *(entry[key] for key in ("pe", "simd", "converters", "lines", "period", "luts", "bram18")),
     )
     return f"| {' | '.join(map(str, cells))} |"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key, published
 from hwmodel.network import Network, design_folders
 from hwmodel.packing import WIDE_PORT
-from hwmodel.plan import chains_of, layer_costs, plan_streams, total_cycles
+from hwmodel.plan import RESOURCES, chains_of, layer_costs, plan_streams, tightest, total_cycles
 from hwmodel.spec import LayerSpec, PerGroup
 from hwmodel.unroll import plan_unrolled
 
@@ -84,6 +84,14 @@ class Estimate:
         """A dictionary of JSON values."""
         return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Estimate:
+        """Inverse of `to_json`, whatever else the record and its layers hold; KeyError where something is missing."""
+        layers = tuple(
+            LayerEstimate(**{f.name: layer[f.name] for f in fields(LayerEstimate)}) for layer in record["layers"]
+        )
+        return cls(**{f.name: record[f.name] for f in fields(cls)} | {"layers": layers})
+
 
 def estimate(
     specs: Sequence[LayerSpec],
@@ -131,21 +139,18 @@ def estimate_unrolled(network: Network, device: Device, *, clock_mhz: float = 10
         return _summary(chosen, predict(chosen), sum(fold.cycles for fold in chosen), device, clock_mhz, "lut")
 
 
-def of_plans(
-    plans: Sequence[Fold], device: Device, *, clock_mhz: float = 100.0, interval: int | None = None
-) -> Estimate:
+def of_plans(plans: Sequence[Fold], device: Device, *, clock_mhz: float = 100.0) -> Estimate:
     """What a design takes that was planned already, as `emit.write` and `emit_conv.write` write it."""
     with pricing(device.family):
         costs = layer_costs(plans)
         mapping: Mapping = "dsp" if any(cost.dsps for cost in costs) else "lut"
-        return replace(
-            _summary(plans, costs, total_cycles(plans), device, clock_mhz, mapping),
-            interval=interval,
-        )
+        found = _summary(plans, costs, total_cycles(plans), device, clock_mhz, mapping)
+        streams = all(fold.spec.window is not None for fold in plans)
+        return replace(found, interval=interval(tuple(plans))) if streams else found
 
 
-DESIGN = "estimate.json"
-"""The file of an emitted design with what `of_plans` told of it."""
+PLAN = "plan.json"
+"""The file of an emitted design with what `of_plans` told of it, among other facts."""
 
 
 def read_design(folder: Path, device: Device) -> Estimate | None:
@@ -155,11 +160,15 @@ def read_design(folder: Path, device: Device) -> Estimate | None:
     """
     found: list[Estimate] = []
     for one in design_folders(folder):
-        if not (one / DESIGN).is_file():
+        path = one / PLAN
+        if not path.is_file():
             return None
-        record = json.loads((one / DESIGN).read_text())
-        layers = tuple(LayerEstimate(**layer) for layer in record.pop("layers"))
-        found.append(Estimate(**record, layers=layers))
+        try:
+            found.append(Estimate.from_json(json.loads(path.read_text())))
+        except KeyError:
+            return None
+        except (TypeError, ValueError) as error:
+            raise HwError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
     if any(one.device != device.name for one in found):
         return None
     return found[0] if len(found) == 1 else _sum(found, device)
@@ -168,9 +177,8 @@ def read_design(folder: Path, device: Device) -> Estimate | None:
 def _sum(found: Sequence[Estimate], device: Device) -> Estimate:
     """Designs that follow each other on one device; the error is that of the worst, of clocks nothing is known."""
     worst = max(found, key=lambda one: one.residual or 0.0)
-    used = {name: sum(getattr(one, name) for one in found) for name in ("luts", "ffs", "dsps", "bram18")}
-    share = {name: count / getattr(device, name) for name, count in used.items()}
-    tightest = max(share, key=lambda name: share[name])
+    used = {name: sum(getattr(one, name) for one in found) for name in RESOURCES}
+    binding, share = tightest(used, device)
     intervals = [one.interval for one in found]
     return replace(
         worst,
@@ -179,8 +187,8 @@ def _sum(found: Sequence[Estimate], device: Device) -> Estimate:
         interval=None if None in intervals else sum(i for i in intervals if i is not None),
         latency_us=sum(one.latency_us for one in found),
         mapping="dsp" if used["dsps"] else "lut",
-        fits=max(share.values()) <= 1,
-        binding=tightest if share[tightest] > 0 else None,
+        fits=share <= 1,
+        binding=binding if share > 0 else None,
         fmax_mhz=None,
         fmax_residual=None,
         slowest=None,
@@ -238,9 +246,8 @@ def _summary(
         )
         for fold, cost in zip(chosen, costs, strict=True)
     )
-    total = {name: sum(getattr(layer, name) for layer in layers) for name in ("luts", "ffs", "dsps", "bram18")}
-    share = {name: used / getattr(device, name) for name, used in total.items()}
-    tightest = max(share, key=lambda name: share[name])
+    total = {name: sum(getattr(layer, name) for layer in layers) for name in RESOURCES}
+    binding, share = tightest(total, device)
     kind, band = residual_band(chosen)
     clock = timing.clock_mhz(chosen, total["luts"])
     known = coefficients()["residual"].get(f"fmax {kind}")
@@ -252,8 +259,8 @@ def _summary(
         latency_us=cycles / clock_mhz,
         clock_mhz=clock_mhz,
         mapping=mapping,
-        fits=max(share.values()) <= 1,
-        binding=tightest if share[tightest] > 0 else None,
+        fits=share <= 1,
+        binding=binding if share > 0 else None,
         residual=band,
         residual_of=kind,
         fmax_mhz=round(clock[0], 1) if clock and known else None,

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 
 from hwmodel.affine import solved, unsolved
@@ -64,11 +64,20 @@ def ports_of(specs: Sequence[LayerSpec], device: Device, dsp: str) -> list[int |
     return [WIDE_PORT[device.family] if spec.name in names else None for spec in specs]
 
 
+RESOURCES = ("luts", "ffs", "dsps", "bram18")
+
+
+def tightest(used: Mapping[str, float], device: Device) -> tuple[str, float]:
+    """The resource of which the largest share is used, and that share of what the device has; 1 is all of it."""
+    share = {name: used[name] / max(getattr(device, name), 1e-9) for name in RESOURCES}  # of none, one is too many
+    name = max(share, key=lambda name: share[name])
+    return name, share[name]
+
+
 def exceeded(cost: Cost, device: Device) -> str | None:
     """The resource of which a design needs most beyond what the device has; None where it fits."""
-    share = {name: getattr(cost, name) / max(1, getattr(device, name)) for name in ("luts", "ffs", "dsps", "bram18")}
-    tightest = max(share, key=lambda name: share[name])
-    return tightest if share[tightest] > 1 else None
+    name, share = tightest(asdict(cost), device)
+    return name if share > 1 else None
 
 
 def check_fit(cost: Cost, device: Device) -> None:

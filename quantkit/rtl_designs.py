@@ -17,12 +17,10 @@ from hwmodel.cost import HwError
 from hwmodel.devices import Device
 from hwmodel.folding import Fold
 from hwmodel.network import FORMAT_VERSION
-from hwmodel.plan import plan_streams
+from hwmodel.plan import RESOURCES, plan_streams
 from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.rtl_conv import Design, designs_of
-
-RESOURCES = ("luts", "ffs", "dsps", "bram18")
 
 
 def write_designs(
@@ -59,8 +57,7 @@ def write_designs(
         inside = folder if alone else folder / design.name
         if not alone:
             inside.mkdir()
-        emit_conv.write(design.network, folds, inside, device, clock_mhz=clock_mhz)
-        facts = emit_conv.summary(design.network, folds, device, clock_mhz)
+        facts = emit_conv.write(design.network, folds, inside, device, clock_mhz=clock_mhz)
         entries.append({"folder": "." if alone else design.name, "before": list(design.before), **facts})
     document = _document(entries, after, device, clock_mhz)
     if not alone:
@@ -99,7 +96,7 @@ def outside(document: dict[str, Any]) -> str:
 def _readme(designs: Sequence[Design], plans: Sequence[Sequence[Fold]], document: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| [{entry['folder']}]({entry['folder']}) | {', '.join(part.name for part in design.parts)} | "
-        f"{', '.join(entry['before']) or 'nothing'} | {entry['cycles']} | {entry['luts']:g} | {entry['bram18']:g} |"
+        f"{', '.join(entry['before']) or 'nothing'} | {entry['cycles']} | {entry['luts']} | {entry['bram18']} |"
         for design, entry in zip(designs, document["designs"], strict=True)
     )
     layers = sum(map(len, plans))
@@ -113,7 +110,7 @@ branch. In order:
 {rows}
 
 Together {document["cycles"]} cycles ({document["latency_us"]:g} us at {document["clock_mhz"]:g} MHz, one design after \
-the other, the host's work not counted), about {document["luts"]:g} LUTs and {document["bram18"]:g} BRAM18 on \
+the other, the host's work not counted), about {document["luts"]} LUTs and {document["bram18"]} BRAM18 on \
 {document["device"]} (estimated).
 
 Outside the designs, in float32 on the host: the input of each is divided by its scale and rounded (`host.in_scale`, \

@@ -19,7 +19,7 @@ from hwmodel.affine import solved
 from hwmodel.cli import app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
-from hwmodel.estimate import DESIGN, estimate, read_design
+from hwmodel.estimate import PLAN, Estimate, estimate, read_design
 from hwmodel.folding import Fold, layer_fold
 from hwmodel.formats import Format, levels, parse
 from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
@@ -319,14 +319,10 @@ def test_the_estimate_is_the_plan_is_what_is_written(
     network = tiny_network(["int4", "int5", "int3"], ["int6", "uint4", "int4n"])
     plans = plan_network(network, DEVICE, dsp=dsp, **target)  # type: ignore[arg-type]
     found = estimate(network.specs, DEVICE, mapping=mapping, **target)  # type: ignore[arg-type]
-    written = emit.summary(network, plans, DEVICE, 100.0)
-    keys = ("luts", "ffs", "dsps", "bram18", "cycles", "latency_us", "fits")
-    assert {key: written[key] for key in keys} == {key: getattr(found, key) for key in keys}
-    keys = ("name", "pe", "simd", "converter", "luts", "ffs", "dsps", "bram18", "cycles")
-    for one, other in zip(written["layers"], found.layers, strict=True):
-        assert {key: one[key] for key in keys} == {key: getattr(other, key) for key in keys}
     assert (found.dsps > 0) == (dsp == "all") and all((p.pack is not None) == (dsp == "all") for p in plans)
-    emit.write(network, plans, tmp_path, DEVICE)
+    written = emit.write(network, plans, tmp_path, DEVICE)
+    assert Estimate.from_json(written) == found and written == json.loads((tmp_path / PLAN).read_text())
+    assert [layer["converters"] for layer in written["layers"]] == [plan.units for plan in plans]
     assert told(tmp_path) == json.loads(json.dumps(found.to_json()))
 
 
@@ -339,8 +335,8 @@ def told(folder: Path, *options: str) -> dict[str, object]:
 
 
 def test_a_design_is_told_as_it_was_written(tmp_path: Path) -> None:
-    """Of an unrolled design, of one without the file, for another device and with a target: the design that lies there
-    is told where nothing else was asked, else a new fold."""
+    """Of an unrolled design, of one without its plan or with an older one, for another device and with a target: the
+    design that lies there is told where nothing else was asked, else a new fold."""
     network = tiny_network(["int4", "int5", "int3"], ["int6", "uint4", "int4n"])
     emit.write(network, plan_unrolled(network, DEVICE), tmp_path, DEVICE)
     written = told(tmp_path)
@@ -348,8 +344,14 @@ def test_a_design_is_told_as_it_was_written(tmp_path: Path) -> None:
     folded = json.loads(json.dumps(estimate(network.specs, DEVICE).to_json()))
     assert told(tmp_path, "--mapping", "lut") == told(tmp_path, "--clock-mhz", "100") == folded != written
     assert read_design(tmp_path, find_device("xc7a100t")) is None
-    (tmp_path / DESIGN).unlink()
+    record = json.loads((tmp_path / PLAN).read_text())
+    (tmp_path / PLAN).write_text(json.dumps({key: value for key, value in record.items() if key != "binding"}))
     assert told(tmp_path) == folded
+    (tmp_path / PLAN).unlink()
+    assert told(tmp_path) == folded
+    (tmp_path / PLAN).write_text("{")
+    with pytest.raises(HwError, match=r"plan\.json is damaged"):
+        read_design(tmp_path, DEVICE)
 
 
 def test_designs_that_follow_each_other_add_up(tmp_path: Path) -> None:

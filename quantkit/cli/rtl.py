@@ -76,9 +76,8 @@ def rtl(
     else:
         plans = plan_network(network, part, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp)
     with new_directory(output, force=force, marker="network.json") as folder:
-        emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
+        document = emit.write(network, plans, folder, part, clock_mhz=clock_mhz)
         _name_origin(folder, directory, output)
-    document = emit.summary(network, plans, part, clock_mhz)
     if json:
         print_json({"output": str(output), **document})
         return
