@@ -58,15 +58,13 @@ def rom_columns(columns: float, depth: int) -> Cost:
     """Constants in LUTs whose words have `columns` random bits: equal columns are kept once, constant ones not at all.
 
     >>> rom_columns(8, 64).luts, round(rom_columns(96, 2).ffs)
-    (8, 2)
+    (8.0, 2)
     """
-    address = (depth - 1).bit_length()
-    if depth > 16:
-        return Cost(luts=columns * rom_depth(depth), ffs=columns)
-    functions = 2.0**depth
-    seen = 1 - (1 - 1 / functions) ** columns  # chance that a given function of the address occurs
+    functions = 2.0 ** min(depth, 64)  # beyond, no two columns are equal anyway
+    seen = -math.expm1(columns * math.log1p(-1 / functions))  # chance that a given function of the address occurs
     ffs = (functions - 2) * seen
-    return Cost(luts=ffs - address * seen, ffs=ffs)
+    wired = (depth - 1).bit_length() * seen  # functions that are a bit of the address
+    return Cost(luts=(ffs - wired) * rom_depth(depth), ffs=ffs)
 
 
 def ram(width: int, depth: int, kind: Literal["auto", "lutram", "bram"] = "auto") -> Memory:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 
 from hwmodel.devices import DeviceError, devices, find_device
-from hwmodel.memory import bram18, ram, rom
+from hwmodel.fabric import pricing, rom_depth
+from hwmodel.memory import bram18, ram, rom, rom_columns
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,17 @@ def test_devices_are_complete() -> None:
         lattice = part.family == "ecp5"
         assert part.ffs == (1 if lattice else 2) * part.luts and part.bram18 % 2 == 0 and part.dsps > 0
         assert part.source.startswith("Lattice FPGA-DS" if lattice else "AMD DS")
+
+
+@pytest.mark.parametrize("family", ["xc7", "ecp5"])
+@pytest.mark.parametrize("depth", [2, 3, 8, 16, 17, 20, 40, 100])
+def test_equal_columns_are_kept_once(family: str, depth: int) -> None:
+    """Registers are the functions of the address that occur among random columns, the two constants aside, and those
+    that are a bit of the address take no LUT: by exact fractions, whatever the depth."""
+    with pricing(family):
+        for columns in (1, 7, 64, 300):
+            functions, found = Fraction(2) ** depth, rom_columns(columns, depth)
+            seen = 1 - (1 - 1 / functions) ** columns
+            assert found.ffs == pytest.approx(float((functions - 2) * seen), rel=1e-9)
+            luts = (functions - 2 - (depth - 1).bit_length()) * seen * rom_depth(depth)
+            assert found.luts == pytest.approx(float(luts), rel=1e-9, abs=1e-9)
