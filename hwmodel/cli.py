@@ -221,9 +221,9 @@ def estimate(
             network = read_network(directory)  # unrolled, weights are the cost
             specs, found = network.specs, estimate_unrolled(network, part, clock_mhz=clock)
         else:
-            specs = tuple(read_specs(directory))
             asked = any(given is not None for given in (latency_us, luts, clock_mhz, mapping, coeffs))
             written = None if asked else read_design(directory, part)
+            specs = () if written and not compare else tuple(read_specs(directory))
             found = written or run(
                 specs,
                 part,
