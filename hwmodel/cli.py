@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hwmodel.cli_proof import fit, validate
-from hwmodel.console import print_table
+from hwmodel.console import print_table, run
 
 app = typer.Typer(
     help="What a quantized network costs on an FPGA: LUTs, flip-flops, DSPs, block RAMs, latency.",
@@ -68,27 +67,8 @@ def fail(message: str) -> NoReturn:
 
 
 def main() -> None:
-    """Console entry point. What the argument parser refuses is one line, as every other mistake."""
-    try:
-        code = app(standalone_mode=False)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except OSError as error:
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
-        code = 2
-    except Exception as error:
-        usage = getattr(error, "format_message", None)
-        if usage is None:
-            raise
-        context = getattr(error, "ctx", None)
-        if message := " ".join(usage().split()):  # empty after help that was asked for by saying nothing
-            print(f"error: {message} (see {context.command_path if context else 'hwmodel'} --help)", file=sys.stderr)
-        code = getattr(error, "exit_code", 2)
-    sys.exit(code or 0)
+    """Console entry point."""
+    run(app, "hwmodel")
 
 
 def checked_mapping(name: str) -> Any:
@@ -206,7 +186,7 @@ def estimate(
     """
     with plain_errors():
         from hwmodel.devices import find_device
-        from hwmodel.estimate import estimate as run
+        from hwmodel.estimate import estimate as planned
         from hwmodel.estimate import estimate_unrolled, read_design
         from hwmodel.mac import use_coefficients
         from hwmodel.network import read_network
@@ -224,7 +204,7 @@ def estimate(
             asked = any(given is not None for given in (latency_us, luts, clock_mhz, mapping, coeffs))
             written = None if asked else read_design(directory, part)
             specs = () if written and not compare else tuple(read_specs(directory))
-            found = written or run(
+            found = written or planned(
                 specs,
                 part,
                 latency_us=latency_us,
