@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,23 +13,30 @@ import pytest
 import small_policies
 import tiny_models
 import torch
-from test_emit import random_thresholds
+from tiny_designs import (
+    DEVICE,
+    chain,
+    convolution,
+    emitted,
+    icarus,
+    lint,
+    prove,
+    prove_with_pauses,
+    random_folds,
+    verilator,
+)  # fmt: skip
 from torch import nn
 from typer.testing import CliRunner
 
 from hwmodel import conv, emit_conv, simulate, yosys
-from hwmodel.accumulator import exact_bits
-from hwmodel.affine import solved
 from hwmodel.cli import app as hwmodel_app
 from hwmodel.cost import HwError
-from hwmodel.devices import find_device
 from hwmodel.fabric import pricing
-from hwmodel.folding import Fold, folds, layer_fold
-from hwmodel.formats import decode, parse, unit
-from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
+from hwmodel.folding import folds, layer_fold
+from hwmodel.formats import decode, unit
+from hwmodel.network import Network, read_network, reference, sample_codes
 from hwmodel.plan import plan_streams, total, total_cycles
-from hwmodel.reference import to_units
-from hwmodel.spec import LayerSpec, Window
+from hwmodel.spec import Window
 from quantkit.artifact import save_artifact
 from quantkit.cli import app
 from quantkit.errors import InputError
@@ -39,46 +45,6 @@ from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.rtl_conv import designs_of, input_codes, outputs, parts_of, seen
 from quantkit.rtl_episodes import Pilot
 from quantkit.specs import layer_specs
-
-DEVICE = find_device("xc7a35t")
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
-verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
-
-
-def convolution(
-    window: Window, rows: int, *, groups: int = 1, weights: str = "int4", acts: str = "int4", out: str | None = None
-) -> Network:
-    """A layer with random codes and, before an output format, random ascending thresholds."""
-    rng = np.random.default_rng(5)
-    weight, act = parse(weights), parse(acts)
-    columns = window.channels // groups * window.kernel[0] * window.kernel[1]
-    codes = rng.choice(legal_codes(weight), size=(rows, columns))
-    width = int(exact_bits(to_units(codes, weight), act).max())
-    spec = LayerSpec(
-        "conv", "conv2d", rows, columns, window.out_height * window.out_width, weight, act,
-        acc_bits=width, groups=groups, window=window,
-    )  # fmt: skip
-    bare = Layer(spec, codes, None)
-    if out is None:
-        return Network((bare,))
-    to = parse(out)
-    table = random_thresholds(bare, to, rng, 0.5)
-    return solved(Network((Layer(dataclasses.replace(spec, out=to), codes, table),)))
-
-
-def emitted(network: Network, plans: list[Fold], folder: Path) -> list[Fold]:
-    """Write the layers at these folds."""
-    folder.mkdir()
-    emit_conv.write(network, plans, folder, DEVICE)
-    return plans
-
-
-def prove(folder: Path, plans: list[Fold], n: int = 5, tool: str = "iverilog") -> None:
-    """The simulation equals the reference on every map and takes the planned cycles."""
-    network = read_network(folder)
-    found = simulate.check(folder, sample_codes(network, n, seed=5), tool)
-    assert found.mismatch is None
-    assert (found.cycles_min, found.cycles_max) == (total_cycles(plans), total_cycles(plans))
 
 
 def slow_sums(network: Network, codes: np.ndarray) -> np.ndarray:
@@ -204,15 +170,6 @@ def test_products_in_dsps_are_exact(name: str, tmp_path: Path) -> None:
     prove(tmp_path / "x", emitted(network, [plan], tmp_path / "x"))
 
 
-def chain(layers: list[tuple[Window, int, int]]) -> Network:
-    """Layers in a row, uint4 between them."""
-    made = []
-    for i, (window, rows, groups) in enumerate(layers):
-        out = "uint4" if i + 1 < len(layers) else None
-        made.append(convolution(window, rows, groups=groups, acts="uint4" if i else "int4", out=out).layers[0])
-    return solved(Network(tuple(made)))
-
-
 CHAINS = {
     "two": [
         (Window(3, 7, 6, (3, 3), (1, 1), (1, 1, 1, 1)), 4, 1),
@@ -234,12 +191,6 @@ CHAINS = {
 }
 
 
-def random_folds(network: Network, seed: int) -> list[Fold]:
-    """Any fold of each layer."""
-    rng = np.random.default_rng(seed)
-    return [folds(spec)[rng.integers(len(folds(spec)))] for spec in network.specs]
-
-
 @pytest.mark.sim
 @icarus
 @pytest.mark.parametrize("name", CHAINS)
@@ -254,14 +205,8 @@ def test_chains_overlap_to_the_cycle(name: str, seed: int, tmp_path: Path) -> No
 @icarus
 def test_pauses_change_nothing(tmp_path: Path) -> None:
     """Input that pauses and results that wait leave every result right."""
-    network, folder = chain(CHAINS["separable"]), tmp_path / "x"
-    plans = emitted(network, random_folds(network, 3), folder)
-    text = (folder / "testbench.v").read_text()
-    offers = f"          in_valid = sent < {plans[0].schedule.input_beats};\n"
-    assert text.count(offers) == 1
-    paused = offers.replace(";\n", " && ($random & 1);\n") + "          out_ready = $random & 1;\n"
-    (folder / "testbench.v").write_text(text.replace(offers, paused))
-    assert simulate.check(folder, sample_codes(network, 6, seed=5), "iverilog").mismatch is None
+    network = chain(CHAINS["separable"])
+    prove_with_pauses(tmp_path / "x", emitted(network, random_folds(network, 3), tmp_path / "x"))
 
 
 @pytest.mark.sim
@@ -304,13 +249,8 @@ def test_verilator_finds_nothing_to_say(name: str, tmp_path: Path) -> None:
     """-Wall is quiet about whole designs, wrapper included."""
     network = chain(CHAINS[name])
     for seed in range(2):
-        folder = tmp_path / str(seed)
-        emitted(network, random_folds(network, seed), folder)
-        names = ["lint.vlt", "network.v", "policy_axis.v", *(str(p) for p in (folder / "rtl").glob("*.v"))]
-        command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", *names]
-        command += ["--top-module", "policy_axis"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-1500:]
+        emitted(network, random_folds(network, seed), tmp_path / str(seed))
+        lint(tmp_path / str(seed))
 
 
 AXIS = """`timescale 1ns/1ps

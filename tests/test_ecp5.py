@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_emit import tiny_network
 from test_hwmodel_estimate import policy
+from tiny_designs import tiny_network
 from typer.testing import CliRunner
 
 from hwmodel import emit, nextpnr, yosys

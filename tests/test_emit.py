@@ -11,59 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_designs import DEVICE, icarus, lint, tiny_network, verilator
 from typer.testing import CliRunner
 
 from hwmodel import emit, emit_layer, simulate, yosys
-from hwmodel.accumulator import exact_bits
-from hwmodel.affine import solved
 from hwmodel.cli import app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.estimate import PLAN, Estimate, estimate, read_design
 from hwmodel.folding import Fold, layer_fold
-from hwmodel.formats import Format, levels, parse
-from hwmodel.network import Layer, Network, legal_codes, read_network, reference, sample_codes
+from hwmodel.network import Layer, Network, read_network, reference, sample_codes
 from hwmodel.plan import plan_network, total
-from hwmodel.reference import to_units
 from hwmodel.simulate import SimulationError
-from hwmodel.spec import LayerSpec
 from hwmodel.unroll import plan_unrolled
-
-DEVICE = find_device("xc7a35t")
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
-verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
-SIZES = (6, 12, 8, 3)
-
-
-def tiny_network(
-    weights: list[str], acts: list[str], sizes: tuple[int, ...] = SIZES, seed: int = 7, spread: float = 0.7
-) -> Network:
-    """A chain of linear layers with random codes and random ascending thresholds."""
-    rng = np.random.default_rng(seed)
-    layers = []
-    for i, (w_name, a_name) in enumerate(zip(weights, acts, strict=True)):
-        weight, act = parse(w_name), parse(a_name)
-        out = parse(acts[i + 1]) if i + 1 < len(acts) else None
-        codes = rng.choice(legal_codes(weight), size=(sizes[i + 1], sizes[i]))
-        width = int(exact_bits(to_units(codes, weight), act).max())
-        spec = LayerSpec(
-            f"fc{i}", "linear", sizes[i + 1], sizes[i], weight=weight, act=act, out=out, acc_bits=width
-        )  # fmt: skip
-        bare = Layer(dataclasses.replace(spec, out=None), codes, None)
-        layers.append(bare if out is None else Layer(spec, codes, random_thresholds(bare, out, rng, spread)))
-    return solved(Network(tuple(layers)))
-
-
-def random_thresholds(layer: Layer, out: Format, rng: np.random.Generator, spread: float) -> np.ndarray:
-    """Ascending integers in the range of each row's sums, its ends included."""
-    low, high = layer.sum_range
-    count = len(levels(out)) - 1
-    draws = rng.normal(0, spread, size=(len(low), count)).clip(-1, 1)
-    middle, half = (low + high).astype(float) / 2, (high - low).astype(float) / 2
-    found = np.rint(middle[:, None] + draws * half[:, None] / 2).astype(np.int64)
-    found[0, -1:] = int(high[0]) + 1  # never reached
-    found[-1, :1] = int(low[-1])  # always
-    return np.sort(found, axis=1).astype(object)
 
 
 def emitted(network: Network, folds: list[tuple[int, int, int]], folder: Path) -> tuple[Fold, ...]:
@@ -162,13 +122,7 @@ def test_verilator_agrees_and_finds_nothing_to_say(tmp_path: Path) -> None:
     network = tiny_network(["int3", "e2m1", "int3"], ["int4", "e2m1", "int4"])
     folder = tmp_path / "x"
     plans = emitted(network, FOLDS["shared converters"], folder)
-    files = sorted(str(path.relative_to(folder)) for path in (folder / "rtl").glob("*.v"))
-    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", "network.v"]
-    command += ["policy_axis.v", *files]
-    done = subprocess.run(
-        [*command, "--top-module", "policy_axis"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-2000:]
+    lint(folder)
     prove(folder, plans, tool="verilator")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_designs import icarus, lint, verilator
 from torch import nn
 
 from hwmodel import emit, emit_cell, folding, gates, gru
@@ -32,7 +31,6 @@ from quantkit.recurrent import GRUCell, substitute
 from quantkit.rtl_export import cell_of
 
 DEVICE = find_device("xc7a35t")
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 
 
 def cell(inputs: int, hidden: int, weight: str, act: str, state: str, steps: int = 0, seed: int = 1) -> Cell:
@@ -94,7 +92,7 @@ def test_sabotage_another_factor_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install verilator)")
+@verilator
 def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
     """All warnings on, none appears, with a table of codes for all units and for each."""
     one = cell(4, 3, "int4", "int4", "int6")
@@ -108,12 +106,7 @@ def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
         (folder / "lint.vlt").write_text(emit.LINT.replace("network.v", "layer.v"))
         for name, template in emit.library(frozenset({"gru"})).items():
             (folder / name).write_text(template)
-        names = sorted(path.name for path in folder.glob("*.v"))
-        command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", *names]
-        done = subprocess.run(
-            [*command, "--top-module", "layer0"], cwd=folder, capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+        lint(folder, "layer0")
 
 
 def scalar_step(one: Cell, x: list[int], h: list[int]) -> list[int]:

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_conv_rtl import AXIS, convolution, emitted, prove, random_folds
-from test_emit import random_thresholds
+from test_conv_rtl import AXIS
+from tiny_designs import (
+    emitted,
+    icarus,
+    lint,
+    made,
+    product,
+    prove,
+    prove_with_pauses,
+    random_folds,
+    verilator,
+)  # fmt: skip
 
-from hwmodel import joint, simulate
-from hwmodel.accumulator import signed_bits
-from hwmodel.affine import solved, solved_layer
+from hwmodel import joint
+from hwmodel.affine import solved
 from hwmodel.cost import HwError
 from hwmodel.flow import ENDLESS, WIRES, flow, run
 from hwmodel.folding import Fold, joint_fold, layer_fold
 from hwmodel.formats import decode, levels, parse, unit
 from hwmodel.network import Layer, Network, reference, sample_codes, trace
 from hwmodel.spec import LayerSpec, PerTensor, Window
-
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
-verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
-
-
-def made(spec: LayerSpec, codes: np.ndarray, channels: int, seed: int) -> Layer:
-    """The layer of one channel with random thresholds, for `channels`."""
-    bare = dataclasses.replace(spec, out=None, acc_bits=40)
-    low, high = Layer(bare, codes, None).sum_range
-    width = signed_bits(int(min(low)), int(max(high)))
-    spec, bare = (dataclasses.replace(s, acc_bits=width) for s in (spec, bare))
-    assert spec.out is not None
-    table = random_thresholds(Layer(bare, codes, None), spec.out, np.random.default_rng(seed), 0.5)
-    return joint.widened(solved_layer(Layer(spec, codes, table)), channels)
 
 
 def add(
@@ -60,14 +54,6 @@ def mean(name: str, shape: tuple[int, int, int], act: str, out: str, seed: int =
         name, "mean", 1, height * width, 1, joint.ONES, parse(act), parse(out), PerTensor(), window=window
     )  # fmt: skip
     return made(spec, np.ones((1, height * width), np.int64), channels, seed)
-
-
-def product(
-    name: str, window: Window, rows: int, acts: str, out: str | None, sources: tuple[str, ...] = (), groups: int = 1
-) -> Layer:
-    """A convolution with random codes and thresholds."""
-    (layer,) = convolution(window, rows, groups=groups, acts=acts, out=out).products
-    return Layer(dataclasses.replace(layer.spec, name=name, sources=sources), layer.codes, layer.thresholds)
 
 
 SAME = ((3, 3), (1, 1), (1, 1, 1, 1))
@@ -165,14 +151,8 @@ def test_designs_are_exact_and_on_time(name: str, seed: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["parted", "around"])
 def test_pauses_change_nothing(name: str, tmp_path: Path) -> None:
     """Input that pauses and results that wait leave every result right."""
-    network, folder = NETWORKS[name](), tmp_path / "x"
-    plans = emitted(network, random_folds(network, 2), folder)
-    text = (folder / "testbench.v").read_text()
-    offers = f"          in_valid = sent < {plans[0].schedule.input_beats};\n"
-    assert text.count(offers) == 1
-    paused = offers.replace(";\n", " && ($random & 1);\n") + "          out_ready = ($random & 3) == 0;\n"
-    (folder / "testbench.v").write_text(text.replace(offers, paused))
-    assert simulate.check(folder, sample_codes(network, 5, seed=5), "iverilog").mismatch is None
+    network = NETWORKS[name]()
+    prove_with_pauses(tmp_path / "x", emitted(network, random_folds(network, 2), tmp_path / "x"))
 
 
 @pytest.mark.sim
@@ -257,14 +237,9 @@ def _moves(plans: tuple[Fold, ...], index: int, words: int) -> bool:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_verilator_finds_nothing_to_say(name: str, tmp_path: Path) -> None:
     """-Wall is quiet about whole designs, wrapper included."""
-    network, folder = NETWORKS[name](), tmp_path / "x"
-    emitted(network, random_folds(network, 1), folder)
-    names = ["lint.vlt", "network.v", "policy_axis.v", *(str(p) for p in (folder / "rtl").glob("*.v"))]
-    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", *names]
-    done = subprocess.run(
-        [*command, "--top-module", "policy_axis"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
+    network = NETWORKS[name]()
+    emitted(network, random_folds(network, 1), tmp_path / "x")
+    lint(tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_designs import icarus, lint, verilator
 from torch import nn
 
 from hwmodel import emit, gates, lstm
@@ -31,7 +30,6 @@ from quantkit.recurrent import LSTMCell
 from quantkit.rtl_export import cell_of
 
 DEVICE = find_device("xc7a35t")
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 
 
 def cell(
@@ -146,7 +144,7 @@ def test_sabotage_is_seen(broken: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install verilator)")
+@verilator
 def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
     """All warnings on, none appears, with a table of codes for each unit and with one unit."""
     for hidden in (3, 1):
@@ -160,12 +158,7 @@ def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
         (folder / "lint.vlt").write_text(emit.LINT.replace("network.v", "layer.v"))
         for name, template in emit.library(frozenset({"lstm"})).items():
             (folder / name).write_text(template)
-        names = sorted(path.name for path in folder.glob("*.v"))
-        command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", *names]
-        done = subprocess.run(
-            [*command, "--top-module", "layer0"], cwd=folder, capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+        lint(folder, "layer0")
 
 
 def scalar_step(one: Cell, x: list[int], h: list[int], c: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_emit import tiny_network
+from tiny_designs import tiny_network
 
 from hwmodel import emit, yosys
 from hwmodel.accumulator import unit_range

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,23 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from test_conv_rtl import CHAINS, DEVICE, chain, emitted, prove, random_folds, residual
+from test_conv_rtl import CHAINS, residual
 from test_conv_rtl import image_policy as conv_policy
 from test_joint_rtl import NETWORKS as BRANCHES
-from test_joint_rtl import SAME, add, made, mean, product
+from test_joint_rtl import SAME, add, mean
+from tiny_designs import (
+    DEVICE,
+    chain,
+    emitted,
+    icarus,
+    lint,
+    made,
+    product,
+    prove,
+    prove_with_pauses,
+    random_folds,
+    verilator,
+)  # fmt: skip
 from torch import nn
 from torch.nn import functional
 
@@ -38,9 +50,6 @@ from quantkit.recipe import Recipe, make_plan, quantize, uniform
 from quantkit.rtl_conv import designs_of, has_convolutions, input_codes, outputs, seen
 from quantkit.rtl_designs import write_designs
 from quantkit.rtl_export import network_of
-
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
-verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
 
 WINDOWS = {
     "halves": Window(6, 6, 8, (2, 2), (2, 2)),
@@ -223,14 +232,8 @@ def test_maps_that_follow_each_other_take_the_interval(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", NETWORKS)
 def test_pauses_change_nothing(name: str, tmp_path: Path) -> None:
     """Input that pauses and results that wait leave every result right."""
-    network, folder = NETWORKS[name](), tmp_path / "x"
-    plans = emitted(network, random_folds(network, 4), folder)
-    text = (folder / "testbench.v").read_text()
-    offers = f"          in_valid = sent < {plans[0].schedule.input_beats};\n"
-    assert text.count(offers) == 1
-    paused = offers.replace(";\n", " && ($random & 1);\n") + "          out_ready = ($random & 3) == 0;\n"
-    (folder / "testbench.v").write_text(text.replace(offers, paused))
-    assert simulate.check(folder, sample_codes(network, 5, seed=5), "iverilog").mismatch is None
+    network = NETWORKS[name]()
+    prove_with_pauses(tmp_path / "x", emitted(network, random_folds(network, 4), tmp_path / "x"))
 
 
 @pytest.mark.sim
@@ -238,14 +241,9 @@ def test_pauses_change_nothing(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_verilator_finds_nothing_to_say(name: str, tmp_path: Path) -> None:
     """-Wall is quiet about whole designs, wrapper included."""
-    network, folder = NETWORKS[name](), tmp_path / "x"
-    emitted(network, random_folds(network, 1), folder)
-    names = ["lint.vlt", "network.v", "policy_axis.v", *(str(p) for p in (folder / "rtl").glob("*.v"))]
-    command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", *names]
-    done = subprocess.run(
-        [*command, "--top-module", "policy_axis"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-1500:]
+    network = NETWORKS[name]()
+    emitted(network, random_folds(network, 1), tmp_path / "x")
+    lint(tmp_path / "x")
 
 
 @pytest.mark.sim
