@@ -9,13 +9,15 @@ and fold f, a number of rows and columns at work at once:
                 sum of x * cost(l, w, a, o, f) <= budget, for each budget: LUTs, DSPs, BRAM, cycles, KiB of weights
 
 Assumed: losses of layers add up (see `sensitivity`), and so do costs. The second holds but for the buffers between
-layers, whose width depends on both neighbours. So an allocation is a proposal: its cost is that of `hwmodel.estimate`
+layers, whose width depends on both neighbours. Embeddings have weights and no inputs: one takes memory alone, and the
+layers before and behind it follow each other. So an allocation is a proposal: its cost is that of `hwmodel.estimate`
 and its return that of episodes, as of any design. Options that another of the same formats a and o beats or equals
 everywhere are left out before, which changes no optimum. Solved by HiGHS (scipy.optimize.milp).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +50,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Problem:
-    """Options of all layers: arrays of one element per option, `uses` (options, RESOURCES)."""
+    """Options of all layers: arrays of one element per option, `uses` (options, RESOURCES).
+
+    act, out: numbers of formats among those of the layer and of the one behind it; -1 of an embedding.
+    """
 
     cells: tuple[Cell, ...]
     layer: np.ndarray
@@ -76,27 +81,30 @@ def problem(
     refuses, such as float inputs, nothing is priced: there are no LUTs, DSPs, block RAM or latency, only memory.
     """
     layers = [list(options) for options in cells.values()]
+    chain = [index for index, options in enumerate(layers) if options[0].spec is not None]
+    behind = dict(itertools.pairwise(chain))
     ids = [{name: i for i, name in enumerate(dict.fromkeys(cell.acts for cell in options))} for options in layers]
-    resolved: list[dict[str, Format | None]] = [{cell.acts: cell.spec.act for cell in options} for options in layers]
-    priced = all(cell.spec.weight is not None and cell.spec.act is not None for options in layers for cell in options)
+    resolved: list[dict[str, Format | None]] = [{c.acts: c.spec and c.spec.act for c in options} for options in layers]
+    specs = [cell.spec for options in layers for cell in options if cell.spec is not None]
+    priced = all(spec.weight is not None and spec.act is not None for spec in specs)
     counted = [RESOURCES.index(name) for name in {*on, "luts" if priced else "weight_kib"}]
     rows: list[tuple[Cell, int, int, int, tuple[float, ...]]] = []
     for index, options in enumerate(layers):
-        last = index + 1 == len(layers)
-        outs: dict[str, int] = {"": 0} if last else ids[index + 1]
+        following, table = behind.get(index), index not in chain
+        outs: dict[str, int] = {"": -1 if table else 0} if following is None else ids[following]
         for name, out in outs.items():
             for acts, act in ids[index].items():
                 mine = [cell for cell in options if cell.acts == acts]
                 found: list[tuple[Cell, tuple[float, ...]]] = []
                 for cell in mine:
                     kib = cell.bits / 8192
-                    if not priced:
+                    if not priced or cell.spec is None:
                         found.append((cell, (0.0, 0.0, 0.0, 0.0, kib)))
                         continue
-                    spec = replace(cell.spec, out=None if last else resolved[index + 1][name])
+                    spec = replace(cell.spec, out=None if following is None else resolved[following][name])
                     found += [(cell, (*uses, kib)) for uses in _folds(spec, port, clock_mhz)]
                 keep = _undominated(np.array([[cell.loss, *(uses[i] for i in counted)] for cell, uses in found]))
-                rows += [(found[i][0], index, act, out, found[i][1]) for i in keep]
+                rows += [(found[i][0], index, -1 if table else act, out, found[i][1]) for i in keep]
     chosen, layer, act_ids, out_ids, uses_ = zip(*rows, strict=True)
     return Problem(chosen, np.array(layer), np.array(act_ids), np.array(out_ids), np.array(uses_, np.float64))
 
@@ -198,11 +206,11 @@ def _solve(given: Problem, budgets: Mapping[str, float], minimize: str) -> Alloc
     for layer in range(layers):
         mine = np.flatnonzero(given.layer == layer)
         add(mine, np.ones(len(mine)), 1, 1)
-        if layer + 1 < layers:
-            following = np.flatnonzero(given.layer == layer + 1)
-            for fmt in np.unique(np.concatenate((given.out[mine], given.act[following]))):
-                out, act = mine[given.out[mine] == fmt], following[given.act[following] == fmt]
-                add(np.concatenate((out, act)), np.concatenate((np.ones(len(out)), -np.ones(len(act)))), 0, 0)
+    for layer, behind in itertools.pairwise(np.unique(given.layer[given.act >= 0])):
+        mine, following = np.flatnonzero(given.layer == layer), np.flatnonzero(given.layer == behind)
+        for fmt in np.unique(np.concatenate((given.out[mine], given.act[following]))):
+            out, act = mine[given.out[mine] == fmt], following[given.act[following] == fmt]
+            add(np.concatenate((out, act)), np.concatenate((np.ones(len(out)), -np.ones(len(act)))), 0, 0)
     for name, budget in budgets.items():
         use = given.uses[:, RESOURCES.index(name)]
         unit = max(float(use.max()), 1e-30)
@@ -291,9 +299,10 @@ def _nearest(given: Problem, budgets: Mapping[str, float]) -> str:
 
 def default_latency(cells: Mapping[str, Sequence[Cell]], clock_mhz: float = 100.0) -> float | None:
     """The latency in microseconds that an estimate aims at when none is asked for; None if nothing can be priced."""
-    specs = [options[0].spec for options in cells.values()]
+    specs = [[cell.spec for cell in options if cell.spec is not None] for options in cells.values()]
+    specs = [options for options in specs if options]
     try:
-        quickest = sum(min(front(cell.spec)[0].cycles for cell in options) for options in cells.values())
+        quickest = sum(min(front(spec)[0].cycles for spec in options) for options in specs)
     except HwError:
         return None
-    return max(default_cycles(specs), quickest) / clock_mhz
+    return max(default_cycles([options[0] for options in specs]), quickest) / clock_mhz

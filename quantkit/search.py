@@ -177,8 +177,11 @@ def _uniform_front(
 ) -> list[tuple[Cell, ...]]:
     """Of the designs with one pair of formats for all layers, those on the predicted front of one target."""
     groups: dict[tuple[str, str, str], list[Cell]] = {}
-    for cell in itertools.chain.from_iterable(cells.values()):
-        groups.setdefault((cell.weights, cell.acts, cell.granularity), []).append(cell)
+    every = list(itertools.chain.from_iterable(cells.values()))
+    acts = dict.fromkeys(cell.acts for cell in every if cell.spec is not None)
+    for cell in every:
+        for name in (cell.acts,) if cell.spec is not None else acts:
+            groups.setdefault((cell.weights, name, cell.granularity), []).append(cell)
     whole = [tuple(group) for group in groups.values() if len(group) == len(cells)]
     guesses = [predict(group, study.settings) for group in whole]
     costs = [limits.cost(points(guess.row)[place], cost) for guess in guesses]

@@ -60,6 +60,7 @@ class Guide:
         self.model, self.space, self.tables, self.limits = study, space, tables, limits
         self.cost, self.batch, self.races, self.programs, self.screen = cost, batch, races, programs, screen
         self.layers = run_order(study.model)
+        self.embeddings = {key[0] for key, cell in tables[0].items() if cell.spec is None}
         self.plain = [untrained(steps) for steps in space.pipelines]
         if sampler == "nsga2":
             chosen: Any = optuna.samplers.NSGAIISampler(population_size=batch, seed=space.seed)
@@ -312,7 +313,7 @@ class Guide:
             (
                 layer,
                 trial.suggest_categorical(f"{layer} weights", self.space.weights),
-                trial.suggest_categorical(f"{layer} inputs", self.space.acts),
+                "float" if layer in self.embeddings else trial.suggest_categorical(f"{layer} inputs", self.space.acts),
                 granularity,
             )
             for layer in self.layers
@@ -329,5 +330,7 @@ class Guide:
         if len(self.space.granularities) > 1:
             params["granularity"] = one.cells[0].granularity
         for cell in one.cells:
-            params |= {f"{cell.layer} weights": cell.weights, f"{cell.layer} inputs": cell.acts}
+            params[f"{cell.layer} weights"] = cell.weights
+            if cell.spec is not None:
+                params[f"{cell.layer} inputs"] = cell.acts
         return params

@@ -70,7 +70,8 @@ def features(designs: Sequence[Candidate], losses: Sequence[float], pipelines: i
     the logarithms of its layers' losses alone.
     """
     cells = [one.cells for one in designs]
-    formats = [[_octaves(fmt) for cell in mine for fmt in (cell.spec.weight, cell.spec.act)] for mine in cells]
+    plans = [[cell.spec or cell.plan() for cell in mine] for mine in cells]
+    formats = [[_octaves(fmt) for plan in mine for fmt in (plan.weight, plan.act)] for mine in plans]
     others = [[4.0 * (one.pipeline == kind) for kind in range(1, pipelines)] for one in designs]
     alone = [[_log(cell.loss) for cell in mine] for mine in cells]
     return (

@@ -7,6 +7,8 @@ that each is measured once, whatever asks for it. Networks that are no policies 
 their calibration set. Steps that train the whole network are left out of the pipeline: the
 cells tell what formats cost before training repairs it.
 
+An embedding looks rows up and multiplies nothing: its cells differ in weights alone, have no spec, and cost memory.
+
 The loss of a cell (`Cell.loss`) is a mean square, or a divergence that is one to leading order. Losses of independent
 small errors add up. That sum is what allocation minimizes; where errors are large or hit the same outputs, it is not
 the network's loss, which is why designs found with it are evaluated.
@@ -18,7 +20,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,15 +50,19 @@ INPUTS = 256
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer in one pair of formats. errors: by metric. spec: for the cost model, its `out` unset. bits: stored."""
+    """One layer in one pair of formats. errors: by metric. size: weights, stored in so many bits.
+
+    spec: for the cost model, its `out` unset; None of an embedding, whose `acts` are "float".
+    """
 
     layer: str
     weights: str
     acts: str
     granularity: str
     errors: Mapping[str, float]
-    spec: LayerSpec
+    spec: LayerSpec | None
     bits: int
+    size: int
 
     @property
     def loss(self) -> float:
@@ -83,15 +89,16 @@ def measure(
     """The cells of every layer: all pairs of formats and granularities that fit it, by layer in `run_order`.
 
     Each that is not in the folder's `sensitivity.jsonl` is measured and written there; of several processes, one
-    measures and the others wait. InputError if no pair fits a layer, with the reason of the last, and for embeddings,
-    which multiply nothing and so have no cost.
+    measures and the others wait. InputError if no pair fits a layer, with the reason of the last.
     """
     steps = untrained(steps)
     names = run_order(study.model)
-    for name, part in study.model.layers().items():
-        if shape_of(part).op == "embedding":
-            raise InputError(f"layer {name!r} is an embedding, which no search can price; accepted: quantkit sweep")
-    wanted = list(itertools.product(names, weights, acts, granularities))
+    tables = {name for name, part in study.model.layers().items() if shape_of(part).op == "embedding"}
+    wanted = [
+        (name, *formats)
+        for name in names
+        for formats in itertools.product(weights, ("float",) if name in tables else acts, granularities)
+    ]
     context = _context(study)
     found: dict[str, list[Cell]] = {name: [] for name in names}
     problem = ""
@@ -137,12 +144,14 @@ def read_sensitivity(folder: Path) -> list[Row]:
 def assemble(cells: Iterable[Cell], steps: tuple[Step, ...] = (), seed: int = 0) -> Recipe:
     """The recipe that gives each layer its cell's formats: the most frequent plan for all, exceptions by name.
 
-    So layers that agree give the recipe of a sweep, and equal choices give equal recipes.
+    So layers that agree give the recipe of a sweep, and equal choices give equal recipes. The format of inputs that an
+    embedding takes from the others' plan means nothing to it.
     """
-    plans = {cell.layer: cell.plan() for cell in cells}
-    every = list(plans.values())
-    base = max(every, key=lambda plan: (every.count(plan), -every.index(plan)))
-    rest = tuple((name, plan) for name, plan in plans.items() if plan != base)
+    every = list(cells)
+    plans = [cell.plan() for cell in every if cell.spec is not None] or [cell.plan() for cell in every]
+    base = max(plans, key=lambda plan: (plans.count(plan), -plans.index(plan)))
+    table = replace(base, act=None)
+    rest = tuple((c.layer, c.plan()) for c in every if c.plan() != (table if c.spec is None else base))
     return Recipe((("*", base), *rest), steps, seed)
 
 
@@ -176,14 +185,17 @@ def _measured(study: Study, recipe: Recipe, layer: str, weight: str, act: str, g
         raise InputError(f"layer {layer!r} stays in float: {quantized.meta['float_layers'][layer]}")
     part = quantized.layers()[layer]
     q = getattr(part, "q", None)
-    spec = next(spec for spec in layer_specs(quantized) if spec.name == layer)
+    spec = next((spec for spec in layer_specs(quantized) if spec.name == layer), None)
+    if spec is None and shape_of(part).op != "embedding":
+        raise InputError(f"layer {layer!r} is quantized in bands, which a search cannot price; leave that step out")
     common = {"layer": layer, "weights": weight, "acts": act, "granularity": granularity}
     common["steps"] = "+".join(step_text(step) for step in recipe.steps) or "rtn"
     rows = [
         {"id": _digest([key, metric]), **common, "metric": metric, "value": value, "key": key}
         for metric, value in errors_of(study, quantized).items()
     ]
-    rows[-1] |= {"spec": spec.to_json(), "bits": 32 * part.weight.numel() if q is None else q.bits}
+    size = part.weight.numel()
+    rows[-1] |= {"spec": spec and spec.to_json(), "bits": 32 * size if q is None else q.bits, "size": size}
     return rows
 
 
@@ -195,8 +207,9 @@ def _cell(rows: Sequence[Row]) -> Cell:
         last["acts"],
         last["granularity"],
         errors={row["metric"]: row["value"] for row in rows},
-        spec=LayerSpec.from_json(last["spec"]),
+        spec=last["spec"] and LayerSpec.from_json(last["spec"]),
         bits=last["bits"],
+        size=last["size"],
     )
 
 

@@ -31,11 +31,13 @@ def predict(cells: Sequence[Cell], settings: Settings) -> Prediction:
     """The prediction for one cell per layer, in the order of the layers of a chain.
 
     What a design takes in the end differs where a method changes what lies between the layers, such as factors that
-    SmoothQuant leaves behind, and where weights are rounded along with those of the layers before.
+    SmoothQuant leaves behind, and where weights are rounded along with those of the layers before. Embeddings take
+    memory, and nothing else that is priced.
     """
-    specs = [*(replace(a.spec, out=b.spec.act) for a, b in itertools.pairwise(cells)), cells[-1].spec]
+    alone = [cell.spec for cell in cells if cell.spec is not None]
+    specs = [*(replace(a, out=b.act) for a, b in itertools.pairwise(alone)), *alone[-1:]]
     bits = sum(cell.bits for cell in cells)
-    weights = sum(cell.spec.out_features * cell.spec.in_features for cell in cells)
+    weights = sum(cell.size for cell in cells)
     row: dict[str, Any] = {"weight_kib": bits / 8192, "bits_per_weight": bits / weights, "cost": None}
     costs = [_cost(target, tuple(specs)) for target in settings.targets]
     if costs:

@@ -165,6 +165,31 @@ def test_an_allocation_is_the_best_there_is(two_layers: dict[str, list[Cell]], l
     assert found.costs["luts"] <= luts and found.costs["latency_us"] <= latency_us
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_embedding_takes_memory_alone(two_layers: dict[str, list[Cell]], place: int) -> None:
+    """Wherever it runs, LUTs buy what they buy without it, and memory what trying everything finds."""
+    table = [
+        Cell("table", fmt, "float", "row", {"action_kl": loss}, None, bits, 64)
+        for fmt, loss, bits in (("int2", 0.3, 128), ("int4", 0.1, 256), ("int6", 0.2, 384), ("int8", 0.01, 512))
+    ]
+    layers = list(two_layers.items())
+    whole_ = dict([*layers[:place], ("table", table), *layers[place:]])
+    limits = {"luts": 200, "latency_us": 0.5}
+    alone = allocate(problem(two_layers, on=limits), limits)
+    found = allocate(problem(whole_, on=limits), limits)
+    assert [c for c in found.cells if c.spec is not None] == list(alone.cells) and found.costs["luts"] <= 200
+    assert found.cells[place].weights == "int8" and default_latency(whole_) == default_latency(two_layers)
+    for kib in (0.05, 0.06, 0.07, 0.08):
+        chains = [c for c in itertools.product(*whole_.values()) if sum(cell.bits for cell in c) / 8192 <= kib]
+        best = min((sum(cell.loss for cell in c) for c in chains), default=None)
+        if best is None:
+            with pytest.raises(InputError, match="nearest"):
+                allocate(problem(whole_, on=("weight_kib",)), {"weight_kib": kib})
+        else:
+            found = allocate(problem(whole_, on=("weight_kib",)), {"weight_kib": kib})
+            assert found.loss == pytest.approx(best, rel=1e-4) and found.costs["weight_kib"] <= kib
+
+
 NUMBERS = st.floats(0.0, 8.0).map(lambda x: round(x, 2))
 
 
@@ -183,7 +208,7 @@ def test_any_small_program_is_solved_exactly(
 ) -> None:
     """Of random options of three layers, the loss is the least of all chains that fit, or nothing fits."""
     spec = LayerSpec("x", "linear", 1, 1)
-    made = [Cell(f"l{i % 3}", f"w{i}", "a", "row", {"action_kl": t[0]}, spec, 8) for i, t in enumerate(table)]
+    made = [Cell(f"l{i % 3}", f"w{i}", "a", "row", {"action_kl": t[0]}, spec, 8, 1) for i, t in enumerate(table)]
     layer = np.arange(len(table)) % 3
     uses = np.array([[t[3], 0.0, 0.0, t[4], 1.0] for t in table])
     act, out = (np.array([t[k] for t in table]) for k in (1, 2))

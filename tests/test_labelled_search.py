@@ -171,14 +171,14 @@ def test_inputs_that_are_gone_or_others_are_named(found: Path) -> None:
         assert words in error("pick", "moved", "-o", "never", "--knee", "--factory", FACTORY)
 
 
-def test_an_embedding_cannot_be_searched(place: Path) -> None:  # noqa: F811
-    """A layer without products has no cost: one line names it and the sweep that takes it."""
+def test_embeddings_are_searched_for_their_memory(place: Path) -> None:  # noqa: F811
+    """A table has formats of its own and no inputs; each row's memory is that of its codes and scales, counted here."""
     code = """
 from torch import nn
 class Bag(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table, self.fc = nn.Embedding(9, 8), nn.Linear(8, 5)
+        self.fc, self.table = nn.Linear(8, 5), nn.Embedding(9, 8)
     def forward(self, x):
         return self.fc(self.table(x).mean(1))
 """
@@ -186,9 +186,21 @@ class Bag(nn.Module):
     import tiny_bag
     from safetensors.torch import save_file
 
-    save_file(tiny_bag.Bag().state_dict(), "bag.safetensors")
-    np.save("words.npy", np.random.default_rng(0).integers(0, 9, (40, 6)))
-    np.save("classes.npy", np.arange(40) % 5)
-    words = ("--inputs", "words.npy", "--labels", "classes.npy", "--calibration", "words.npy", "--jobs", "1")
-    line = error("search", "bag.safetensors", "-o", "bag", "--factory", "tiny_bag:Bag", *words)
-    assert "'table' is an embedding" in line and "quantkit sweep" in line
+    torch.manual_seed(0)
+    bag, words = tiny_bag.Bag(), np.random.default_rng(0).integers(0, 9, (150, 6))
+    save_file(bag.state_dict(), "bag.safetensors")
+    np.save("words.npy", words)
+    np.save("classes.npy", bag(torch.from_numpy(words)).argmax(1).numpy())
+    given = ("--inputs", "words.npy", "--labels", "classes.npy", "--calibration", "words.npy", "--factory")
+    space = ("--weights", "int2,int3,int4,int8", "--acts", "int6", "--step", "rtn", "--cost", "weight_kib")
+    size = ("--budget-designs", "12", "--batch", "4", "--jobs", "1", "--json")
+    assert call("search", "bag.safetensors", "-o", "bag", *given, "tiny_bag:Bag", *space, *size).exit_code == 0
+    rows = list(rows_of(Path("bag")).values())
+    plans = [Recipe.from_json(row["recipe"]) for row in rows]
+    bits = [[plan.plan_for(name, i, 2).weight.bits for i, name in enumerate(("fc", "table"))] for plan in plans]  # type: ignore[union-attr]
+    for row, (fc, table) in zip(rows, bits, strict=True):
+        assert row["weight_kib"] == pytest.approx((fc * 40 + 32 * 5 + table * 72 + 32 * 9) / 8192)
+        assert row["cost"]["luts"] > 0
+    assert len(rows) == 12 and len(set(map(tuple, bits))) == 12 and any(fc != table for fc, table in bits)
+    cells = {(row["layer"], row["acts"]) for row in read_sensitivity(Path("bag"))}
+    assert cells == {("fc", "int6"), ("table", "float")}
