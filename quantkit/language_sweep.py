@@ -8,7 +8,6 @@ quantized one after the other, in memory. What they would take on an FPGA is not
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from quantkit.capture import captured
 from quantkit.errors import InputError
-from quantkit.files import check_new, new_file, sha256_of
+from quantkit.files import new_file, sha256_of
 from quantkit.language import needs_text, perplexity, read_calibration, with_defaults
 from quantkit.loaders.hf import read_tokenizer
 from quantkit.model import Calib, Model
@@ -28,6 +27,7 @@ from quantkit.results import Row, append_row, read_rows, versions
 from quantkit.sources import source_digest
 from quantkit.specs import repeated
 from quantkit.study import describe_recipe
+from quantkit.sweep import open_folder
 from quantkit.tasks.perplexity import Perplexity, compare
 
 TABLE = "perplexity.csv"
@@ -80,7 +80,15 @@ def sweep_language(
         "window": None if calibration is None else calib.inputs.shape[1],
         "source": source_digest(),
     }
-    document, reference = _open(folder, facts, lambda: score(model))
+
+    def begin() -> dict[str, Any]:
+        return {"reference": asdict(score(model)), "versions": versions()}
+
+    def read(document: dict[str, Any]) -> tuple[dict[str, Any], Perplexity]:
+        lists = {key: tuple(document["reference"][key]) for key in ("losses", "lengths")}
+        return document, Perplexity(**document["reference"] | lists)
+
+    document, reference = open_folder(folder, facts, begin, read)
     known = {row["id"]: row for row in read_rows(folder / "rows.jsonl")}
     rows = []
     for number, recipe in enumerate(wanted):
@@ -103,33 +111,6 @@ def best_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     known = [i for i, row in enumerate(rows) if "error" not in row]
     points = [(rows[i]["bits_per_weight"], rows[i]["score"]["mean"]) for i in known]
     return sorted((known[i] for i in nondominated(points, (False, False))), key=lambda i: rows[i]["bits_per_weight"])
-
-
-def _open(folder: Path, facts: dict[str, Any], score: Callable[[], Perplexity]) -> tuple[dict[str, Any], Perplexity]:
-    """The study.json of a folder, begun if it is not there, and the float perplexity in it."""
-    path = folder / "study.json"
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not a study; give another output directory")
-        check_new(folder, force=True)
-        folder.mkdir(exist_ok=True)
-        document = {"settings": facts, "reference": asdict(score()), "versions": versions()}
-        with new_file(path, force=True) as temporary:
-            temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    try:
-        document = json.loads(path.read_text())
-        stored = document["settings"]
-        lists = {key: tuple(document["reference"][key]) for key in ("losses", "lengths")}
-        reference = Perplexity(**document["reference"] | lists)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder} is a damaged study; start a new study directory") from None
-    for key, fresh in facts.items():
-        if stored.get(key) != fresh:
-            raise InputError(
-                f"{folder} is a study of something else ({key}: {stored.get(key)!r} there, {fresh!r} here); "
-                "give another output directory"
-            )
-    return document, reference
 
 
 def _measured(

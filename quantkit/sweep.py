@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,7 @@ FAILURES = 3
 LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco", "box2d")
 """Whose versions can change a row."""
 _WAIT_S = 0.05
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,42 @@ def open_study(
     differs, or a directory that holds something else.
     """
     facts = describe_study(model, settings, labelled)
-    if not (folder / "study.json").exists():
+
+    def begin() -> dict[str, Any]:
+        study = prepare(model, settings, progress, labelled)
+        with new_file(folder / "calibration.npy", force=True) as path, path.open("wb") as handle:
+            np.save(handle, study.states)
+        return {
+            "margin": study.margin,
+            "reference": study.reference.to_json(),
+            "random": study.random.to_json(),
+            "versions": versions(),
+            "layers": layer_shapes(model),
+            "origin": None if origin is None else dict(origin),
+        }
+
+    def read(document: dict[str, Any]) -> Study:
+        scores = [Score(**{k: _tuple(v) for k, v in document[name].items()}) for name in ("reference", "random")]
+        states = np.load(folder / "calibration.npy", allow_pickle=False)
+        return Study(model, settings, states, scores[0], scores[1], labelled)
+
+    return open_folder(folder, facts, begin, read, accept_versions=accept_versions)
+
+
+def open_folder(
+    folder: Path,
+    facts: Mapping[str, Any],
+    begin: Callable[[], Mapping[str, Any]],
+    read: Callable[[dict[str, Any]], T],
+    *,
+    accept_versions: bool = False,
+) -> T:
+    """What `read` makes of a directory's study.json. One that is not there holds the facts and what `begin` tells.
+
+    `begin` may write other files into the directory. Waits and raises as `open_study`.
+    """
+    path = folder / "study.json"
+    if not path.exists():
         begun = ("calibration.npy", "study.lock", ".calibration.", ".study.")  # what a beginning cut short can leave
         if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(begun) for p in folder.iterdir())):
             raise InputError(f"{folder} exists and is not a study; give another output directory")
@@ -149,21 +185,20 @@ def open_study(
         folder.mkdir(exist_ok=True)
         with Claims(folder) as claims:
             claims.wait("")
-            if not (folder / "study.json").exists():
-                study = prepare(model, settings, progress, labelled)
-                _write_study(folder, study, facts, origin)
-                return study
+            if not path.exists():
+                document = {"settings": dict(facts), **begin()}
+                with new_file(path, force=True) as temporary:
+                    temporary.write_text(json.dumps(document, indent=1) + "\n")
     try:
-        stored = json.loads((folder / "study.json").read_text())
-        old = dict(stored["settings"])
-        scores = [Score(**{k: _tuple(v) for k, v in stored[name].items()}) for name in ("reference", "random")]
-        states = np.load(folder / "calibration.npy", allow_pickle=False)
+        document = json.loads(path.read_text())
+        old = dict(document["settings"])
+        found = read(document)
     except (KeyError, TypeError, ValueError, AttributeError, EOFError, FileNotFoundError):
         raise InputError(f"{folder} is a damaged study; start a new study directory") from None
     for key, fresh in facts.items():
         if old.get(key) != fresh:
             _refuse(folder, key, old, fresh, accept_versions)
-    return Study(model, settings, states, scores[0], scores[1], labelled)
+    return found
 
 
 def _refuse(folder: Path, key: str, old: dict[str, Any], fresh: Any, accept_versions: bool) -> None:
@@ -192,22 +227,6 @@ def _refuse(folder: Path, key: str, old: dict[str, Any], fresh: Any, accept_vers
 
 def _tuple(v: Any) -> Any:
     return tuple(v) if isinstance(v, list) else math.nan if v is None else v
-
-
-def _write_study(folder: Path, study: Study, facts: dict[str, Any], origin: Mapping[str, Any] | None) -> None:
-    document = {
-        "settings": facts,
-        "margin": study.margin,
-        "reference": study.reference.to_json(),
-        "random": study.random.to_json(),
-        "versions": versions(),
-        "layers": layer_shapes(study.model),
-        "origin": None if origin is None else dict(origin),
-    }
-    with new_file(folder / "calibration.npy", force=True) as path, path.open("wb") as handle:
-        np.save(handle, study.states)
-    with new_file(folder / "study.json", force=True) as path:
-        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def run(
