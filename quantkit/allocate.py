@@ -84,7 +84,9 @@ def problem(
     chain = [index for index, options in enumerate(layers) if options[0].spec is not None]
     behind = dict(itertools.pairwise(chain))
     ids = [{name: i for i, name in enumerate(dict.fromkeys(cell.acts for cell in options))} for options in layers]
-    resolved: list[dict[str, Format | None]] = [{c.acts: c.spec and c.spec.act for c in options} for options in layers]
+    resolved: list[dict[str, Format | None]] = [
+        {cell.acts: None if cell.spec is None else cell.spec.act for cell in options} for options in layers
+    ]
     specs = [cell.spec for options in layers for cell in options if cell.spec is not None]
     priced = all(spec.weight is not None and spec.act is not None for spec in specs)
     counted = [RESOURCES.index(name) for name in {*on, "luts" if priced else "weight_kib"}]
