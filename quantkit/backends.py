@@ -46,7 +46,7 @@ def workers(study: Study, jobs: int = 1, ray: str | None = None) -> Iterator[Map
     """A mapper over `jobs` processes, this one if there is one job, or over the CPUs of the Ray cluster at `ray`.
 
     ray: "auto" for the cluster that this machine belongs to, "local" to start one here, or an address; InputError if
-    nothing answers there. Each worker uses one thread.
+    nothing answers there. In the context of `connected` its connection is used. Each worker uses one thread.
     """
     if ray is not None:
         with _ray(study, ray) as mapper:
@@ -156,8 +156,7 @@ def _work(task: Task) -> Row:
 @contextmanager
 def _ray(study: Study, address: str) -> Iterator[Mapper]:
     """Tasks on a Ray cluster, as many at once as it has CPUs then: machines that join later get their share."""
-    ray = _connected(address)
-    try:
+    with connected(address) as ray:
         shared = ray.put(study)
 
         @ray.remote(num_cpus=1, max_retries=0)
@@ -190,16 +189,24 @@ def _ray(study: Study, address: str) -> Iterator[Mapper]:
                     ray.cancel(reference, force=True)
 
         yield mapper
-    finally:
-        ray.shutdown()
 
 
-def _connected(address: str) -> Any:
-    """Ray, connected to a cluster; InputError in one line if it is not installed or nothing answers in ANSWER_S."""
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster until the end of the context, which others in it share; None without an address.
+
+    InputError in one line if Ray is not installed or nothing answers in ANSWER_S.
+    """
+    if address is None:
+        yield None
+        return
     try:
         import ray
     except ImportError:
         raise InputError('Ray is not installed; pip install "quantkit[study]", or leave --ray out') from None
+    if ray.is_initialized():
+        yield ray
+        return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     answers(address)
     try:
@@ -209,7 +216,10 @@ def _connected(address: str) -> Any:
         hint = "start one with: ray start --head" if address == "auto" else "is a cluster of this Ray version there?"
         hint += ", or RAY_AUTH_MODE=token if it wants a token"  # without it, Ray tells of no answer only
         raise InputError(f"--ray {address}: no cluster answers ({str(error).splitlines()[0]}); {hint}") from None
-    return ray
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def answers(address: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from small_policies import cartpole
+from test_cli import error
 from test_durability import RECIPES as SOME
 from test_durability import Deadly
 from test_sweep import RECIPES, SETTINGS, same_rows
@@ -86,3 +87,20 @@ def test_auto_and_local_are_ray_s_to_find() -> None:
     """Nothing is dialled for them."""
     answers("auto")
     answers("local")
+
+
+@pytest.mark.parametrize("command", ["sweep", "search"])
+def test_a_cluster_that_is_not_there_leaves_no_study(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster for Ray to find that it does not: one line, and the folder that was to be begun is not there."""
+    ray = pytest.importorskip("ray")
+
+    def nothing(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify one.")
+
+    monkeypatch.setattr(ray, "init", nothing)
+    agent = Path(__file__).parent.parent / "benchmarks/agents/ppo/LunarLander-v3.zip"
+    formats = ("--weights", "int4", "--acts", "int4", "--episodes", "1", "--ray", "auto")
+    line = error(command, str(agent), "-o", str(tmp_path / "s"), *formats)
+    assert "--ray auto" in line and "ray start --head" in line and list(tmp_path.iterdir()) == []

@@ -140,33 +140,32 @@ def sweep(
         space = replace(space, pipelines=pipelines_of(step, preset, kind_of(model)))
         recipes = space.recipes()
 
-    from quantkit.backends import answers
+    from quantkit.backends import connected
     from quantkit.report import write_report
     from quantkit.study import settings_for
     from quantkit.sweep import open_study, run, study_origin
 
     for recipe in recipes:
         check(model, recipe)
-    if ray is not None:
-        answers(ray)
     if labelled is not None:
         episodes, seed = len(labelled.labels), 0
     settings = settings_for(targets, episodes, seed)
     what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
-    with progress_bar(*what) as update:
-        origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
-        study = open_study(
-            output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
-        )
-    with progress_bar("designs", "designs") as update:
-        rows = run(
-            study,
-            recipes,
-            output,
-            jobs=jobs or os.cpu_count() or 1,
-            ray=ray,
-            progress=lambda done, total, _: update(done, total),
-        )
+    with connected(ray):  # what does not answer is told before a study is begun
+        with progress_bar(*what) as update:
+            origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
+            study = open_study(
+                output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
+            )
+        with progress_bar("designs", "designs") as update:
+            rows = run(
+                study,
+                recipes,
+                output,
+                jobs=jobs or os.cpu_count() or 1,
+                ray=ray,
+                progress=lambda done, total, _: update(done, total),
+            )
     report = write_report(output)
     for row in rows:
         if "error" in row:

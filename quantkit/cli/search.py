@@ -156,46 +156,45 @@ def search(
     if preset and kind_of(model) != kind:
         pipelines = pipelines_of(step, preset, kind_of(model))
 
-    from quantkit.backends import answers, workers
+    from quantkit.backends import connected, workers
     from quantkit.report import write_report
     from quantkit.search import search
     from quantkit.search_space import SearchSpace
     from quantkit.study import settings_for
     from quantkit.sweep import open_study, study_origin
 
-    if ray is not None:
-        answers(ray)
     space = SearchSpace(listed(weights), listed(acts), listed(granularity), pipelines, search_seed)
     if labelled is not None:
         episodes, seed = len(labelled.labels), 0
     settings = settings_for(targets, episodes, seed)
     what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
-    with progress_bar(*what) as update:
-        origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
-        study = open_study(
-            output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
-        )
-    with (
-        workers(study, jobs or os.cpu_count() or 1, ray) as mapper,
-        progress_bar("sensitivities", "cells") as measuring,
-        progress_bar("designs", "designs") as designs,
-    ):
-        rows = search(
-            study,
-            output,
-            space,
-            mapper,
-            designs=budget_designs,
-            episodes=budget_episodes,
-            sampler=sampler,
-            cost=chosen,
-            budgets={name: most for name, most in limits.items() if most is not None},
-            batch=batch,
-            races=race,
-            storage=storage,
-            measuring=measuring,
-            progress=lambda done, total, _: designs(done, total),
-        )
+    with connected(ray):  # what does not answer is told before a study is begun
+        with progress_bar(*what) as update:
+            origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
+            study = open_study(
+                output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
+            )
+        with (
+            workers(study, jobs or os.cpu_count() or 1, ray) as mapper,
+            progress_bar("sensitivities", "cells") as measuring,
+            progress_bar("designs", "designs") as designs,
+        ):
+            rows = search(
+                study,
+                output,
+                space,
+                mapper,
+                designs=budget_designs,
+                episodes=budget_episodes,
+                sampler=sampler,
+                cost=chosen,
+                budgets={name: most for name, most in limits.items() if most is not None},
+                batch=batch,
+                races=race,
+                storage=storage,
+                measuring=measuring,
+                progress=lambda done, total, _: designs(done, total),
+            )
     for row in rows:
         if "error" in row:
             note(f"left out: {row['weights']}, {row['acts']}, {row['steps']}: {row['error']}")
