@@ -40,7 +40,7 @@ from quantkit.recipe import Recipe, Step
 from quantkit.results import Row, read_rows
 from quantkit.search import search
 from quantkit.search_space import SearchSpace
-from quantkit.seeds import CONFIRM
+from quantkit.seeds import CALIBRATION
 from quantkit.study import Settings, Study, Task
 from quantkit.sweep import Space, complete, open_study
 
@@ -78,7 +78,7 @@ def hypervolume(points: Sequence[Point], luts: float, worst: float, best: float,
 
 def fresh(study: Study, rows: Sequence[Row], folder: Path, episodes: int) -> list[Point]:
     """The designs of the rows with returns of episodes that nothing has seen."""
-    settings = replace(study.settings, episodes=episodes, seed=CONFIRM.start)
+    settings = replace(study.settings, episodes=episodes, seed=CALIBRATION.stop)
     other = open_study(folder, study.model, settings)
     with workers(other) as mapper:
         again = complete(other, [Task(Recipe.from_json(row["recipe"])) for row in rows], folder, mapper)
