@@ -12,7 +12,7 @@ import numpy as np
 
 from quantkit.allocate import allocate
 from quantkit.errors import InputError
-from quantkit.gain import greedy, likely
+from quantkit.gain import greedy
 from quantkit.pareto import nondominated
 from quantkit.recipe import Recipe
 from quantkit.regression import fit
@@ -102,12 +102,12 @@ class Guide:
         return int((episodes - spent - owed) / max(1.0, spent / max(1, len(played))))
 
     def ask(self, rows: Mapping[str, Row], most: int) -> list[Candidate]:
-        """The designs to play next, at most a batch and `most`: none that has a row."""
+        """The designs to play next, at most a batch and `most`: none that has a row, of all that were ever proposed."""
         self.batches += 1
-        found = [*self._between(rows), *self._neighbours(rows), *self._drawn()]
-        pool = {one.id: one for one in found if one.id not in rows}
+        for one in (*self._between(rows), *self._neighbours(rows), *self._drawn()):
+            self.seen.setdefault(one.id, one)
+        pool = {name: one for name, one in self.seen.items() if name not in rows}
         for name, one in pool.items():
-            self.seen.setdefault(name, one)
             if name not in self.guesses:
                 self.guesses[name] = predict(one.cells, self.model.settings)
         guessed = {name: self.guesses[name].row for name in pool}
@@ -178,7 +178,7 @@ class Guide:
         known = [n for n in played if loss == self._guessed or "error" not in self.screened.get(n, {"error": ""})]
         shown = {name: self._shown(row)[1] for name, row in played.items()}
         top, floor = self.model.reference.mean, self.model.floor
-        expected = {name: [top] for name in sorted(costs)}
+        expected = {name: (top, 0.0) for name in sorted(costs)}
         if known and expected:
             unit = abs(top - floor) or 1.0
             values = [min(max((shown[name] - floor) / unit, -0.5), 1.1) for name in known]
@@ -187,7 +187,7 @@ class Guide:
             shown |= {n: floor + unit * v for n, v in zip(known, model.smoothed().tolist(), strict=True)}
             means, deviations = model.predict(self._features(list(expected), loss))
             for name, mean, deviation in zip(expected, means.tolist(), deviations.tolist(), strict=True):
-                expected[name] = likely(floor + unit * mean, unit * deviation)
+                expected[name] = floor + unit * mean, unit * deviation
         found: list[list[tuple[float, float]]] = [[] for _ in range(places(self.model))]
         for name, row in played.items():
             for place, one in enumerate(points(row)):
@@ -246,34 +246,48 @@ class Guide:
         return list(found.values())
 
     def _neighbours(self, rows: Mapping[str, Row]) -> list[Candidate]:
-        """Designs that differ from one on a front in one layer's weights, inputs or granularity, or in the pipeline.
+        """Designs one change away from one on a front that were not proposed yet, and then designs two changes away.
 
-        Of more than _WALK (_WALK_NETWORK) a sample, another one for each batch.
+        A change is that of one layer's weights, inputs or granularity, or of the pipeline. At most _WALK
+        (_WALK_NETWORK) designs, drawn by chance.
         """
-        middle = {
+        fronts = {
             row["id"]: self.seen[row["id"]]
             for place in range(places(self.model))
             for _, _, row in self._ends(rows, place)
         }
-        found: dict[tuple[Any, ...], tuple[tuple[Cell, ...], int]] = {}
-        for one in middle.values():
-            names = [(c.layer, c.weights, c.acts, c.granularity) for c in one.cells]
-            for number, table in enumerate(self.tables):
-                if number != one.pipeline and all(name in table for name in names):
-                    found[(number, *names)] = (tuple(table[name] for name in names), number)
-            for key, cell in self.tables[one.pipeline].items():
-                i = self.layers.index(key[0])
-                if sum(a != b for a, b in zip(key, names[i], strict=True)) == 1:
-                    changed = (*one.cells[:i], cell, *one.cells[i + 1 :])
-                    found[(one.pipeline, *names[:i], key, *names[i + 1 :])] = (changed, one.pipeline)
-        some, most = list(found.values()), _WALK if self.model.labelled is None else _WALK_NETWORK
-        if len(some) > most:
-            rng = np.random.default_rng([self.space.seed, self.batches])
-            some = [some[i] for i in sorted(rng.choice(len(some), most, replace=False).tolist())]
-        return [
-            Candidate(assemble(cells, self.space.pipelines[number], self.space.seed), cells, number)
-            for cells, number in some
+        most = _WALK if self.model.labelled is None else _WALK_NETWORK
+        rng = np.random.default_rng([self.space.seed, self.batches])
+        near = [changed for one in fronts.values() for changed in self._changed(one.cells, one.pipeline)]
+        found: dict[str, Candidate] = {}
+        for i in rng.permutation(len(near)).tolist():
+            self._propose(found, near[i], most)
+        for i in rng.integers(len(near), size=2 * most).tolist() if near and len(found) < most else ():
+            further = self._changed(*near[i])
+            self._propose(found, further[rng.integers(len(further))], most)
+        return list(found.values())
+
+    def _changed(self, cells: tuple[Cell, ...], pipeline: int) -> list[tuple[tuple[Cell, ...], int]]:
+        """All designs one change away."""
+        names = [(c.layer, c.weights, c.acts, c.granularity) for c in cells]
+        found = [
+            (tuple(table[name] for name in names), number)
+            for number, table in enumerate(self.tables)
+            if number != pipeline and all(name in table for name in names)
         ]
+        for key, cell in self.tables[pipeline].items():
+            i = self.layers.index(key[0])
+            if sum(a != b for a, b in zip(key, names[i], strict=True)) == 1:
+                found.append(((*cells[:i], cell, *cells[i + 1 :]), pipeline))
+        return found
+
+    def _propose(self, found: dict[str, Candidate], design: tuple[tuple[Cell, ...], int], most: int) -> None:
+        """Add a design to those found, unless there are enough or it was proposed before."""
+        cells, number = design
+        if len(found) < most:
+            one = Candidate(assemble(cells, self.space.pipelines[number], self.space.seed), cells, number)
+            if one.id not in self.seen:
+                found[one.id] = one
 
     def _drawn(self) -> list[Candidate]:
         """Optuna's proposals."""

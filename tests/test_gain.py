@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from quantkit.gain import Front, greedy, likely
+from quantkit.gain import Front, greedy
 
 END, FLOOR, TOP = 900.0, -120.0, 260.0
 POINTS = st.lists(st.tuples(st.floats(3.0, 1200.0), st.floats(-300.0, 400.0)), max_size=12)
@@ -33,23 +33,39 @@ def test_an_area_is_that_of_a_grid(points: list[tuple[float, float]]) -> None:
     assert Front(points, END, FLOOR, TOP).area() == pytest.approx(by_grid(points), rel=0.01, abs=3.0)
 
 
-@given(POINTS, st.tuples(st.floats(3.0, 1200.0), st.floats(-300.0, 400.0)))
+ONE = st.tuples(st.floats(3.0, 1200.0), st.floats(-300.0, 400.0))
+
+
+def gain(front: Front, cost: float, mean: float, deviation: float = 0.0) -> float:
+    """What one design adds."""
+    return float(front.gains(np.array([cost]), np.array([mean]), np.array([deviation]))[0])
+
+
+@given(POINTS, ONE)
 def test_a_gain_is_a_difference_of_areas(points: list[tuple[float, float]], one: tuple[float, float]) -> None:
-    """What a design is said to add is what the area grows by; once it is there, it adds nothing more."""
+    """What a known return is said to add is what the area grows by; once it is there, it adds nothing more."""
     before, after = Front(points, END, FLOOR, TOP), Front([*points, one], END, FLOOR, TOP)
-    assert before.gain(*one) == pytest.approx(after.area() - before.area(), abs=1e-6)
-    assert after.gain(*one) == pytest.approx(0.0, abs=1e-9)
+    assert gain(before, *one) == pytest.approx(after.area() - before.area(), abs=1e-6)
+    assert gain(after, *one) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_what_is_likely_is_a_normal_distribution() -> None:
-    """Its mean, its order and its spread are those of the middles of a normal distribution's fifths (scipy)."""
-    middles = stats.norm(5.0, 2.0).ppf([0.1, 0.3, 0.5, 0.7, 0.9])
-    np.testing.assert_allclose(likely(5.0, 2.0), middles)
-    assert likely(5.0, 0.0) == [5.0] * 5
+@given(POINTS, ONE, st.floats(0.01, 300.0))
+def test_an_expected_gain_is_a_mean(points: list[tuple[float, float]], one: tuple[float, float], spread: float) -> None:
+    """Of an uncertain return it is the mean of the areas over the quantiles of its normal distribution (scipy)."""
+    front, (cost, mean) = Front(points, END, FLOOR, TOP), one
+    returns = stats.norm(mean, spread).ppf((np.arange(4000) + 0.5) / 4000)
+    by_quantiles = front.gains(np.full(4000, cost), returns, np.zeros(4000)).mean()
+    assert gain(front, cost, mean, spread) == pytest.approx(by_quantiles, rel=0.01, abs=0.01 * spread)
+
+
+def test_what_cannot_be_excluded_is_worth_something() -> None:
+    """A design three standard deviations below the front adds more than one four below, and both more than nothing."""
+    front = Front([(10.0, 200.0)], END, FLOOR, TOP)
+    assert gain(front, 20.0, 170.0, 10.0) > gain(front, 20.0, 160.0, 10.0) > 0.0
 
 
 COST = st.one_of(st.none(), st.floats(3.0, 800.0))
-DESIGN = st.tuples(st.tuples(COST, COST), st.lists(st.floats(-200.0, 300.0), min_size=1, max_size=3))
+DESIGN = st.tuples(st.tuples(COST, COST), st.tuples(st.floats(-200.0, 300.0), st.floats(0.0, 100.0)))
 
 
 @given(st.lists(DESIGN, min_size=1, max_size=6), POINTS, st.integers(1, 6))
@@ -66,18 +82,18 @@ def test_choices_are_greedy(designs: list, points: list[tuple[float, float]], mo
     ends = [max([c for c, _ in f] + [p[i] for p in costs.values() if p[i] is not None], default=1.0)
             for i, f in enumerate(fronts)]  # fmt: skip
 
-    def gain(name: str) -> float:
+    def both(name: str) -> float:
         return sum(
-            np.mean([Front(mine, end, FLOOR, TOP).gain(cost, value) for value in expected[name]])
+            gain(Front(mine, end, FLOOR, TOP), cost, *expected[name])
             for mine, end, cost in zip(fronts, ends, costs[name], strict=True)
             if cost is not None
         )
 
     for i, name in enumerate(chosen):
-        assert gain(name) >= max(gain(other) for other in names if other not in chosen[:i]) - 1e-6
+        assert both(name) >= max(both(other) for other in names if other not in chosen[:i]) - 1e-5
         for mine, cost in zip(fronts, costs[name], strict=True):
             if cost is not None:
-                mine.append((cost, float(np.mean(expected[name]))))
+                mine.append((cost, expected[name][0]))
 
 
 def test_sabotage_a_linear_cost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
