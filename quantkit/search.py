@@ -2,7 +2,7 @@
 
 1. Sensitivities of every pipeline are measured (`sensitivity`), and the front of mixed precision under the budgets is
    allocated (`allocate`). Its designs are the first, with the predicted front of uniform precision, which is there to
-   be beaten.
+   be beaten: by ascending cost, until those that are left could add nothing if they returned what float does.
 2. Batch after batch, designs come from three sources: allocated in the gaps of the front found so far; one layer's
    formats away from a design on it; Optuna's (NSGA-II or TPE). Those that promise to add the most to the front (`gain`,
    by what a `regression` on layers' formats and losses expects of them) are quantized and compared with float on the
@@ -99,9 +99,10 @@ def search(
         return {row["id"]: row for row in rows}
 
     guide = Guide(study, space, tables, limits, cost, sampler, batch, races, programs, screen)
-    first = guide.affordable(seeds[:designs], episodes)
-    evaluate([seed.recipe for seed in first], "allocation", races)
-    guide.begin(first, settled)
+    first = guide.begin(guide.affordable(seeds[:designs], episodes))
+    for i in range(0, len(first), batch):
+        evaluate([seed.recipe for seed in guide.hopeful(first[i : i + batch], settled)], "allocation", races)
+    guide.tell(settled)
     idle = 0
     while len(settled) < designs and idle < _IDLE and (most := guide.affordable_now(settled, episodes)) > 0:
         chosen = guide.ask(settled, min(designs - len(settled), most))

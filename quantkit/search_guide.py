@@ -74,12 +74,37 @@ class Guide:
         self.screened: dict[str, Row] = {}
         self.batches = 0
 
-    def begin(self, seeds: Sequence[Candidate], rows: Mapping[str, Row]) -> None:
-        """Tell the designs that were there before the first proposal."""
+    def begin(self, seeds: Sequence[Candidate]) -> list[Candidate]:
+        """The designs that are there before the first proposal, by ascending cost on the first target."""
         self._enqueue(seeds)
         if self.model.labelled is None:
             self._screen(seeds)
-        self.tell(rows)
+        return sorted(seeds, key=lambda one: self._costs(one)[0] or 0.0)
+
+    def hopeful(self, some: Sequence[Candidate], rows: Mapping[str, Row]) -> list[Candidate]:
+        """Those that on some target cost less than what returned as much as float, and those of unknown cost."""
+        top = self.model.reference.mean
+        means = {name: self._shown(row)[1] for name, row in rows.items() if "score" in row}
+        reached = [[cost for cost, mean in played if mean >= top] for played in self._played(rows, means)]
+        least = [min(costs, default=math.inf) for costs in reached]
+        return [
+            one
+            for one in some
+            if any(cost is None or cost < most for cost, most in zip(self._costs(one), least, strict=True))
+        ]
+
+    def _costs(self, one: Candidate) -> list[float | None]:
+        """What a design is predicted to cost on each target."""
+        return [self.limits.cost(row, self.cost) for row in points(self.guesses[one.id].row)]
+
+    def _played(self, rows: Mapping[str, Row], means: Mapping[str, float]) -> list[list[tuple[float, float]]]:
+        """Cost and mean return of the designs that were played, on each target."""
+        found: list[list[tuple[float, float]]] = [[] for _ in range(places(self.model))]
+        for name, mean in means.items():
+            for place, one in enumerate(points(rows[name])):
+                if (cost := self.limits.cost(one, self.cost)) is not None:
+                    found[place].append((cost, mean))
+        return found
 
     def affordable(self, seeds: Sequence[Candidate], episodes: int | None) -> Sequence[Candidate]:
         """As many of the first designs as take at most half of the episodes, were none of them stopped early."""
@@ -188,12 +213,7 @@ class Guide:
             means, deviations = model.predict(self._features(list(expected), loss))
             for name, mean, deviation in zip(expected, means.tolist(), deviations.tolist(), strict=True):
                 expected[name] = floor + unit * mean, unit * deviation
-        found: list[list[tuple[float, float]]] = [[] for _ in range(places(self.model))]
-        for name, row in played.items():
-            for place, one in enumerate(points(row)):
-                if (cost := self.limits.cost(one, self.cost)) is not None:
-                    found[place].append((cost, shown[name]))
-        return greedy(costs, expected, found, floor, top, most, loss)
+        return greedy(costs, expected, self._played(played, shown), floor, top, most, loss)
 
     def _features(self, names: Sequence[str], loss: Callable[[str], float]) -> tuple[Floats, ...]:
         return features([self.seen[name] for name in names], [loss(name) for name in names], len(self.space.pipelines))
