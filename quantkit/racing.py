@@ -8,6 +8,9 @@ differences look decisive and are not, as Student's t knows nothing of failures 
 fails in one episode of seven, which may cost more than the margin, shows none in ten episodes with a chance of 21 %, in
 twenty of 5 %. So "non-inferior" needs 20 episodes, "inferior" 5.
 
+A search has no use for a verdict on every design: what is undecided after half of the episodes, and at least 20, stops
+there (`enough`), and is played to its end if it is on the front then.
+
 A network's answers to labelled inputs are raced in the same way, from 64 inputs on and with bounds that are made for
 shares (`quantkit.statistics.paired_shares`): ten answers that do not differ decide nothing there.
 """
@@ -40,6 +43,15 @@ def looks(episodes: int, first: int = FIRST) -> tuple[int, ...]:
     return (*found, episodes)
 
 
+def enough(episodes: int) -> int:
+    """After how many episodes a search leaves a design undecided.
+
+    >>> enough(20), enough(40), enough(100)
+    (20, 20, 50)
+    """
+    return max(GOOD_FROM, -(-episodes // 2))
+
+
 def levels(count: int, level: float = 0.95) -> tuple[float, ...]:
     """The confidence of each of `count` looks.
 
@@ -58,12 +70,13 @@ def race(
     level: float = 0.95,
     *,
     shares: bool = False,
+    undecided: int | None = None,
 ) -> tuple[Floats, Verdict]:
     """The returns played until decided, and the verdict on them, each of whose bounds holds at its look's level.
 
     reference: returns of the float policy, in order of seeds; as many episodes at most. play: `play(first, count)`
     gives the returns of episodes first, ..., first + count - 1. shares: they are 1 or 0, a right answer or a wrong one.
-    "inconclusive" only after all episodes.
+    "inconclusive" only after all episodes, or at the first look at `undecided` of them or more.
     """
     expected = np.asarray(reference, np.float64)
     stops = looks(len(expected), FIRST_ANSWERS if shares else FIRST)
@@ -72,5 +85,7 @@ def race(
         returns = np.concatenate((returns, play(len(returns), n - len(returns))))
         verdict = non_inferior(expected[:n], returns, margin, level=confidence, method="shares" if shares else "t")
         if verdict.verdict == "inferior" or (verdict.verdict == "non-inferior" and n >= min(GOOD_FROM, stops[-1])):
+            break
+        if undecided is not None and n >= undecided:
             break
     return returns, verdict

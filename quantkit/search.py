@@ -8,8 +8,10 @@
    by what a `regression` on layers' formats and losses expects of them) are quantized and compared with float on the
    calibration states, which takes milliseconds and no episode; those that promise the most by that are played. A
    network takes as long to quantize as to answer: its designs are not compared before.
-3. Returns are raced (`racing`): what is clearly worse, or clearly as good, stops early.
-4. Of what is on the front then, returns are completed to all episodes, until the front has only complete ones.
+3. Returns are raced (`racing`): what is clearly worse, or clearly as good, stops early, and of a policy what half of
+   the episodes leave undecided.
+4. Of what is on the front then and as good as random actions, returns are completed to all episodes, until that part
+   of the front has only complete ones.
 
 With several hardware targets a design has a cost on each, and plays once: there is a front for each target, and what a
 design promises is what it adds to all of them.

@@ -13,10 +13,11 @@ from quantkit.targets import points
 
 
 def on_fronts(study: Study, rows: Sequence[Row], cost: str) -> list[int]:
-    """Indices of the rows on the front of at least one target."""
+    """Indices of the rows on the front of at least one target, but for those worse than a random policy and float."""
     every = [points(row) for row in rows]
     found = [front([on[min(place, len(on) - 1)] for on in every], cost, "mean") for place in range(places(study))]
-    return sorted(set(itertools.chain.from_iterable(found)))
+    useless = min(study.random.mean, study.reference.mean)
+    return [i for i in sorted(set(itertools.chain.from_iterable(found))) if rows[i]["score"]["mean"] >= useless]
 
 
 def places(study: Study) -> int:

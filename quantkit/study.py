@@ -27,7 +27,7 @@ from quantkit.files import read_inputs
 from quantkit.model import Calib, EnvSpec, Model, Visits
 from quantkit.policy import Head, Policy
 from quantkit.qlayers import shape_of
-from quantkit.racing import race
+from quantkit.racing import enough, race
 from quantkit.recipe import Recipe, format_name, quantize, step_text
 from quantkit.results import Row, versions
 from quantkit.seeds import CALIBRATION, EVALUATION_SEED, FRESH, check_evaluation, visit
@@ -123,8 +123,13 @@ class Study:
         return self.reference.mean - USEFUL_FRACTION * (self.reference.mean - self.random.mean)
 
     def race(self, play: Callable[[int, int], Floats]) -> tuple[Floats, Verdict]:
-        """`quantkit.racing.race` against the float model's returns: those played until decided, and the verdict."""
-        return race(self.reference.returns, play, self.margin, shares=self.labelled is not None)
+        """`quantkit.racing.race` against the float model's returns: those played until decided, and the verdict.
+
+        Episodes cost more than answers to inputs: what they leave undecided stops after `racing.enough`.
+        """
+        if self.labelled is not None:
+            return race(self.reference.returns, play, self.margin, shares=True)
+        return race(self.reference.returns, play, self.margin, undecided=enough(len(self.reference.returns)))
 
     @cached_property
     def float_outputs(self) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.racing import GOOD_FROM, looks, race
+from quantkit.racing import GOOD_FROM, enough, looks, race
 from quantkit.statistics import non_inferior
 
 
@@ -39,6 +39,23 @@ def test_what_is_clear_is_short() -> None:
     assert played(noise - 50, 10) == (5, "inferior")
     assert played(noise, 10) == (GOOD_FROM, "non-inferior")
     assert played(3 * noise - 3 * noise.mean() - 10, 10) == (100, "inconclusive")
+
+
+@given(st.integers(1, 130), st.integers(0, 10**6), st.floats(-20.0, 5.0))
+def test_the_undecided_stop_half_way(n: int, seed: int, true: float) -> None:
+    """A race that leaves designs undecided is the race itself up to the look where it does."""
+    reference, returns = np.zeros(n), np.random.default_rng(seed).normal(true, 20.0, n)
+
+    def play(first: int, count: int) -> np.ndarray:
+        return returns[first : first + count]
+
+    whole, verdict = race(reference, play, 10.0)
+    short, early = race(reference, play, 10.0, undecided=enough(n))
+    limit = next(look for look in looks(n) if look >= min(enough(n), n))
+    if len(whole) <= limit:
+        assert early == verdict and len(short) == len(whole)
+    else:
+        assert early.verdict == "inconclusive" and len(short) == early.n == limit and n / 2 <= limit < n
 
 
 def test_few_good_episodes_are_not_enough() -> None:
