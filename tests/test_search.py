@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_policies import cartpole
 from test_study import without_timings
@@ -72,6 +74,22 @@ def test_a_search_keeps_its_budget_and_tells_who_asked(straight: tuple[Path, lis
     assert set(origins) == {"allocation", "search"} and origins == sorted(origins)
     assert by_id(read_rows(folder / "rows.jsonl")) == by_id(rows)
     assert all(design_id(Recipe.from_json(row["recipe"])) == row["id"] for row in rows)
+
+
+@pytest.mark.parametrize("lead", [0.0, 1000.0])
+def test_the_first_designs_stop_where_nothing_can_be_added(lead: float, tmp_path: Path) -> None:
+    """They go by ascending cost, in batches, up to one that returns as much as float: all of them if none does."""
+    study = begin(tmp_path)
+    float_ = study.reference
+    returns = tuple(r + lead for r in float_.returns)
+    study = replace(study, reference=replace(float_, returns=returns, mean=float_.mean + lead))
+    with workers(study) as mapper:
+        rows = search(study, tmp_path, SPACE, mapper, designs=24, batch=2, points=12)
+    first = [row for row in rows if row["origin"] == "allocation"]
+    luts = [value(row, "luts") or 0.0 for row in first]
+    assert all(b > 0.98 * a for a, b in itertools.pairwise(luts))  # predicted costs ascend, those of rows nearly
+    reached = [np.mean(got := row["score"]["returns"]) >= np.mean(returns[: len(got)]) for row in first]
+    assert (len(first) > 10 and not any(reached)) if lead else (len(first) == 2 and any(reached))
 
 
 def test_the_front_has_complete_returns(straight: tuple[Path, list[Row]]) -> None:
