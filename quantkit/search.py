@@ -3,11 +3,12 @@
 1. Sensitivities of every pipeline are measured (`sensitivity`), and the front of mixed precision under the budgets is
    allocated (`allocate`). Its designs are the first, with the predicted front of uniform precision, which is there to
    be beaten: by ascending cost, until those that are left could add nothing if they returned what float does.
-2. Batch after batch, designs come from three sources: allocated in the gaps of the front found so far; one layer's
-   formats away from a design on it; Optuna's (NSGA-II or TPE). Those that promise to add the most to the front (`gain`,
-   by what a `regression` on layers' formats and losses expects of them) are quantized and compared with float on the
-   calibration states, which takes milliseconds and no episode; those that promise the most by that are played. A
-   network takes as long to quantize as to answer: its designs are not compared before.
+2. Batch after batch, designs come from three sources: allocated in the gaps of the front found so far; one change of a
+   layer away from a design on it, then two; Optuna's (NSGA-II or TPE). Of all that were ever proposed, those that
+   promise to add the most to the front (`gain`, by what a `regression` on layers' formats and losses expects of them)
+   are quantized and compared with float on the calibration states, which takes milliseconds and no episode; those that
+   promise the most by that are played. A network takes as long to quantize as to answer: its designs are not compared
+   before.
 3. Returns are raced (`racing`): what is clearly worse, or clearly as good, stops early, and of a policy what half of
    the episodes leave undecided.
 4. Of what is on the front then and as good as random actions, returns are completed to all episodes, until that part

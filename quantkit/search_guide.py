@@ -72,6 +72,7 @@ class Guide:
         self.seen: dict[str, Candidate] = {}
         self.guesses: dict[str, Prediction] = {}
         self.screened: dict[str, Row] = {}
+        self.shown: dict[tuple[str, int], tuple[int, float]] = {}
         self.batches = 0
 
     def begin(self, seeds: Sequence[Candidate]) -> list[Candidate]:
@@ -174,10 +175,14 @@ class Guide:
         So that what is proposed does not depend on which returns an earlier run completed. The mean is the float
         policy's plus the mean paired difference, as in `paired`.
         """
-        returns, reference = np.asarray(row["score"]["returns"]), np.asarray(self.model.reference.returns)
-        if self.races:
-            returns, _ = self.model.race(lambda first, count: returns[first : first + count])
-        return len(returns), self.model.reference.mean + float((returns - reference[: len(returns)]).mean())
+        key = row["id"], len(row["score"]["returns"])
+        if key not in self.shown:
+            returns, reference = np.asarray(row["score"]["returns"]), np.asarray(self.model.reference.returns)
+            if self.races:
+                returns, _ = self.model.race(lambda first, count: returns[first : first + count])
+            difference = float((returns - reference[: len(returns)]).mean())
+            self.shown[key] = len(returns), self.model.reference.mean + difference
+        return self.shown[key]
 
     def _guessed(self, name: str) -> float:
         """A design's loss as the sum of its layers'."""
