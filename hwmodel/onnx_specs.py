@@ -125,21 +125,39 @@ def _pools(graph: Graph, node: Node, spec: LayerSpec) -> list[LayerSpec] | None:
         if above.op != "MaxPool":
             continue
         dims, facts = graph.shapes.get(above.inputs[0], ()), above.facts
-        kernel = tuple(facts.get("kernel_shape", ()))
-        gaps = any(d != 1 for d in facts.get("dilations", ()))
-        if len(dims) != 4 or None in dims[1:] or len(kernel) != 2 or gaps or spec.act is None:
+        window = None if facts.get("ceil_mode") else _moving(dims, facts)
+        if window is None or spec.act is None:
             return None
-        if facts.get("ceil_mode") or facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            return None
-        top, left, bottom, right = facts.get("pads", (0, 0, 0, 0))
-        window = Window(*dims[1:], kernel, tuple(facts.get("strides", (1, 1))), (top, bottom, left, right))  # type: ignore[arg-type]
         acc_bits = signed_bits(*unit_range(spec.act))
         found.append(LayerSpec(
-            layer_name(above), "max", window.channels, math.prod(kernel), window.out_height * window.out_width,
+            layer_name(above), "max", window.channels, math.prod(window.kernel), window.out_height * window.out_width,
             Int(1, signed=False), spec.act, spec.act, PerTensor(), acc_bits=acc_bits, groups=window.channels,
             window=window,
         ))  # fmt: skip
     return found[::-1]
+
+
+def _moving(dims: Sequence[int | None], facts: dict[str, Any]) -> Window | None:
+    """The window of a node's attributes over a map of these sizes, batch first; a signal is a map of width 1.
+
+    None where the file does not tell it, or no hardware here follows it.
+    """
+    kernel = tuple(facts.get("kernel_shape", ()))
+    axes = len(kernel)
+    sizes = [size for size in dims[1:] if size is not None]
+    gaps = any(d != 1 for d in facts.get("dilations", ()))
+    if axes not in (1, 2) or len(dims) != axes + 2 or len(sizes) != axes + 1 or gaps:
+        return None
+    if facts.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        return None
+    pads, strides = facts.get("pads", (0,) * 2 * axes), facts.get("strides", (1,) * axes)
+    (top, *left), (bottom, *right) = pads[:axes], pads[axes:]
+    channels, height, width = (*sizes, 1)[:3]
+    window = Window(
+        channels, height, width, (*kernel, 1)[:2], (*strides, 1)[:2], (top, bottom, *(left or [0]), *(right or [0]))
+    )  # type: ignore[arg-type]
+    fits = all(pad < kernel[axis] for axis in range(axes) for pad in (pads[axis], pads[axes + axis]))
+    return window if fits else None
 
 
 def _ascent(graph: Graph, node: Node) -> Iterator[Node]:
@@ -486,22 +504,11 @@ def _window(graph: Graph, node: Node, spec: LayerSpec) -> Window | None:
         names = [name for above in _ascent(graph, node) for name in (above.output, *above.inputs)]
         for name in [node.inputs[0], *names]:
             known = [size for size in graph.shapes.get(name, ())[1:] if size is not None]
-            if len(known) == 3 and math.prod(known) == spec.in_features:
-                channels, height, width = known
+            if len(known) in (2, 3) and math.prod(known) == spec.in_features:
+                channels, height, width = (*known, 1)[:3]
                 return Window(channels, height, width, (height, width))
         return Window(spec.in_features)
-    dims, facts = graph.shapes.get(node.inputs[0], ()), node.facts
-    if len(dims) != 4 or dims[2] is None or dims[3] is None:
-        return None
-    shared = spec.in_features // math.prod(facts.get("kernel_shape", (1,)))
-    kernel, stride = tuple(facts.get("kernel_shape", ())), tuple(facts.get("strides", (1, 1)))
-    top, left, bottom, right = facts.get("pads", (0, 0, 0, 0))
-    plain = facts.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID") and all(
-        d == 1 for d in facts.get("dilations", ())
-    )
-    if len(kernel) != 2 or not plain or max(top, bottom) >= kernel[0] or max(left, right) >= kernel[1]:
-        return None
-    return Window(shared * spec.groups, dims[2], dims[3], kernel, stride, (top, bottom, left, right))
+    return _moving(graph.shapes.get(node.inputs[0], ()), node.facts)
 
 
 def _positions(graph: Graph, node: Node) -> int:

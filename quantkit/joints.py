@@ -23,13 +23,19 @@ aten = torch.ops.aten
 ENDING = "_grid"
 _SILENT = (nn.Identity, nn.ZeroPad2d, nn.Flatten)
 _SHAPING = (aten.pad.default, aten.constant_pad_nd.default, aten.flatten.using_ints, aten.reshape.default)
-_MAXIMA = (aten.max_pool2d.default,)
+_MAXIMA = (aten.max_pool2d.default, aten.max_pool1d.default)
+_AVERAGES = (aten.avg_pool2d.default, aten.avg_pool1d.default)
+_FLAT = (aten.max_pool1d.default, aten.avg_pool1d.default)
+"""Of signals, which are maps of width 1."""
+_PLAIN = ("relu", "relu_", "tanh", "sigmoid", "hardtanh", "hardtanh_", "leaky_relu", "silu", "gelu", "elu")
+_SIGNALS = (*(getattr(aten, name).default for name in _PLAIN), aten.add.Tensor, aten.add_.Tensor)
+"""What gives a signal where it is given signals."""
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """Windows (height, width) over maps. op: "max", or "average" by `divisor` with zeros outside the map; ceil: windows
-    that begin inside the map and end outside are taken, too."""
+    """Windows (height, width) over maps, (length, 1) over signals. op: "max", or "average" by `divisor` with zeros
+    outside the map; ceil: windows that begin inside the map and end outside are taken, too."""
 
     op: str
     kernel: tuple[int, int]
@@ -54,7 +60,7 @@ class Pooling:
 
 def pooling(node: fx.Node) -> Pooling | None:
     """A node's windows; None of any other node, of windows with gaps, and of averages of fewer numbers at the edges."""
-    if node.op != "call_function" or node.target not in (*_MAXIMA, aten.avg_pool2d.default):
+    if node.op != "call_function" or node.target not in (*_MAXIMA, *_AVERAGES):
         return None
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     facts: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -62,8 +68,9 @@ def pooling(node: fx.Node) -> Pooling | None:
     def pair(name: str, default: int) -> tuple[int, int]:
         value = facts.get(name)
         values = [value] if isinstance(value, int) else list(value or [default])
-        return values[0], values[-1]
+        return values[0], across[name] if node.target in _FLAT else values[-1]
 
+    across = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
     kernel, padding, ceil = pair("kernel_size", 1), pair("padding", 0), bool(facts.get("ceil_mode"))
     stride = pair("stride", 1) if facts.get("stride") else kernel
     if node.target in _MAXIMA:
@@ -88,13 +95,35 @@ def is_sum(node: fx.Node) -> bool:
 
 
 def is_mean(node: fx.Node) -> bool:
-    """Whether a node takes the mean over height and width of maps (batch, channels, height, width)."""
+    """Whether a node takes the mean over height and width of maps (batch, channels, height, width), or over the length
+    of signals (batch, channels, length)."""
     if node.op != "call_function":
         return False
-    if node.target is aten.adaptive_avg_pool2d.default:
+    if node.target in (aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default):
         return list(node.args[1]) in ([1], [1, 1])  # type: ignore[arg-type]
-    dims = node.args[1] if len(node.args) > 1 else None
-    return node.target is aten.mean.dim and sorted(d % 4 for d in dims or ()) == [2, 3]  # type: ignore[union-attr, operator]
+    if node.target is not aten.mean.dim:
+        return False
+    axes = rank(node.args[0])
+    dims = sorted(d % axes for d in node.args[1] or ())  # type: ignore[union-attr, operator]
+    return dims == [*range(2, axes)] and (axes == 4 or (axes == 3 and _is_signal(node.args[0])))
+
+
+def _is_signal(node: Any) -> bool:
+    """Whether a value of three axes is what a convolution gives, behind functions of its numbers: others are sequences,
+    whose last axis are features."""
+    if node.op == "call_function":
+        plain = (*_SIGNALS, *_MAXIMA, *_AVERAGES, *_SHAPING[:2])
+        return node.target in plain and all(map(_is_signal, node.all_input_nodes))
+    held = node.graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(held, Point):
+        return _is_signal(node.args[0])
+    return isinstance(held, nn.Conv1d) or (isinstance(held, QLayer) and held.op == "conv1d")
+
+
+def rank(node: Any) -> int:
+    """The axes of a node's value; 4 where the graph does not tell it."""
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else 4
 
 
 def sites(graph: fx.Graph) -> list[fx.Node]:

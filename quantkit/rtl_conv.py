@@ -29,7 +29,7 @@ from hwmodel.network import MAX_ACC_BITS, Layer, Network
 from hwmodel.spec import LayerSpec, PerTensor, Window
 from quantkit.bands import Bands
 from quantkit.errors import InputError
-from quantkit.joints import Pooling, is_mean, is_sum, pooling
+from quantkit.joints import Pooling, is_mean, is_sum, pooling, rank
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Point, QLayer
@@ -42,7 +42,7 @@ from quantkit.specs import flows, layer_specs
 aten = torch.ops.aten
 Pads = tuple[int, int, int, int]
 """Lines of zeros above and below, columns to the left and to the right."""
-_SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
+_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,10 @@ def _facts(first: QLayer, last: QLayer, before: Sequence[str]) -> dict[str, Any]
 
 
 def has_convolutions(model: Model) -> bool:
-    """Whether a layer of the model is a convolution of images, so that hardware needs windows."""
-    return any(isinstance(m, nn.Conv2d) or (isinstance(m, QLayer) and m.op == "conv2d") for m in model.module.modules())
+    """Whether a layer of the model is a convolution of images or signals, so that hardware needs windows."""
+    modules = list(model.module.modules())
+    found = {m.op for m in modules if isinstance(m, QLayer)}
+    return bool(found & {"conv1d", "conv2d"}) or any(isinstance(m, nn.Conv1d | nn.Conv2d) for m in modules)
 
 
 @dataclass(frozen=True)
@@ -457,7 +459,7 @@ def _graph(model: Model) -> _Graph:
     steps = {step.name: step for step in _steps(model)}
     layers: dict[str, QLayer] = {}
     for name, step in steps.items():
-        if isinstance(step.module, nn.Linear | nn.Conv2d | QLayer):
+        if isinstance(step.module, nn.Linear | nn.Conv1d | nn.Conv2d | QLayer):
             layers[name] = _checked(name, step.module)
     if not layers:
         raise InputError("this network has no layers")
@@ -471,8 +473,8 @@ def _checked(name: str, layer: nn.Module) -> QLayer:
         raise InputError(f"layer {name} is in float; hardware needs quantized weights and inputs in every layer")
     if isinstance(layer.q, Bands):
         raise InputError(f"layer {name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
-    if layer.op not in ("linear", "conv2d"):
-        raise InputError(f"layer {name} is of kind {layer.op}; accepted in hardware: linear, conv2d")
+    if layer.op not in ("linear", "conv1d", "conv2d"):
+        raise InputError(f"layer {name} is of kind {layer.op}; accepted in hardware: linear, conv1d, conv2d")
     return layer
 
 
@@ -507,9 +509,9 @@ def _window(graph: _Graph, name: str, before: QLayer | None) -> Window:
         return Window(channels, height, width, (height, width))
     if any(d != 1 for d in layer.dilation):
         raise InputError(f"layer {name} has dilation {tuple(layer.dilation)}; hardware reads windows without gaps")
-    own = [layer.padding] * 2 if isinstance(layer.padding, int) else list(layer.padding)
-    channels, height, width = shape
-    kernel, stride = tuple(layer.weight.shape[2:]), tuple(layer.stride)
+    own = (*layer.padding, 0)[:2]
+    channels, height, width = (*shape, 1)[:3]
+    kernel, stride = (*layer.weight.shape[2:], 1)[:2], (*layer.stride, 1)[:2]
     padding = (own[0] + top, own[0] + bottom, own[1] + left, own[1] + right)
     return Window(channels, height - top - bottom, width - left - right, kernel, stride, padding)  # type: ignore[arg-type]
 
@@ -556,7 +558,7 @@ def _steps(model: Model) -> list[Step]:
 
 def _known(module: nn.Module | None) -> bool:
     """Whether a module is a layer or does nothing else to each number than an activation does."""
-    simple = (nn.Hardtanh, nn.ZeroPad2d, nn.Flatten, *_SILENT, nn.Linear, nn.Conv2d, QLayer)
+    simple = (nn.Hardtanh, nn.ZeroPad2d, nn.Flatten, *_SILENT, nn.Linear, nn.Conv1d, nn.Conv2d, QLayer)
     return isinstance(module, simple) or type(module) in ACTIVATION_NAMES
 
 
@@ -581,8 +583,11 @@ def _function(n: fx.Node) -> nn.Module | None:
         constant = n.target is aten.constant_pad_nd.default or n.args[2:3] in ((), ("constant",))
         value = n.args[2 if n.target is aten.constant_pad_nd.default else 3 :]
         sizes = list(n.args[1])  # type: ignore[arg-type]
-        if constant and len(sizes) == 4 and min(sizes) >= 0 and not any(value):  # type: ignore[type-var, operator]
-            return nn.ZeroPad2d(tuple(sizes))  # type: ignore[arg-type]
+        signal = rank(n) == 3  # whose length is the height of a map of width 1
+        if constant and len(sizes) == (2 if signal else 4) and min(sizes) >= 0 and not any(value):  # type: ignore[type-var, operator]
+            return nn.ZeroPad2d((0, 0, *sizes) if signal else tuple(sizes))  # type: ignore[arg-type]
+    if n.target in (aten.squeeze.dim, aten.squeeze.dims) and rank(n) == 2:
+        return nn.Flatten()
     if n.target is aten.flatten.using_ints and n.args[1:] in ((1,), (1, -1)):
         return nn.Flatten()
     if n.target in (aten.reshape.default, aten.view.default) and len(n.args[1]) == 2:  # type: ignore[arg-type]
@@ -616,17 +621,19 @@ def input_codes(part: Part, layer: QLayer, x: Tensor) -> np.ndarray:
         values = layer.input_values(x)
     codes = encode(values.contiguous(), _act(layer)).numpy().astype(np.int64)
     window, (top, _, left, _) = part.window, part.pads
-    maps = codes.reshape(len(codes), window.channels, -1) if codes.ndim == 2 else codes
+    maps = codes[..., None] if codes.ndim == 3 else codes
     if codes.ndim == 2:
-        maps = maps.reshape(len(codes), window.channels, window.height, window.width)
+        maps = codes.reshape(len(codes), window.channels, window.height, window.width)
     maps = maps[:, :, top : top + window.height, left : left + window.width]
     return maps.transpose(0, 2, 3, 1).reshape(len(codes), -1)
 
 
 def outputs(part: Part, layer: QLayer, sums: np.ndarray) -> np.ndarray:
-    """The layer's float32 outputs for hardware's sums (n, outputs): (n, channels, height, width), or (n, features)."""
+    """The layer's float32 outputs for hardware's sums (n, outputs): (n, channels, height, width) or (n, channels,
+    length), or (n, features)."""
     spec, window = part.network.specs[0], part.window
     y = _scaled(layer)(sums.reshape(-1, spec.out_features))
     if layer.op == "linear":
         return y.reshape(len(sums), -1)
-    return y.reshape(len(sums), window.out_height, window.out_width, -1).transpose(0, 3, 1, 2)
+    maps = y.reshape(len(sums), window.out_height, window.out_width, -1).transpose(0, 3, 1, 2)
+    return maps[..., 0] if layer.op == "conv1d" else maps

@@ -88,7 +88,8 @@ def outside(document: dict[str, Any]) -> str:
         if entry["before"]
     ]
     lines += [f"behind the last layer: {', '.join(document['after'])}"] if document["after"] else []
-    if any({"add", "mean", "adaptive_avg_pool2d", "avg_pool2d"} & {*entry["before"]} for entry in document["designs"]):
+    met = {step for entry in document["designs"] for step in entry["before"]}
+    if met & {"add", "mean", *(f"{kind}_pool{axes}d" for kind in ("adaptive_avg", "avg") for axes in (1, 2))}:
         lines.append("quantize with --step joints to have sums, means and averages in hardware, too")
     return "\n".join(lines)
 

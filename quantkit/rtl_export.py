@@ -128,7 +128,7 @@ def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
             return network_of(model)[0].specs
     except InputError:  # float sides, or convolutions
         pass
-    if _images(model):
+    if _convolutional(model):
         from quantkit.rtl_conv import designs_of
 
         try:
@@ -138,12 +138,12 @@ def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
     return layer_specs(model)
 
 
-def _images(model: Model) -> bool:
-    """Whether a layer is a convolution of images, all others are that or linear, and none has a side in float or in
-    blocks."""
+def _convolutional(model: Model) -> bool:
+    """Whether a layer is a convolution of images or signals, all others are that or linear, and none has a side in
+    float or in blocks."""
     layers = model.layers().values()
     kinds = {x.op if isinstance(x, QLayer) and x.q is not None and isinstance(x.act, ActQuant) else "" for x in layers}
-    return "conv2d" in kinds <= {"conv2d", "linear"}
+    return bool(kinds & {"conv1d", "conv2d"}) and kinds <= {"conv1d", "conv2d", "linear"}
 
 
 def _chain(model: Model) -> tuple[InputStage, Head | None, list[tuple[str, nn.Module]]]:

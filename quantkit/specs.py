@@ -36,17 +36,17 @@ def layer_shapes(model: Model) -> list[dict[str, Any]]:
 def may_have_design(model: Model) -> bool:
     """Whether `quantkit rtl` may write the network, so that `rtl_export.hardware_specs` knows more than `layer_specs`.
 
-    Policies, networks that loop over time and those of images; of others that code need not be loaded.
+    Policies, networks that loop over time, and those of images or signals; of others that code need not be loaded.
     """
-    images = any(layer.op == "conv2d" for layer in model.qlayers().values())
-    return images or isinstance(model.module, Policy) or has_loop(model.module)
+    windows = any(layer.op in ("conv1d", "conv2d") for layer in model.qlayers().values())
+    return windows or isinstance(model.module, Policy) or has_loop(model.module)
 
 
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     """One spec per product with a weight, two of one in bands, in the order in which they run (`run_order`).
 
-    The accumulator is exact for the actual weights. Of a network of linear layers and convolutions of images all have
-    windows, if every one of them has hardware: what a map's lines take is priced.
+    The accumulator is exact for the actual weights. Of a network of linear layers and convolutions of images or signals
+    all have windows, if every one of them has hardware: what a map's lines take is priced.
 
     Embeddings multiply nothing and have none; a transposed convolution counts all products of its kernel.
     """
@@ -173,31 +173,33 @@ def _positions(layer: Plain | QLayer, shapes: tuple[torch.Size, torch.Size] | No
 def _window(
     layer: Plain | QLayer, shapes: tuple[torch.Size, torch.Size] | None, before: torch.Size | None
 ) -> Window | None:
-    """The map that a layer reads; None where that is no image or no hardware here follows it.
+    """The map that a layer reads, a signal as one of width 1; None where it is neither or no hardware here follows it.
 
     Zeros that the network pads before the layer are part of the map. A linear layer reads one vector: the map that the
     layer before it gives (shape `before`), if that is as long.
     """
     shape = shape_of(layer)
     grouped = isinstance(layer, QLayer) and isinstance(layer.plan.granularity, PerGroup)
-    if shapes is None or grouped or shape.op not in ("linear", "conv2d"):
+    if shapes is None or grouped or shape.op not in ("linear", "conv1d", "conv2d"):
         return None
     read = shapes[0][1:]
     if shape.op == "linear":
         if len(read) != 1:
             return None
-        if before is not None and len(before) == 4 and math.prod(before[1:]) == read[0]:
-            return Window(before[1], before[2], before[3], (before[2], before[3]))
+        if before is not None and len(before) in (3, 4) and math.prod(before[1:]) == read[0]:
+            channels, height, width = (*before[1:], 1)[:3]
+            return Window(channels, height, width, (height, width))
         return Window(read[0])
     padding = getattr(layer, "padding", 0)
-    own = (0, 0) if padding == "valid" else padding
-    if isinstance(own, str) or len(read) != 3 or any(d != 1 for d in layer.dilation):  # type: ignore[union-attr]
+    own = (0,) * len(shape.kernel) if padding == "valid" else padding
+    if isinstance(own, str) or len(read) != 1 + len(shape.kernel) or any(d != 1 for d in layer.dilation):  # type: ignore[union-attr]
         return None
-    above, left = (int(p) for p in own)  # type: ignore[union-attr]
-    stride, kernel = tuple(layer.stride), shape.kernel  # type: ignore[arg-type, union-attr]
+    above, left = (*own, 0)[:2]  # type: ignore[misc]
+    stride, kernel = (*layer.stride, 1)[:2], (*shape.kernel, 1)[:2]  # type: ignore[misc, union-attr]
     if above >= kernel[0] or left >= kernel[1]:
         return None
-    return Window(read[0], read[1], read[2], kernel, stride, (above, above, left, left))  # type: ignore[arg-type]
+    channels, height, width = (*read, 1)[:3]
+    return Window(channels, height, width, kernel, stride, (above, above, left, left))  # type: ignore[arg-type]
 
 
 def _activations(model: Model) -> dict[str, str]:

@@ -30,7 +30,7 @@ module round_clip #(
     if (HIGH == (1 << TOP) - 1) begin : round_top
       assign over = ~q[WIDE-1] & (|q[WIDE-2:TOP]);
     end else begin : any_top
-      assign over = q > $signed({{WIDE{1'b0}}, MOST[WIDE-1:0]});
+      assign over = q > $signed(MOST[WIDE-1:0]);
     end
     if (LOW == 0) begin : no_negative
       assign under = q[WIDE-1];
