@@ -368,7 +368,7 @@ def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     width, leaving = bits(network.products[0].formats[1]), result_bits(layer)
     found = first.schedule
     sign = "signed " if layer.spec.out is None else ""
-    quiet = flow(tuple(plans)).quiet if len(plans) > 1 else 4
+    quiet = flow(plans).quiet if len(plans) > 1 else 4
     limit = 10 * sum(plan.cycles for plan in plans) + 10 * found.input_beats + 1000
     return f"""// In: {network.inputs} hexadecimal codes per vector on standard input. Out: results and cycles.
 // Cycles are counted from the input beat that completes the first window to the last result;

@@ -9,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from hwmodel import timing
+from hwmodel import flow, timing
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
-from hwmodel.flow import interval
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import coefficients, pair_key, published
@@ -52,7 +51,7 @@ class Estimate:
     cycles: of a whole inference, those of the plan of `quantkit rtl` for specs that know their exact arithmetic. Layers
     with windows overlap (`hwmodel.flow`) from the input beat that completes the first window to the last result; any
     other layers run one after the other. interval: cycles from one result to the next where maps follow each other
-    (`flow.interval`); None of designs that nobody walked through.
+    (`flow.interval`); None of layers without windows, and where it was not asked for.
     luts: logical LUTs (LUT1..LUT6 cells, before packing). fits: within every resource of the device.
     binding: the resource of which the largest share is used. residual: 90th percentile of the relative LUT
     error on synthesized designs of the kind `residual_of` that no coefficient was fitted to; None where sums are
@@ -101,7 +100,7 @@ def estimate(
     luts: int | None = None,
     clock_mhz: float = 100.0,
     mapping: Mapping = "lut",
-    walk: bool = True,
+    interval: bool = True,
 ) -> Estimate:
     """Resources and latency of the best folding.
 
@@ -110,8 +109,7 @@ def estimate(
     latency_us: find the fewest LUTs within this latency. luts: find the lowest latency within this
     budget. With neither, `default_cycles` (or the fastest there is, if slower). mapping: "lut" never
     uses DSPs, "dsp" packs the products of every layer of integers into them, "auto" only if the LUT mapping
-    does not fit. walk: without it layers with windows count one after the other, too: a fraction of the time, and more
-    cycles than there are.
+    does not fit. interval: without it that of layers with windows, whose maps are walked through, is left out.
     Raises `HwError` for a floating-point layer, and for a target that cannot be met, naming the
     nearest that can. A result that exceeds the device is returned with `fits` false.
     """
@@ -121,10 +119,10 @@ def estimate(
     if mapping not in ("lut", "dsp", "auto"):
         raise HwError(f"unknown mapping {mapping!r}; accepted: lut, dsp, auto")
     if mapping == "auto":
-        in_luts = _estimate(specs, device, latency_us, luts, clock_mhz, "lut", walk)
-        in_dsps = in_luts if in_luts.fits else _estimate(specs, device, latency_us, luts, clock_mhz, "dsp", walk)
+        in_luts = _estimate(specs, device, latency_us, luts, clock_mhz, "lut", interval)
+        in_dsps = in_luts if in_luts.fits else _estimate(specs, device, latency_us, luts, clock_mhz, "dsp", interval)
         return in_dsps if in_dsps.fits else in_luts
-    return _estimate(specs, device, latency_us, luts, clock_mhz, mapping, walk)
+    return _estimate(specs, device, latency_us, luts, clock_mhz, mapping, interval)
 
 
 def estimate_unrolled(network: Network, device: Device, *, clock_mhz: float = 100.0) -> Estimate:
@@ -146,7 +144,7 @@ def of_plans(plans: Sequence[Fold], device: Device, *, clock_mhz: float = 100.0)
         mapping: Mapping = "dsp" if any(cost.dsps for cost in costs) else "lut"
         found = _summary(plans, costs, total_cycles(plans), device, clock_mhz, mapping)
         streams = all(fold.spec.window is not None for fold in plans)
-        return replace(found, interval=interval(tuple(plans))) if streams else found
+        return replace(found, interval=flow.interval(plans)) if streams else found
 
 
 PLAN = "plan.json"
@@ -204,10 +202,9 @@ def _estimate(
     luts: int | None,
     clock_mhz: float,
     mapping: Mapping,
-    walk: bool,
+    interval: bool,
 ) -> Estimate:
-    chains = chains_of(specs) if walk else ()
-    if chains:
+    if chains := chains_of(specs):
         dsp = "all" if mapping == "dsp" else "none"
         plans = plan_streams(chains, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, dsp=dsp, fit=False)
         with pricing(device.family):
@@ -220,7 +217,7 @@ def _estimate(
                 clock_mhz,
                 mapping,
             )
-            return replace(found, interval=sum(map(interval, plans)))
+            return replace(found, interval=sum(map(flow.interval, plans))) if interval else found
     ports = [WIDE_PORT[device.family]] * len(specs) if mapping == "dsp" else None
     with pricing(device.family):
         chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)

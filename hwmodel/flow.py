@@ -14,11 +14,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heappop, heappush
 
 from hwmodel import conv, joint
 from hwmodel.cost import HwError
-from hwmodel.fabric import kept
 from hwmodel.folding import Fold
 from hwmodel.spec import links
 
@@ -38,17 +38,74 @@ class Flow:
     depths: tuple[tuple[int, ...], ...]
 
 
-@kept
-def flow(plans: tuple[Fold, ...]) -> Flow:
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What decides when an add or a mean moves: `beats` of one map, of which the first `silent` give nothing; a result
+    is on offer `latency` cycles behind its beat, and `depth` of them have room."""
+
+    latency: int
+    depth: int
+    beats: int
+    silent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides when anything in a design moves: formats and weights are not in it, so that many designs share one.
+
+    parts, links, adds: the layers, what each reads (`spec.links`), which are adds. reads, gives: codes in a beat of
+    each layer's operands and of its results. codes: in a beat of the network's input, of which one map has `beats`; the
+    first window is complete with number `lead`. leaving: beats of results of one map.
+    """
+
+    parts: tuple[conv.Stage | Joint, ...]
+    links: tuple[tuple[int, ...], ...]
+    adds: tuple[int, ...]
+    reads: tuple[int, ...]
+    gives: tuple[int, ...]
+    codes: int
+    beats: int
+    lead: int
+    leaving: int
+
+
+def shape_of(plans: Sequence[Fold]) -> Shape:
+    """The shape of the design of these folds."""
+    specs, first, last = [plan.spec for plan in plans], plans[0].schedule, plans[-1]
+    return Shape(
+        tuple(_joint(plan) if plan.spec.joint else plan.stage for plan in plans),
+        links(specs),
+        tuple(i for i, spec in enumerate(specs) if spec.op == "add"),
+        tuple(plan.lanes for plan in plans),
+        tuple(plan.units for plan in plans),
+        plans[0].lanes,
+        first.input_beats,
+        first.lead,
+        last.spec.positions * last.stream.beats,
+    )
+
+
+def _joint(plan: Fold) -> Joint:
+    beats = joint.beats(plan.spec, plan.pe)
+    silent = 0 if plan.spec.op == "add" else beats - plan.spec.out_features // plan.pe
+    return Joint(plan.depth - 1, plan.depth, beats, silent)
+
+
+def flow(plans: Sequence[Fold]) -> Flow:
     """The design of these folds. Where that costs no cycle, the operand of an add that waits less has no queue: its
     source has room for its results meanwhile."""
-    adds = [i for i, plan in enumerate(plans) if plan.spec.op == "add"]
-    first = run(plans, {i: (ENDLESS, ENDLESS) for i in adds})
-    if not adds:
+    return _flow(shape_of(plans))
+
+
+@lru_cache(maxsize=4096)
+def _flow(shape: Shape) -> Flow:
+    first = _Machine(shape, {i: (ENDLESS, ENDLESS) for i in shape.adds}).run()
+    if not shape.adds:
         return first
-    wired = {i: (ENDLESS, WIRES) if a >= b else (WIRES, ENDLESS) for i, (a, b) in ((i, first.depths[i]) for i in adds)}
+    held = ((i, first.depths[i]) for i in shape.adds)
+    wired = {i: (ENDLESS, WIRES) if a >= b else (WIRES, ENDLESS) for i, (a, b) in held}
     try:
-        second = run(plans, wired)
+        second = _Machine(shape, wired).run()
     except HwError:  # it does need its queue
         return first
     return second if second.cycles <= first.cycles else first
@@ -58,7 +115,7 @@ def queue_depths(plans: Sequence[Fold]) -> tuple[tuple[int, ...], ...]:
     """`Flow.depths` of the design."""
     if all(plan.spec.op != "add" for plan in plans):
         return ((),) * len(plans)
-    return flow(tuple(plans)).depths
+    return flow(plans).depths
 
 
 def run(plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> Flow:
@@ -66,15 +123,19 @@ def run(plans: Sequence[Fold], depths: dict[int, tuple[int, int]]) -> Flow:
 
     `HwError` where it comes to a standstill.
     """
-    return _Machine(plans, depths).run()
+    return _Machine(shape_of(plans), depths).run()
 
 
-@kept
-def interval(plans: tuple[Fold, ...]) -> int:
+def interval(plans: Sequence[Fold]) -> int:
     """Cycles from the last result of one map to that of the next where map follows map, input is offered and results
     are taken in every cycle: those of the third."""
-    adds = [(i, found) for i, found in enumerate(queue_depths(plans)) if found]
-    machine = _Machine(plans, {i: (a, b) for i, (a, b) in adds}, maps=3)
+    return _interval(shape_of(plans))
+
+
+@lru_cache(maxsize=4096)
+def _interval(shape: Shape) -> int:
+    depths = _flow(shape).depths if shape.adds else ()
+    machine = _Machine(shape, {i: (depths[i][0], depths[i][1]) for i in shape.adds}, maps=3)
     machine.run()
     return machine.ends[-1] - machine.ends[-2]
 
@@ -119,10 +180,8 @@ class _Edge:
 class _Joint:
     """The registers of an add or a mean that decide what moves, for `maps` maps: as `conv.State`."""
 
-    def __init__(self, plan: Fold, maps: int = 1) -> None:
-        self.latency, self.depth = plan.depth - 1, plan.depth
-        self.beats = joint.beats(plan.spec, plan.pe)
-        self.silent = 0 if plan.spec.op == "add" else self.beats - plan.spec.out_features // plan.pe
+    def __init__(self, part: Joint, maps: int = 1) -> None:
+        self.latency, self.depth, self.beats, self.silent = part.latency, part.depth, part.beats, part.silent
         self.total = self.reserved = 0
         self.maps = maps
         self.results: deque[int] = deque()
@@ -159,17 +218,17 @@ class _Joint:
 class _Machine:
     """A design in some inferences, its parts and the edges between them; a cycle looks only at what may change."""
 
-    def __init__(self, plans: Sequence[Fold], depths: dict[int, tuple[int, int]], maps: int = 1) -> None:
-        self.plans, self.maps = plans, maps
-        self.parts = [_Joint(plan, maps) if plan.spec.joint else conv.State(plan.stage, maps) for plan in plans]
+    def __init__(self, shape: Shape, depths: dict[int, tuple[int, int]], maps: int = 1) -> None:
+        self.shape, self.maps, size = shape, maps, len(shape.parts)
+        self.parts = [_Joint(p, maps) if isinstance(p, Joint) else conv.State(p, maps) for p in shape.parts]
         self.ends: list[int] = []  # the cycle of each map's last result
         self.edges: list[_Edge] = []
-        self.readers: dict[int, list[_Edge]] = {i: [] for i in range(-1, len(plans))}
+        self.readers: dict[int, list[_Edge]] = {i: [] for i in range(-1, size)}
         self.operands: dict[int, list[_Edge]] = {i: [] for i in depths}
-        for i, sources in enumerate(links([plan.spec for plan in plans])):
+        for i, sources in enumerate(shape.links):
             for slot, source in enumerate(sources):
-                given = plans[0].lanes if source < 0 else plans[source].units
-                edge = _Edge(source, given, i, plans[i].lanes, depths[i][slot] if i in depths else None)
+                given = shape.codes if source < 0 else shape.gives[source]
+                edge = _Edge(source, given, i, shape.reads[i], depths[i][slot] if i in depths else None)
                 self.edges.append(edge)
                 self.readers[source].append(edge)
                 if i in depths:
@@ -178,14 +237,13 @@ class _Machine:
         self.sent = 0  # input beats
         self.wakes: dict[int, set[int]] = {}  # parts to look at in a cycle
         self.times: list[int] = []  # these cycles, a heap
-        self.offers = [False] * len(plans) + [True]  # of the network's input, number -1
+        self.offers = [False] * size + [True]  # of the network's input, number -1
 
     def run(self) -> Flow:
         """All cycles, those without any move left out."""
-        parts, offers, last = self.parts, self.offers, self.plans[-1]
+        parts, offers, shape = self.parts, self.offers, self.shape
         adds = [(i, parts[i], a, b) for i, (a, b) in self.operands.items()]
-        lead, beats, final = self.plans[0].schedule.lead, self.plans[0].schedule.input_beats, len(parts) - 1
-        each, beats = last.spec.positions * last.stream.beats, beats * self.maps
+        lead, beats, final, each = shape.lead, shape.beats * self.maps, len(parts) - 1, shape.leaving
         left = each * self.maps
         live = [edge for edge in self.readers[-1] if not edge.depth]  # whose beat on offer has not gone there
         looked = set(range(len(parts)))  # parts that may start
@@ -249,7 +307,7 @@ class _Machine:
             elif self.times:
                 at = heappop(self.times)
             else:
-                raise HwError(f"layer {last.spec.name!r} waits for results that never come: a queue is too short")
+                raise HwError("the last layer waits for results that never come: a queue is too short")
 
     def _gone(self, source: int) -> bool:
         return all(edge.done for edge in self.readers[source])

@@ -309,5 +309,5 @@ def total(plans: Sequence[Fold]) -> Cost:
 def total_cycles(plans: Sequence[Fold]) -> int:
     """Cycles of one inference; of layers with windows, which overlap, `flow.flow`."""
     if all(p.spec.window is not None for p in plans) and len(plans) > 1:
-        return flow(tuple(plans)).cycles
+        return flow(plans).cycles
     return sum(p.cycles for p in plans)

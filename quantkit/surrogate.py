@@ -49,7 +49,7 @@ def predict(cells: Sequence[Cell], settings: Settings) -> Prediction:
 
 def _cost(target: Target, specs: Sequence[LayerSpec]) -> dict[str, Any]:
     try:
-        found = target.price(specs)
+        found = target.price(specs, interval=False)
     except HwError as error:
         return {"error": str(error)}
     return {name: getattr(found, name) for name in _NAMES}

@@ -40,14 +40,13 @@ class Target:
         folding = {"latency_us": self.latency_us, "luts": self.luts, "mapping": self.mapping}
         return {"device": self.device.name, **folding}
 
-    def price(self, specs: Sequence[LayerSpec], **limits: Any) -> Estimate:
-        """What layers take there; limits: in place of the target's own, layers one after the other.
+    def price(self, specs: Sequence[LayerSpec], *, interval: bool = True, **limits: Any) -> Estimate:
+        """What layers take there; limits: in place of the target's own; interval: as `hwmodel.estimate.estimate`.
 
-        `HwError` where they cannot be built. Latencies of networks with windows are bounds here: thousands of
-        candidates are priced, and walking through one design's cycles takes longer than all else.
+        `HwError` where they cannot be built.
         """
         limits = limits or {"latency_us": self.latency_us, "luts": self.luts}
-        return estimate(specs, self.device, mapping=self.mapping, walk=False, **limits)
+        return estimate(specs, self.device, mapping=self.mapping, interval=interval, **limits)
 
     def cost(self, specs: Sequence[LayerSpec]) -> dict[str, Any]:
         """`price` as JSON values with the model's version; {"error": reason} for what cannot be built."""

@@ -49,7 +49,8 @@ from quantkit.model import Calib, Model
 from quantkit.recipe import Recipe, make_plan, quantize, uniform
 from quantkit.rtl_conv import designs_of, has_convolutions, input_codes, outputs, seen
 from quantkit.rtl_designs import write_designs
-from quantkit.rtl_export import network_of
+from quantkit.rtl_export import hardware_specs, network_of
+from quantkit.targets import Target
 
 WINDOWS = {
     "halves": Window(6, 6, 8, (2, 2), (2, 2)),
@@ -398,7 +399,10 @@ def perceptron() -> Model:
     "make", [lambda: quantized(LeNet)[0], lambda: quantized(Averages)[0], image_policy, several, perceptron]
 )
 def test_artifact_file_and_design_say_the_same(make: Callable[[], Model], tmp_path: Path) -> None:
-    """Cycles and LUTs that `hwmodel estimate` reads from the artifact, the ONNX file and the Verilog are the plan's."""
+    """Cycles and LUTs that `hwmodel estimate` reads from the artifact, the ONNX file and the Verilog are the plan's.
+
+    So are those that a study prices a design at, given the same specs.
+    """
     model = make()
     model.meta["factory"] = "anywhere:anything"
     save_artifact(model, tmp_path / "q")
@@ -415,6 +419,8 @@ def test_artifact_file_and_design_say_the_same(make: Callable[[], Model], tmp_pa
     for path in paths:
         found = estimate(read_specs(path), DEVICE)
         assert (found.cycles, found.luts, found.interval) == want, path
+    guess = Target(DEVICE).price(hardware_specs(model), interval=False)
+    assert (guess.cycles, guess.luts, guess.interval) == (*want[:2], None)
 
 
 def new(path: Path) -> Path:
