@@ -289,8 +289,10 @@ def told(folder: Path, *options: str) -> dict[str, object]:
 
 
 def test_a_design_is_told_as_it_was_written(tmp_path: Path) -> None:
-    """Of an unrolled design, of one without its plan or with an older one, for another device and with a target: the
-    design that lies there is told where nothing else was asked, else a new fold."""
+    """The design that lies there is told where nothing else was asked, by its plan alone; else a new fold.
+
+    So it is for an unrolled design, one without its plan or with an older one, another device, and a target.
+    """
     network = tiny_network(["int4", "int5", "int3"], ["int6", "uint4", "int4n"])
     emit.write(network, plan_unrolled(network, DEVICE), tmp_path, DEVICE)
     written = told(tmp_path)
@@ -298,6 +300,10 @@ def test_a_design_is_told_as_it_was_written(tmp_path: Path) -> None:
     folded = json.loads(json.dumps(estimate(network.specs, DEVICE).to_json()))
     assert told(tmp_path, "--mapping", "lut") == told(tmp_path, "--clock-mhz", "100") == folded != written
     assert read_design(tmp_path, find_device("xc7a100t")) is None
+    told_by = (tmp_path / "network.json").read_text()
+    (tmp_path / "network.json").write_text("{}")
+    assert told(tmp_path) == written  # the network itself is not needed
+    (tmp_path / "network.json").write_text(told_by)
     record = json.loads((tmp_path / PLAN).read_text())
     (tmp_path / PLAN).write_text(json.dumps({key: value for key, value in record.items() if key != "binding"}))
     assert told(tmp_path) == folded

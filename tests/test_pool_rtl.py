@@ -166,7 +166,7 @@ NETWORKS = {"lenet": lenet, "parted": parted}
 @pytest.mark.sim
 @icarus
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_designs_are_exact_and_on_time(name: str, seed: int, tmp_path: Path) -> None:
     """At random folds every result is the reference's, and the cycles are those of the plan."""
     network = NETWORKS[name]()
@@ -205,7 +205,9 @@ endmodule
 
 @pytest.mark.sim
 @icarus
-@pytest.mark.parametrize("name", [*NETWORKS, "residual", "around", "lines that nothing reads"])
+@pytest.mark.parametrize(
+    "name", [*NETWORKS, pytest.param("residual", marks=pytest.mark.slow), "around", "lines that nothing reads"]
+)
 def test_maps_that_follow_each_other_take_the_interval(name: str, tmp_path: Path) -> None:
     """Map behind map without a pause: every result but the first comes the planned interval behind the one before."""
     network = (NETWORKS | BRANCHES)[name]() if name in NETWORKS | BRANCHES else chain(CHAINS[name])
