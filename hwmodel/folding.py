@@ -28,7 +28,7 @@ from hwmodel.formats import Block, Format, bits
 from hwmodel.layer import choice, elements, frame, operands, slack_beside, stream_ends
 from hwmodel.mac import mac_cost, pipeline_stages
 from hwmodel.memory import Memory, ram, rom
-from hwmodel.packing import Packing, divisors, packed_cost, packing
+from hwmodel.packing import Packing, divisors, field_columns, packed_cost, packing
 from hwmodel.spec import CELL_GATES, LayerSpec, PerGroup, links
 
 BRAM_IN_LUTS = 288
@@ -244,6 +244,7 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None, uni
     own = conv.depthwise(spec)
     pack = None if port is None or own else packing(weight, act, port, pe)
     grouping, sum_bits = group_cost(spec, width)
+    distinct = None if pack is None else field_columns(pack, weight, words)
     if pack is None:
         stored, extra = bits(weight), mac_cost(weight, act, width, simd) * pe if own else ZERO
     else:
@@ -265,7 +266,7 @@ def layer_fold(spec: LayerSpec, pe: int, simd: int, port: int | None = None, uni
     fewest = next(n for n in divisors(pe) if n * column_folds >= pe)
     choices = []
     for n in sorted({fewest, pe} if units is None else {units}):
-        around = extra + frame(spec, pe, simd, n, sum_bits, stored)
+        around = extra + frame(spec, pe, simd, n, sum_bits, stored, distinct)
         for found in converters(spec, sum_bits, n):
             cost = around + found.cost
             if pack is None and not own:

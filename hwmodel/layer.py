@@ -169,11 +169,13 @@ def elements(weight: Format, act: Format, acc_bits: int, pe: int, simd: int, sla
 
 
 @kept
-def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int, stored: int) -> Cost:
+def frame(
+    spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int, stored: int, columns_of_one: float | None = None
+) -> Cost:
     """A layer at `pe` rows and `simd` columns at once but its elements, its converters and its input buffer.
 
-    Weights of `stored` bits each, counters, delays, and the multiplexers by which pe / units elements take turns
-    at a converter.
+    Weights of `stored` bits each, of which `columns_of_one` (None: all) are no copies of others, counters, delays, and
+    the multiplexers by which pe / units elements take turns at a converter.
     """
     weight, act = spec.weight, spec.act
     assert weight is not None and act is not None
@@ -181,7 +183,7 @@ def frame(spec: LayerSpec, pe: int, simd: int, units: int, acc_bits: int, stored
     word = pe * simd * stored
     delays = 2 * (pipeline_stages(weight, act, simd) - 1) + 1
     return (
-        constants(word, rows * columns, word)
+        constants(word, rows * columns, word if columns_of_one is None else pe * simd * columns_of_one)
         + sequencer(columns, rows)
         + drain(share, spec.out_features // units)
         + Cost(luts=2 + choice(share) * acc_bits * units, ffs=delays)

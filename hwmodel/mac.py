@@ -274,18 +274,24 @@ def booth_rows(x: int, x_signed: bool, y: int, y_signed: bool) -> float:
     return 1.0 + min(rows(y, y_signed) * (x + 2), rows(x, x_signed) * (y + 2))
 
 
-def tree_cost(lanes: int, width: int, max_bits: int, owed: bool) -> Cost:
+def tree_cost(lanes: int, width: int, max_bits: int, owed: bool, *, registers: int = 1, inside: bool = False) -> Cost:
     """Adders of a registered binary tree over `lanes` values of `width` bits, sums cut at `max_bits`.
 
-    An adder of xc7 takes one LUT per bit of its operands, one more where it takes in an owed one.
+    An adder of xc7 takes one LUT per bit of its operands, one more where it takes in an owed one. registers: of each
+    value before the tree that could begin a shift register: 0 where DSPs hold them. inside: the first additions and
+    their registers are DSPs', too.
     """
     luts = ffs = 0
     count, level = lanes, 0
-    odd_bits, age = width, 1  # of the value left over by odd counts: its bits, and registers in a row so far
+    odd_bits, age = width, registers  # of the value left over by odd counts: its bits, and registers in a row so far
     while count > 1:
         level += 1
         pairs, single = divmod(count, 2)
         narrow, wide = min(width + level - 1, max_bits), min(width + level, max_bits)
+        count = pairs + single
+        if inside and level == 1:
+            odd_bits = odd_bits if single else wide
+            continue
         luts += pairs * fabric.adder(wide, narrow, owed)
         ffs += pairs * (wide + owed)
         if single:
@@ -297,19 +303,20 @@ def tree_cost(lanes: int, width: int, max_bits: int, owed: bool) -> Cost:
                 luts += odd_bits
                 ffs -= age * odd_bits
             odd_bits, age = wide, 1
-        count = pairs + single
-    chains = owed_chains(lanes) if owed and fabric.shift_registers() else ()
+    chains = owed_chains(lanes, registers) if owed and fabric.shift_registers() else ()
     return Cost(luts=luts + len(chains), ffs=ffs - sum(chains))
 
 
 @cache
-def owed_chains(lanes: int) -> tuple[int, ...]:
+def owed_chains(lanes: int, registers: int = 1) -> tuple[int, ...]:
     """Registers in a row through which an owed one waits for its adder: those that become shift registers.
+
+    registers: of them before the tree.
 
     >>> owed_chains(4), owed_chains(12)
     ((3,), (3, 4, 5))
     """
-    ages, done = [1] * lanes, []
+    ages, done = [registers] * lanes, []
     while len(ages) > 1:
         done += ages[0 : len(ages) // 2 * 2 : 2]
         ages = [age + 1 for age in ages[1::2]] + [ages[-1] + 1] * (len(ages) % 2)

@@ -22,6 +22,8 @@ from hwmodel.mac import tree_cost
 WIDE_PORT = {"xc7": 25, "xcup": 27, "versal": 27, "ecp5": 18}
 """Two's complement bits of the wide multiplier port: DSP48E1, DSP48E2, DSP58, MULT18X18D."""
 NARROW_PORT = 18
+SMALLEST = 11
+"""Bits of both operands from which Yosys leaves a product that shares its DSP with none to the DSP."""
 
 
 def divisors(n: int) -> list[int]:
@@ -72,7 +74,10 @@ def packing(weight: Format, act: Format, port: int, rows: int) -> Packing | None
         ones = sum(1 << (spacing * i) for i in range(n))
         if signed_bits(w_low * ones, w_high * ones) <= port and spacing * n <= port + NARROW_PORT:
             lanes = n
-    return Packing(lanes, spacing, top, signed_bits(w_low - 1, w_high), product)
+    field = signed_bits(w_low - 1, w_high)
+    if lanes == 1 and field + signed_bits(a_low, a_high) < SMALLEST:
+        return None
+    return Packing(lanes, spacing, top, field, product)
 
 
 def fields(values: Sequence[int], pack: Packing) -> list[int]:
@@ -89,13 +94,39 @@ def shared_cost(weight: Format, act: Format, acc_bits: int, lanes: int, port: in
 
 
 def packed_cost(pack: Packing, acc_bits: int, lanes: int, rows: int) -> Cost:
-    """`rows` elements of `lanes` columns: `rtl/mac_packed.v`."""
-    owed = pack.lanes > 1
-    width = min(pack.product, acc_bits)
-    decode = 0 if pack.top < 1 << (pack.spacing - 1) or not owed else pack.spacing / 3
-    one = tree_cost(lanes, width, acc_bits, owed) + Cost(
-        luts=fabric.adder(acc_bits, acc_bits, owed) + lanes * decode, ffs=2 * acc_bits
-    )
-    dsps = rows // pack.lanes * lanes
-    held = pack.lanes * pack.spacing if fabric.family() == "ecp5" else 0  # synth_ecp5 uses no registers of a MULT18X18D
-    return one * rows + Cost(dsps=dsps, ffs=dsps * held)
+    """`rows` elements of `lanes` columns: `rtl/mac_packed.v`.
+
+    The lowest row of those that share DSPs owes nothing. A row that has its DSPs for itself leaves the first additions
+    to them, where the sign of a product is that of its field: one of every two products, or the accumulator's.
+    """
+    dsps, by_sign = rows // pack.lanes * lanes, pack.top < 1 << (pack.spacing - 1)
+    shared = fabric.family() == "ecp5"  # synth_ecp5 uses neither the registers nor the adder of a MULT18X18D
+    inside = pack.lanes == 1 and by_sign and not shared
+    first = _row(pack, acc_bits, lanes, owed=False, inside=inside)
+    others = _row(pack, acc_bits, lanes, owed=True, inside=False)
+    decode = 0 if by_sign else pack.spacing / 3
+    one = first + others * (pack.lanes - 1) + Cost(luts=pack.lanes * lanes * decode)
+    held = pack.lanes * pack.spacing if shared else 0
+    return one * (rows // pack.lanes) + Cost(dsps=dsps, ffs=dsps * held)
+
+
+def _row(pack: Packing, acc_bits: int, lanes: int, *, owed: bool, inside: bool) -> Cost:
+    """Tree and accumulator of a row whose products are DSPs'."""
+    registers = int(fabric.family() == "ecp5")
+    tree = tree_cost(lanes, min(pack.product, acc_bits), acc_bits, owed, registers=registers, inside=inside)
+    if inside and lanes == 1:
+        return tree + Cost(ffs=acc_bits)
+    return tree + Cost(luts=fabric.adder(acc_bits, acc_bits, owed), ffs=2 * acc_bits)
+
+
+def field_columns(pack: Packing, weight: Format, words: int) -> float:
+    """Bits of a stored field that are no copy of another, of `words` words of random weights, the mean over the rows.
+
+    A field has a bit more than a weight where one less than the smallest weight needs it. In the lowest row it copies
+    the sign; in any other it differs only where the smallest weight owes.
+    """
+    low, high = unit_range(weight)
+    if pack.field == signed_bits(low, high):
+        return pack.field
+    differs = 1 - (1 - 0.5 / (high - low + 1)) ** words
+    return pack.field - 1 + differs * (1 - 1 / pack.lanes)

