@@ -175,7 +175,7 @@ MARGIN_NS = 0.11
 
 @kept
 def product_cost(weight: Format, act: Format, slack_ns: float = 0.0) -> Cost:
-    """One registered product in LUTs: measured where the table has the pair, else the formula.
+    """One registered product in LUTs: measured where the table has the pair, else the formula, times what it misses.
 
     slack_ns: the slowest path beside it as the mapper of ECP5 counts, which makes it small where it has the time.
     The formula is kept between the table's pairs that can do less and those that can do more.
@@ -187,6 +187,7 @@ def product_cost(weight: Format, act: Format, slack_ns: float = 0.0) -> Cost:
             return Cost(luts=min(entry[0], small[0]), ffs=entry[1])
         return Cost(luts=entry[0], ffs=entry[1])
     guess = product_formula(weight, act, coefficients()["product_formula"])
+    wanted = guess.luts * missed(weight, act)
     low, high = 0.0, math.inf
     for key, (luts, _, _) in coefficients()["products"].items():
         x, y = (format_of(part) for part in key.split())
@@ -194,7 +195,21 @@ def product_cost(weight: Format, act: Format, slack_ns: float = 0.0) -> Cost:
             low = max(low, luts)
         if (does(x, weight) and does(y, act)) or (does(x, act) and does(y, weight)):
             high = min(high, luts)
-    return Cost(luts=min(max(guess.luts, low), high), ffs=guess.ffs)
+    return Cost(luts=min(max(wanted, low), high), ffs=guess.ffs)
+
+
+def missed(weight: Format, act: Format) -> float:
+    """How many times the formula's LUTs the table's nearest pairs take whose integer is narrower or wider: their
+    geometric mean; 1 where there are none."""
+    known, found = coefficients(), []
+    for one, other in ((weight, act), (act, weight)):
+        if isinstance(one, Int):
+            for widths in (range(min(one.bits, 9) - 1, 0, -1), range(one.bits + 1, 9)):
+                pairs = ((Int(width, one.signed), other) for width in widths)
+                if near := next((pair for pair in pairs if pair_key(*pair) in known["products"]), None):
+                    told = known["products"][pair_key(*near)][0]
+                    found.append(max(1.0, told) / product_formula(*near, known["product_formula"]).luts)
+    return math.exp(sum(map(math.log, found)) / len(found)) if found else 1.0
 
 
 @cache
@@ -226,10 +241,16 @@ def product_formula(weight: Format, act: Format, weights: dict[str, float]) -> C
 
 
 def product_ffs(weight: Format, act: Format) -> int:
-    """Flip-flops of the one or two register stages of a product."""
+    """Flip-flops of the one or two register stages of a product.
+
+    Two unsigned integers need no sign; beside a signed integer a separate sign has a register of its own.
+    """
     w, a = operand(weight), operand(act)
-    stage = w.sig + a.sig + shift_bits(weight, act) + 1 if shift_bits(weight, act) else 0
-    return product_bits(weight, act) + stage
+    beside = (w.signed and a.owes and act != BINARY) or (a.signed and w.owes and weight != BINARY)
+    if not shift_bits(weight, act):
+        return product_bits(weight, act) + beside - (not (w.signed or a.signed or w.owes or a.owes))
+    significand = w.sig + a.sig + (beside or min(w.sig, a.sig) > 1)
+    return product_bits(weight, act) + significand + shift_bits(weight, act) + 1
 
 
 def product_features(weight: Format, act: Format) -> dict[str, float]:
