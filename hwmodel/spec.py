@@ -100,7 +100,7 @@ class Window:
     """The map that a convolution reads and how its kernel moves over it; (height, width) pairs.
 
     channels, height, width: of the input, groups together. padding: zeros before and after the lines, before and after
-    the columns. A linear layer is a kernel as large as its map.
+    the columns. A linear layer is a kernel as large as its map, a signal a map of width 1.
     """
 
     channels: int
