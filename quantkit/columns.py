@@ -30,30 +30,28 @@ from torch import Tensor
 
 from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
-from quantkit.observers import Gram, Site, one_thread, rows
+from quantkit.observers import Gram, Site, half_products, one_thread, rows
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import base_of, expand_scale, fit_groups, fit_scale, from_values, quantize, scale_format, within
 from quantkit.rounding import all_finite, round_to, rounder
 
 
-def factorize(H: Tensor, damp: float = 0.01) -> tuple[Tensor, float] | None:
+def factorize(H: Tensor, damp: float = 0.01, order: Tensor | None = None) -> tuple[Tensor, float] | None:
     """N of H + damp mean(diag H) I, unit lower triangular, and the damping used; None if all fails.
 
-    H: (groups, columns, columns). An input that is never active counts as one of mean size; the
-    damping grows tenfold from 0.001 up to 1.
+    H: (groups, columns, columns). order: its columns in another order, (groups, columns). An input that is never
+    active counts as one of mean size; the damping grows tenfold from 0.001 up to 1.
     """
     if not all_finite(H) or not H.numel():
         return None
-    damped = H.clone()
-    diagonal = damped.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(dim=1, keepdim=True)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    undamped = torch.where(diagonal > 0, diagonal, mean)
     for amount in (damp, *(d for d in (1e-3, 1e-2, 1e-1, 1.0) if d > damp)):
-        diagonal.copy_(undamped + amount * mean)
-        L = damped.clone()
+        L = H.clone() if order is None else _permuted(H, order)
+        diagonal = L.diagonal(dim1=1, dim2=2)
+        mean = diagonal.mean(dim=1, keepdim=True)
+        mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+        diagonal.copy_(torch.where(diagonal > 0, diagonal, mean) + amount * mean)
         if _cholesky(L):
-            return L.div_(L.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()), amount
+            return L.div_(diagonal.unsqueeze(1).clone()), amount
     return None
 
 
@@ -269,11 +267,13 @@ def round_layer(
     act_order: bool,
     block: int,
     first: Tensor | None = None,
+    half: bool = False,
 ) -> dict[str, float]:
     """Give the layer the weight that `solve` makes of W (out, columns) and H of `moments`; returns diagnostics.
 
     rule: how scales are fitted (`qtensor.fit_scale`). damp: as in `factorize`. first: weights (out, columns) of which
-    the column that is rounded first is taken in place of W's.
+    the column that is rounded first is taken in place of W's. half: compare rows with those rounded to nearest by
+    products of bfloat16.
     """
     fmt, (out, columns) = layer.plan.weight, W.shape
     assert fmt is not None
@@ -284,11 +284,12 @@ def round_layer(
         importance = H.diagonal(dim1=1, dim2=2)  # (groups, columns)
         importance = (importance + 1e-3 * importance.mean()).repeat_interleave(rows, dim=0)
     nearest = fit_scale(W, fmt, granularity, importance=importance, **rule)
-    S, base = expand_scale(nearest, columns, granularity), base_of(W, fmt, granularity)
+    base = base_of(W, fmt, granularity)
     dead = float((H.diagonal(dim1=1, dim2=2) == 0).sum()) if H.numel() else 0.0
 
     order = _order(H, act_order)
-    factor = factorize(_permuted(H, order), damp)
+    backwards = torch.arange(columns - 1, -1, -1).expand(groups, columns)
+    factor = factorize(H, damp, backwards if order is None else order)
     if factor is None:
         layer.set_weight(quantize(layer.weight, nearest, fmt, granularity))
         return {"nearest_layers": 1.0, "dead_inputs": dead}
@@ -318,7 +319,11 @@ def round_layer(
     size = granularity.size if isinstance(granularity, PerGroup) else columns
     known = isinstance(granularity, PerGroup) and not moving
     start = None if first is None else by_columns(first)[-1]
-    scales = by_columns(S.expand(out, columns)).contiguous() if known else fit
+    scales: Tensor | Callable[[Tensor, int], Tensor] = fit
+    if known and order is not None and groups == 1:
+        scales = nearest.T.index_select(0, order[0] // size).unsqueeze(1)
+    elif known:
+        scales = by_columns(expand_scale(nearest, columns, granularity).expand(out, columns)).contiguous()
     Q, fitted = solve(by_columns(W), N, fmt, scales, size, block, start)
     values, scale = by_rows(Q), by_rows(fitted) if moving else nearest
 
@@ -326,11 +331,12 @@ def round_layer(
     every = torch.arange(out).reshape(groups, rows)
     for part in every.split(max(1, 128 // groups), dim=1):  # few rows at a time: large temporaries are slow
         r = part.flatten()
-        w, s = W[r], S.expand(out, -1)[r]
+        w, s = W[r], expand_scale(nearest.expand(out, -1)[r], columns, granularity)
         near = round_to(w / s, fmt)
         D = values[r] * expand_scale(scale.expand(out, -1)[r], columns, granularity) - w
         E = near * s - w
-        lost = advantage(D.reshape(groups, -1, columns), E.reshape(groups, -1, columns), H).flatten() < 0
+        with half_products(half):
+            lost = advantage(D.reshape(groups, -1, columns), E.reshape(groups, -1, columns), H).flatten() < 0
         values[r[lost]] = near[lost]
         if moving:
             scale[r[lost]] = nearest[r[lost]]
@@ -346,17 +352,17 @@ def _order(H: Tensor, act_order: bool) -> Tensor | None:
 
 def _taken(cube: Tensor, order: Tensor) -> Tensor:
     """The columns of each group (columns, groups, rows) in another order (groups, columns)."""
-    if len(order) == 1:  # whole lines of memory, several times faster than single numbers
-        return cube[order[0]]
+    if len(order) == 1 and cube.is_contiguous():  # whole lines of memory, several times faster than single numbers
+        return cube.index_select(0, order[0])
+    if len(order) == 1:  # of a matrix by rows: picked there, then turned
+        return cube[:, 0].T.index_select(1, order[0]).T.contiguous().unsqueeze(1)
     return cube.gather(0, order.T.unsqueeze(-1).expand(-1, -1, cube.shape[2]))
 
 
-def _permuted(H: Tensor, order: Tensor | None) -> Tensor:
-    """H with its columns as `solve` wants them: from the last to be rounded to the first."""
-    if order is None or not H.numel():
-        return H.flip(1, 2) if H.numel() else H
+def _permuted(H: Tensor, order: Tensor) -> Tensor:
+    """A copy of H with its columns and rows in the order in which `solve` wants them, the last to be rounded first."""
     if len(order) == 1:
-        return H[:, order[0]][:, :, order[0]]
+        return H[0].index_select(1, order[0]).index_select(0, order[0]).unsqueeze(0)
     columns = H.shape[1]
     H = H.gather(1, order[:, :, None].expand(-1, -1, columns))
     return H.gather(2, order[:, None, :].expand(-1, columns, -1))

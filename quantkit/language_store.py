@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quantkit.observers import half_products
@@ -49,12 +50,12 @@ class Store:
     def put(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if self.half and value.dtype == torch.float32:
-            value = value.bfloat16()
-        if self.held + _size(value) <= self.budget:
-            self.held += _size(value)
-            return _apart(value)
-        path = self.folder / str(next(self.numbers))
+        dtype = torch.bfloat16 if self.half and value.dtype == torch.float32 else value.dtype
+        size = _size(value) * dtype.itemsize // value.dtype.itemsize
+        if self.held + size <= self.budget:
+            self.held += size
+            return _apart(value, dtype)
+        path, value = self.folder / str(next(self.numbers)), value.to(dtype)
         _write(value, path)
         return _OnDisk(path, value.dtype, value.shape, value.stride())
 
@@ -65,11 +66,11 @@ class Store:
             self.held -= _size(kept)
 
 
-def _apart(value: Tensor) -> Tensor:
+def _apart(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in memory of its own, if it is large: between others' it would keep freed pieces from the system."""
     if _size(value) < 2**20 or not value.is_contiguous():
-        return value
-    held = torch.frombuffer(mmap.mmap(-1, value.numel() * value.element_size()), dtype=value.dtype)
+        return value.to(dtype)
+    held = torch.frombuffer(mmap.mmap(-1, value.numel() * dtype.itemsize), dtype=dtype)
     return held.reshape(value.shape).copy_(value)
 
 
@@ -110,7 +111,14 @@ def _write(kept: Any, path: Path) -> list[Any]:
 
 
 def _get(kept: Any) -> Any:
-    value = kept.read() if isinstance(kept, _OnDisk) else kept
+    return _float(_read(kept))
+
+
+def _read(kept: Any) -> Any:
+    return kept.read() if isinstance(kept, _OnDisk) else kept
+
+
+def _float(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
@@ -146,6 +154,37 @@ class Later(Sequence[Tensor]):
         return Kept(self.kept)
 
 
+_MOVES = (torch.ops.aten.reshape.default, torch.ops.aten.transpose.int)
+"""What moves numbers and computes none."""
+
+
+def _is_linear(call: Any) -> bool:
+    """Whether a call is a linear layer with a float input."""
+    if isinstance(call, QLayer):
+        return call.op == "linear" and call.act is None and call.in_scale is None
+    return isinstance(call, nn.Linear)
+
+
+class _Half:
+    """A linear layer of float inputs with operands and result in bfloat16, but for what is done to the sum."""
+
+    def __init__(self, layer: nn.Linear | QLayer) -> None:
+        self.gain: Tensor | float | None = None
+        if isinstance(layer, QLayer):
+            self.weight, self.gain = layer.kernel().weight.bfloat16(), layer.kernel().gain
+            layer.invalidate()  # decoded no more than this once
+        else:
+            self.weight = layer.weight.bfloat16()
+        self.bias = layer.bias if layer.bias is not None and bool(layer.bias.any()) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x.bfloat16(), self.weight)
+        if self.gain is None and self.bias is None:
+            return y
+        y = y.float() if self.gain is None else y.float().mul_(self.gain)
+        return y if self.bias is None else y.add_(self.bias)
+
+
 @dataclass
 class _Step:
     """A node that waits: what it calls, or what it makes of every batch where that is known, in the store."""
@@ -160,8 +199,8 @@ class Stream:
 
     A batch goes through all of them before the next one does, so that only what is used behind them is held, and that
     until its last use. What depends on nothing but the size of a batch, as masks and rotations do, is made once a size.
-    With a store of bfloat16 the products of layers and of attention are those of `half_products`, but where inputs are
-    quantized; all else is computed in float32.
+    With a store of bfloat16 the operands and results of linear layers and attention are bfloat16, but where inputs are
+    quantized, and sums float32; all else is computed in float32.
     """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor], store: Store) -> None:
@@ -172,6 +211,7 @@ class Stream:
         self.fixed_values: dict[fx.Node, dict[torch.Size, Any]] = {}
         self.values: dict[fx.Node, list[Any]] = {}
         self.waiting: list[_Step] = []
+        self.halves: dict[nn.Module, _Half] = {}
         self.last = {used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes}
         self.number = {node: i for i, node in enumerate(self.nodes)}
 
@@ -195,7 +235,9 @@ class Stream:
 
     def ahead(self, node: fx.Node, module: nn.Module) -> list[Any]:
         """What `module` makes of the inputs of the node, which stay; to be given to `follow` as known."""
-        return [self.store.put(self._apply(module, node, i, {})) for i in range(len(self.batches))]
+        made = [self.store.put(self._apply(module, node, i, {})) for i in range(len(self.batches))]
+        self.halves = {}
+        return made
 
     def catch_up(self) -> None:
         """Run every node that waits."""
@@ -224,6 +266,7 @@ class Stream:
                         if used in self.values:
                             self.store.drop(self.values[used][i])
                             self.values[used][i] = None
+        self.halves = {}
         self.values = {node: v for node, v in self.values.items() if self.last[node] >= end} | made
         self.fixed_values = {node: v for node, v in self.fixed_values.items() if self.last.get(node, -1) >= end}
 
@@ -244,7 +287,7 @@ class Stream:
             if size not in known:
                 known[size] = self._apply(step.call, step.node, batch, now)
         elif step.known is not None:
-            now[step.node] = _get(step.known[batch])
+            now[step.node] = _read(step.known[batch])
         elif self._held(step.node):
             now[step.node] = self._apply(step.call, step.node, batch, now)
 
@@ -257,19 +300,33 @@ class Stream:
         if node in self.fixed:
             return self.fixed_values[node][self.batches[batch].shape]
         if node not in now:
-            now[node] = _get(self.values[node][batch])
+            now[node] = _read(self.values[node][batch])
         return now[node]
 
     def _apply(self, call: Any, node: fx.Node, batch: int, now: dict[fx.Node, Any]) -> Any:
+        """What the call makes of a batch, in the dtype that it is kept in or in float32."""
+        linear = self.store.half and _is_linear(call)
+        fused = self.store.half and isinstance(call, Attention) and call.plain()
+        keep = linear or fused or call in _MOVES
+
         def pick(used: fx.Node) -> Any:
-            return self._value(used, batch, now)
+            value = self._value(used, batch, now)
+            if not keep and isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                value = value.float()
+                if used in now:  # others may ask for it
+                    now[used] = value
+            return value
 
         args: Any = fx.map_arg(node.args, pick)
         kwargs: Any = fx.map_arg(node.kwargs, pick)
-        half = self.store.half and isinstance(call, nn.Linear | QLayer | MatMul | Attention)
-        if half and isinstance(call, Attention) and call.plain():  # of the fused kernel the operands decide
+        if linear:
+            if call not in self.halves:
+                self.halves[call] = _Half(call)
+            return self.halves[call](*args)
+        if fused:  # of the kernel the operands decide
             halves = (x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-            return call(*halves, **kwargs).float()  # type: ignore[operator]
+            return call(*halves, **kwargs)  # type: ignore[operator]
+        half = self.store.half and isinstance(call, QLayer | MatMul | Attention)
         with half_products(half and getattr(call, "act", None) is None):
             return call(*args, **kwargs)
 

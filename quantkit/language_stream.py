@@ -314,6 +314,8 @@ class _Run:
                     step.visit(site)
             known = None if site.outputs is None else [self.current.store.put(y) for y in site.outputs]
             site.inputs, site.targets, site.floats, site.outputs = [], [], [], None
+            if not self._shared(node):
+                self.moments = (None, {})
         if sees:
             if self.float is not None:
                 self.float.follow(node, twin, later.kept)
@@ -329,6 +331,11 @@ class _Run:
         assert self.float is not None
         site.floats = []
         return self.float.ahead(node, twin)
+
+    def _shared(self, node: fx.Node) -> bool:
+        """Whether a module that is yet to come reads what this one does."""
+        users, place = node.all_input_nodes[0].users, self.current.number
+        return any(place[user] > place[node] and user.op == "call_module" for user in users)
 
     def _catch_up(self) -> None:
         """Run what waits, and forget the weights of its layers."""

@@ -19,7 +19,7 @@ from quantkit.bands import BANDS, Bands, signed
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Plain, QLayer, shape_of
-from quantkit.qtensor import QTensor, units_of
+from quantkit.qtensor import QTensor, units_of, values_of
 from quantkit.recurrent import has_loop
 from quantkit.rounding import is_pow2
 
@@ -89,8 +89,7 @@ def specs_of(
         return (LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean())),)
     if isinstance(layer.q, Bands):
         return _bands(layer.q, common, act, _fmt(out))
-    units = units_of(layer.q)
-    acc_bits = None if not isinstance(act, ActQuant) else int(accumulator.exact_bits(units, act.fmt).max())
+    acc_bits = None if not isinstance(act, ActQuant) else int(accumulator.exact_bits(units_of(layer.q), act.fmt).max())
     pow2 = (
         isinstance(act, ActQuant)
         and isinstance(out, ActQuant)
@@ -105,7 +104,7 @@ def specs_of(
         out=_fmt(out),
         granularity=layer.q.granularity,
         acc_bits=acc_bits,
-        zeros=float((units == 0).mean()),
+        zeros=float((values_of(layer.q) == 0).sum()) / layer.q.codes.numel(),
         scale_pow2=pow2,
         out_factors=isinstance(nxt, QLayer) and nxt.in_scale is not None,
     )

@@ -63,7 +63,7 @@ def each(
         W = site.layer.weight.detach().float().flatten(1)
         if drift and H.numel():
             W, _ = aimed(site.layer, H, C, ridge)
-        tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block))
+        tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block, half=site.half))
 
     return Visit(unquantized(model), quantize_layer, report, targets=drift, sequential=sequential)
 

@@ -52,7 +52,7 @@ def each(
         W = first = site.layer.weight.detach().float().flatten(1)
         if H.numel():
             W, first = aimed(site.layer, H, C, ridge)
-        tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block, first))
+        tally(report, round_layer(site.layer, W, H, rule, damp, act_order, block, first, site.half))
 
     return Visit(unquantized(model), quantize_layer, report, targets=True)
 
