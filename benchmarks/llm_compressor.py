@@ -7,9 +7,11 @@ A Llama of 110 million random weights (tied embeddings), stored in float32 or wi
 512 random tokens; int4 in groups of 128, each with a symmetric scale, columns by falling second moment with scales
 fitted beforehand (`act_order=true`; "static" there), damping 0.01, head and embeddings in float. Ours is `quantkit
 quantize` as it is; both calibrate in what the checkpoint is stored in, as is their default. "absmax" is ours with
-scales by minimum and maximum, as theirs are. llm-compressor runs `oneshot` with the scheme W4A16 and its own defaults
-(one sequence at a time, or `--batch`) in an interpreter of its own, as it wants other versions of transformers and
-compressed-tensors. Each run is a process with `--threads` threads; they take turns.
+scales by minimum and maximum, as theirs are; of a checkpoint in float32 ours runs with `--dtype bfloat16`, too, which
+computes the calibration's products in that and rounds weights in float32 all the same. llm-compressor runs `oneshot`
+with the scheme W4A16 and its own defaults (one sequence at a time, or `--batch`) in an interpreter of its own, as it
+wants other versions of transformers and compressed-tensors. Each run is a process with `--threads` threads; they take
+turns.
 
 `wall` and `cpu` are seconds from the end of the imports to the written directory, the smaller of `--repeats` each;
 `import_wall` what the imports took before. `peak_mib` is the largest resident memory of the whole process, `import_mib`
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 WORDS, WINDOW, HELD = 32_000, 512, 4
-ABSMAX = "quantkit absmax"
+ABSMAX, HALF = "quantkit absmax", "quantkit --dtype bfloat16"
 
 
 def main() -> None:
@@ -59,7 +61,8 @@ def side_by_side(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = make(folder, args.layers, args.hidden, args.sequences, dtype)
-        runs: dict[str, list[dict[str, float]]] = {"llm-compressor": [], "quantkit": [], ABSMAX: [], "rtn": []}
+        names = ["llm-compressor", "quantkit", ABSMAX, *([HALF] if dtype == "float32" else []), "rtn"]
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(args.repeats):
             for who, found in runs.items():
                 if who != "rtn" or not found:
@@ -153,6 +156,7 @@ def ours(who: str) -> Any:
     step = "rtn" if who == "rtn" else "gptq:act_order=true" + (",scale=absmax" if who == ABSMAX else "")
     command = ["quantize", "model", "-o", who, "--weights", "int4", "--acts", "float", "--granularity", "group128"]
     command += ["--step", step, "--calibration", "text.txt", "--window", str(WINDOW), "--json"]
+    command += ["--dtype", "bfloat16"] if who == HALF else []
     return lambda: app(command, standalone_mode=False)
 
 

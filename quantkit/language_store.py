@@ -326,9 +326,10 @@ class Stream:
         if fused:  # of the kernel the operands decide
             halves = (x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
             return call(*halves, **kwargs)  # type: ignore[operator]
-        half = self.store.half and isinstance(call, QLayer | MatMul | Attention)
-        with half_products(half and getattr(call, "act", None) is None):
-            return call(*args, **kwargs)
+        if self.store.half and isinstance(call, QLayer | MatMul | Attention) and getattr(call, "act", None) is None:
+            with half_products():
+                return call(*args, **kwargs)
+        return call(*args, **kwargs)
 
     def save(self, folder: Path) -> None:
         """Write every value that is alive, a file of bare bytes each, and an index; nothing may wait."""

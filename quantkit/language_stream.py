@@ -321,6 +321,7 @@ class _Run:
                 self.float.follow(node, twin, later.kept)
             self.current.follow(node, known=known)
             self.unrun.append(name)
+        give_back()  # what the steps have taken
         self._specify(name)
         self._pack(name)
         self._release(name)

@@ -166,6 +166,18 @@ def test_factor():
     assert torch.allclose(D, torch.diag(D.diagonal()), atol=1e-8 * float(D.max()))
 
 
+def test_an_order_of_columns_is_a_permutation_of_the_matrix():
+    """The factor of H in an order is that of the permuted H, group by group, and H stays as it was."""
+    x = correlated(60, 14, seed=4).reshape(60, 2, 7).transpose(0, 1)
+    H = x.mT @ x
+    for few in (H, H[:1]):
+        order = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(len(few))])
+        permuted = torch.stack([h[o][:, o] for h, o in zip(few, order, strict=True)])
+        before = few.clone()
+        assert torch.equal(factorize(few, 0.01, order)[0], factorize(permuted, 0.01)[0])
+        assert torch.equal(few, before)
+
+
 def test_damping_raises_itself():
     """A matrix that is not positive definite is damped until it is, and the report says how much."""
     H = torch.tensor([[[1.0, 1.02], [1.02, 1.0]]])

@@ -16,6 +16,7 @@ from safetensors.torch import save_file as save_torch
 from test_cli import call, document, error
 from test_language import checkpoint, ids
 from test_loader_hf import change, edit, folder
+from torch import fx, nn
 from transformers import AutoModelForCausalLM
 
 from quantkit import columns, observers
@@ -28,7 +29,9 @@ from quantkit.language_stream import join, partial_folder, quantize_streamed, wh
 from quantkit.loaders import hf
 from quantkit.model import Calib
 from quantkit.observers import Gram, has_half
-from quantkit.qlayers import LayerPlan
+from quantkit.qlayers import LayerPlan, QLayer
+from quantkit.qtensor import fit_scale
+from quantkit.qtensor import quantize as quantize_weight
 from quantkit.recipe import Recipe, make_plan, quantize
 
 FLOAT = LayerPlan()
@@ -284,6 +287,37 @@ def test_bfloat16_is_finer_than_transformers_own(tmp_path: Path) -> None:
             (logits,) = stream.values[stream.nodes[-2]]
             found[half] = (logits.double() - wanted).norm() / wanted.norm()
     assert found[False] < 1e-5 < found[True] < 0.75 * (theirs - wanted).norm() / wanted.norm()
+
+
+@pytest.mark.parametrize("weight", ["int4", "int4/e4m3x32", "float"])
+def test_linear_layers_in_bfloat16_round_operands_and_results(weight: str, tmp_path: Path) -> None:
+    """The sum is the exact one of rounded operands within the rounding of bfloat16; scale and bias stay float32."""
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Linear(96, 40)
+    layer.weight.data, layer.bias.data = torch.randn(40, 96, generator=g), 3 * torch.randn(40, generator=g)
+    x = torch.randn(7, 96, generator=g)
+    made: nn.Linear | QLayer = layer
+    if weight != "float":
+        made = QLayer(layer, make_plan(weight, "float"))
+        scale = fit_scale(layer.weight, made.plan.weight, made.plan.granularity)
+        made.set_weight(quantize_weight(layer.weight, scale, made.plan.weight, made.plan.granularity))
+    rows = made.q.scale[:, 0] if isinstance(made, QLayer) and made.q.scale.shape[1] == 1 else torch.ones(40)
+    W = (made.effective_weight() if isinstance(made, QLayer) else made.weight) / rows[:, None]
+    exact = x.bfloat16().double() @ W.bfloat16().double().T
+    graph = fx.GraphModule({"layer": made}, traced("layer"))
+    stream = Stream(graph, [x], Store(tmp_path, 2**30, half=True))
+    node = stream.nodes[1]
+    found = stream.ahead(node, made)[0].double()
+    wanted = exact * rows.double() + layer.bias.double()
+    error = (found - wanted).abs()
+    assert (error <= 2.0**-8 * ((exact * rows).abs() + wanted.abs())).all() and error.max() > 0
+
+
+def traced(name: str) -> fx.Graph:
+    """x -> the module of that name -> output."""
+    graph = fx.Graph()
+    graph.output(graph.call_module(name, (graph.placeholder("x"),)))
+    return graph
 
 
 def test_moments_of_halves_are_sums_of_exact_products() -> None:
