@@ -60,6 +60,29 @@ def test_transformers_loads_the_compressed_directory(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
 
 
+METHODS = {
+    "rotate": ("--step", "rotate", "--step", "gptq"),
+    "smoothquant": ("--step", "smoothquant", "--step", "qronos"),
+    "tequila": ("--weights", "ternary", "--step", "tequila:steps=2,constant=lambda"),
+    "mxfp4": ("--weights", "mxfp4", "--step", "adaround:steps=5"),
+}
+"""Options of methods that move factors or turns between layers, train, or have scales of blocks."""
+
+
+@pytest.mark.parametrize("method", ["rotate", *(pytest.param(m, marks=pytest.mark.slow) for m in [*METHODS][1:])])
+@pytest.mark.parametrize("kind", ["qwen2", *(pytest.param(k, marks=pytest.mark.slow) for k in (*SLOW, "llama"))])
+def test_every_method_reaches_every_file_of_a_family(kind: str, method: str, tmp_path: Path) -> None:
+    """What is written is the directory's network, or a target says in a line why it is not."""
+    directory = quantized(tmp_path, kind, "--calibration", tmp_path / "t.txt", "--window", "16", *METHODS[method])
+    assert document("evaluate", directory, "--text", tmp_path / "t.txt")["mean"] > 1
+    found = document("export", directory, "-o", tmp_path / "onnx", "--to", "onnx-nbits", "--accuracy-level", "1")
+    assert found["error"] < 2e-5
+    for target in ("compressed-tensors", "gguf"):
+        command = ("export", directory, "-o", tmp_path / target, "--to", target)
+        if call(*command).exit_code:
+            assert "accepted: " in error(*command) and not (tmp_path / target).exists()
+
+
 def test_a_gguf_file_holds_the_weights(tmp_path: Path) -> None:
     """The file opens in gguf's reader and says what it is; a tokenizer of words is left out."""
     options = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
