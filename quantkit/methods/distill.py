@@ -34,11 +34,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quantkit.contest import HEATS, Contest, sure
 from quantkit.critic import drops
 from quantkit.errors import InputError
 from quantkit.links import find_links
 from quantkit.losses import errors_of, loss_for
-from quantkit.model import Calib, Model, Visits
+from quantkit.model import Calib, Model
 from quantkit.observers import float_twin, one_thread, portion
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
@@ -49,8 +50,6 @@ CHANGES = frozenset({"refined", "bias"})
 
 FINALISTS = 6
 """How many models of the smallest loss, and how many of the greatest return where they were trained, are compared."""
-HEATS = ((1,), (2,), (3, 4, 5, 6))
-"""`visit`'s seeds of the episodes that they are compared in; training takes the later ones."""
 CLIMB = 1000
 """`visit`'s first seed of the episodes that are climbed in."""
 DIRECTIONS, WIDTH = 8, 0.02
@@ -209,33 +208,6 @@ def trainable(model: Model) -> dict[str, QLayer | Point]:
     }
 
 
-class Contest:
-    """Which of several models earns most, in episodes that none was trained in."""
-
-    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model) -> None:
-        self.visit = visit
-        self.goals = [self.returns(teacher, heat) for heat in HEATS]
-        self.gains = torch.zeros(0)
-        """How much more than the float policy the best so far earned, (episodes,); empty before there is one."""
-
-    def returns(self, model: Model, heat: tuple[int, ...]) -> Tensor:
-        """What it earns in the episodes of these seeds, (episodes,)."""
-        return torch.cat([self.visit(model, 1, seed).returns for seed in heat])
-
-    def won(self, model: Model) -> bool:
-        """Whether the model takes the place of the best so far: its `sure` gain must be greater in the end, and after
-        each heat the mean of its gains greater than that."""
-        gains, best = torch.zeros(0), sure(self.gains) if len(self.gains) else -math.inf
-        for goal, heat in zip(self.goals, HEATS, strict=True):
-            gains = torch.cat([gains, self.returns(model, heat) - goal])
-            if not float(gains.mean()) > best:
-                return False
-        if not sure(gains) > best:
-            return False
-        self.gains = gains
-        return True
-
-
 def uphill(course: Course, contest: Contest, best: Model, generator: torch.Generator, budget: int) -> Model:
     """The best of a contest after steps up the slope of the return, which start where `course` is.
 
@@ -265,15 +237,6 @@ def uphill(course: Course, contest: Contest, best: Model, generator: torch.Gener
         best = model if contest.won(model) else best
         seed += 1
     return best
-
-
-def sure(gains: Tensor) -> float:
-    """The mean less 1.645 times its standard error: what it is at least, with 95 % confidence.
-
-    >>> sure(torch.tensor([2.0, 2.0, 2.0]))
-    2.0
-    """
-    return float(gains.mean() - 1.645 * gains.std() / math.sqrt(len(gains)))
 
 
 @torch.no_grad()
