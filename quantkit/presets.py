@@ -22,11 +22,14 @@ PRESETS: dict[str, tuple[Step, ...]] = {
         ("act_scales", {}),
         ("input_grid", {}),
         *_ROUNDING,
-        ("distill", {"steps": 12000, "rounds": 32, "states": 2048, "lr": 0.02, "slow": 0.5, "climb": 800_000}),
+        (
+            "distill",
+            {"steps": 12000, "rounds": 32, "states": 2048, "lr": 0.02, "slow": 0.5, "laps": 3, "climb": 800_000},
+        ),
     ),
 }
 """fast: milliseconds. balanced: training on the calibration set, a second or two. best: the policy acts, too, and
-its return counts; half a minute to three minutes of a core, more where episodes have thousands of steps."""
+its return counts; half a minute of a core to a minute and a half, and up to seven where it falls short of float."""
 
 
 RECURRENT_PRESETS: dict[str, tuple[Step, ...]] = {

@@ -133,6 +133,35 @@ def test_the_policy_acts():
     assert not asked
 
 
+def test_laps():
+    """Training goes on, each time on new visits, while the policy surely earns less than the float one and the loss
+    falls by a twentieth."""
+    model = small_policies.cartpole()
+    asked: list[int] = []
+
+    def report(bonus, laps):
+        def visit(m, n, seed):
+            found = visited_states(m, n, seed)
+            if n == 96:
+                asked.append(seed)
+            is_float = all(layer.q is None for layer in m.qlayers().values())
+            return found._replace(returns=found.returns + bonus * is_float)
+
+        asked.clear()
+        calib = small_policies.calib(model)
+        calib.visit = visit
+        options = {"steps": 60, "rounds": 3, "states": 96, "laps": laps, "lr": 0.02}
+        return quantize(model, uniform("int2", "int4", steps=(*RTN, ("distill", options))), calib).meta["steps"][-1]
+
+    for bonus, laps in ((-1000.0, 3), (1000.0, 1)):
+        report(bonus, laps)
+        assert asked == [7, 7, 8, 9, 10]
+    once = report(1000.0, 2)["diagnostics"]
+    assert asked == [7, 7, *range(8, 14)] and once["states"] == 64 + 8 * 96
+    report(1000.0, 40)
+    assert 14 <= asked[-1] < 130 and (asked[-1] - 7) % 3 == 0
+
+
 def test_the_way_up():
     """Scales, biases and the input stage go where the return is greater, codes of weights stay; the budget ends it, and
     a model that never loses to the float policy is left as it is."""
