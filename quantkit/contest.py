@@ -18,7 +18,7 @@ HEATS = ((1,), (2,), (3, 4, 5, 6))
 class Contest:
     """Which of several models earns most, in episodes that none was trained in."""
 
-    def __init__(self, visit: Callable[[Model, int, int], Visits], teacher: Model) -> None:
+    def __init__(self, visit: Callable[..., Visits], teacher: Model) -> None:
         self.visit = visit
         self.goals = [self.returns(teacher, heat) for heat in HEATS]
         self.gains = torch.zeros(0)

@@ -99,15 +99,15 @@ class Visits(NamedTuple):
 class Calib:
     """Inputs to calibrate on: a tensor (samples, *input_shape), walked in batches of `batch`.
 
-    generator: the source of randomness of every step that needs one. visit: `visit(model, n, seed)`
+    generator: the source of randomness of every step that needs one. visit: `visit(model, n, seed, episodes=8)`
     gives n inputs that this model meets when it acts itself, of a policy with an environment only; the same episodes
-    for the same seed, from 1, and as many for every model where n is 1.
+    for the same seed, from 1, and exactly `episodes` where n is 1, else as many more as n takes.
     """
 
     inputs: Tensor
     batch: int = 512
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    visit: Callable[[Model, int, int], Visits] | None = None
+    visit: Callable[..., Visits] | None = None
 
     def held(self) -> Tensor:
         """Which inputs a method that trains judges itself by and never trains on: (samples,), true for every eighth."""

@@ -167,19 +167,21 @@ def calibration_states(model: Model, n: int = CALIBRATION_STATES, progress: Prog
     return _met(model, n, CALIBRATION.start, progress)[0]
 
 
-def _met(model: Model, n: int, seed: int, progress: Progress | None = None) -> tuple[np.ndarray, ...]:
+def _met(
+    model: Model, n: int, seed: int, progress: Progress | None = None, episodes: int = 8
+) -> tuple[np.ndarray, ...]:
     """n observations of rollouts, of a recurrent policy in sequences; the returns and lengths of their episodes."""
     policy, spec = policy_of(model)
-    act, options = episodes_task.act_of(policy), {"seed": seed, "episodes": 8, "progress": progress}
+    act, options = episodes_task.act_of(policy), {"seed": seed, "episodes": episodes, "progress": progress}
     if not policy.recurrent:
         return episodes_task.collect_visits(act, spec, n, **options)  # type: ignore[arg-type]
     time = model.example.shape[1]
     return episodes_task.collect_sequences(act, spec, -(-n // time), time, **options)  # type: ignore[arg-type]
 
 
-def visited_states(model: Model, n: int, seed: int) -> Visits:
+def visited_states(model: Model, n: int, seed: int, episodes: int = 8) -> Visits:
     """`Calib.visit`: n observations of the model's own rollouts, of the episodes `seeds.visit(seed)`."""
-    return Visits(*map(torch.from_numpy, _met(model, n, visit(seed).start)))
+    return Visits(*map(torch.from_numpy, _met(model, n, visit(seed).start, episodes=episodes)))
 
 
 def calib_for(model: Model, n: int | None, progress: Progress | None = None, inputs: Path | None = None) -> Calib:

@@ -174,19 +174,19 @@ def test_the_way_up():
     last, played = list(start.qlayers())[-1], []
     first = start.qlayers()[last].bias.clone()
 
-    def visit(model, n, seed):
-        played.append(8 * 5)
+    def visit(model, n, seed, episodes=8):
+        played.append(episodes * 5)
         reached = 0.0 if model == "float" else -float((model.qlayers()[last].bias - first - 1).square().sum())
-        return Visits(torch.zeros(1), torch.full((8,), reached), torch.full((8,), 5))
+        return Visits(torch.zeros(1), torch.full((episodes,), reached), torch.full((episodes,), 5))
 
     contest = distill.Contest(visit, "float")
     assert contest.won(start)
-    before, cost = float(contest.gains.mean()), 2 * distill.DIRECTIONS * 40
+    before, cost = float(contest.gains.mean()), 2 * distill.DIRECTIONS * distill.PLAYED * 5
     played.clear()
     best = distill.uphill(course, contest, start, torch.Generator().manual_seed(0), 20 * cost)
     assert float(contest.gains.mean()) == pytest.approx(visit(best, 1, 1).returns.mean()) and best is not start
     assert float(contest.gains.mean()) > before + 0.1 * abs(before)
-    assert len(played) - 1 <= 20 * (2 * distill.DIRECTIONS + 6)
+    assert len(played) - 1 <= 20 * (2 * distill.DIRECTIONS + 6 * len(distill.LENGTHS))
     for name, layer in best.qlayers().items():
         assert torch.equal(layer.q.codes, start.qlayers()[name].q.codes)
     played.clear()

@@ -52,8 +52,10 @@ FINALISTS = 6
 """How many models of the smallest loss, and how many of the greatest return where they were trained, are compared."""
 CLIMB = 1000
 """`visit`'s first seed of the episodes that are climbed in."""
-DIRECTIONS, WIDTH = 8, 0.02
-"""How many directions a step of climbing tries, and how far."""
+DIRECTIONS, WIDTH, PLAYED = 32, 0.02, 2
+"""How many directions a step of climbing tries, how far, and in how many episodes on each side."""
+LENGTHS = (0.04, 0.02, 0.01)
+"""How far it goes up the slope."""
 
 
 Label = Callable[[Tensor], Tensor]
@@ -214,31 +216,35 @@ def trainable(model: Model) -> dict[str, QLayer | Point]:
 def uphill(course: Course, contest: Contest, best: Model, generator: torch.Generator, budget: int) -> Model:
     """The best of a contest after steps up the slope of the return, which start where `course` is.
 
-    Each step is w = WIDTH times the mean of (R(p + w d) - R(p - w d)) d / (2 std R) over DIRECTIONS normal d, where R
-    is the mean return of 8 episodes, new ones in each step, and p are scales, biases and the input stage, in the units
-    that they are trained in: what earns much with small errors everywhere is sought. (Mania, Guy, Recht, "Simple Random
-    Search Provides a Competitive Approach to Reinforcement Learning", 2018, arXiv 1803.07055, its version V1.) It ends
-    after `budget` steps of the environment beside those of the contest, where no direction changes anything, and once
-    the best surely earns as much as the float policy.
+    The slope is the mean of (R(p + w d) - R(p - w d)) d / std R over normal d, w = WIDTH, where R is the mean return of
+    PLAYED episodes, new ones for each d, and p are scales, biases and the input stage, in the units that they are
+    trained in: what earns much with small errors everywhere is sought. (Mania, Guy, Recht, "Simple Random Search
+    Provides a Competitive Approach to Reinforcement Learning", 2018, arXiv 1803.07055, its version V1.) p moves by the
+    first of LENGTHS times the slope that wins the contest. It stays where none does, and DIRECTIONS more make the slope
+    better known: so steps are as small, and slopes as sure, as the return demands. (Differs from the paper, whose steps
+    are all of one length and all taken.) It ends after `budget` steps of the environment beside those of the contest,
+    where no direction changes anything, and once the best surely earns as much as the float policy.
     """
     place, played, seed = [p.detach().clone() for p in course.soft], 0, CLIMB
+    found: list[tuple[float, float, list[Tensor]]] = []
     while played < budget and sure(contest.gains) < 0:
-        found: list[tuple[float, float, list[Tensor]]] = []
         for _ in range(DIRECTIONS):
             d = [torch.randn(p.shape, generator=generator) for p in place]
-            up, down = (contest.visit(course.put(place, w, d), 1, seed) for w in (WIDTH, -WIDTH))
+            up, down = (contest.visit(course.put(place, w, d), 1, seed, PLAYED) for w in (WIDTH, -WIDTH))
             played += int(up.lengths.sum() + down.lengths.sum())
             found.append((float(up.returns.mean()), float(down.returns.mean()), d))
+            seed += 1
         spread = float(torch.tensor([r for *rs, _ in found for r in rs]).std(unbiased=False))
         if not spread > 0:
             break
+        slope = [torch.zeros_like(p) for p in place]
         for high, low, d in found:
-            rise = WIDTH * (high - low) / (2 * spread * DIRECTIONS)
-            place = [p + rise * v for p, v in zip(place, d, strict=True)]
-        model = course.put(place, 0.0, place)
-        place = [p.detach().clone() for p in course.soft]
-        best = model if contest.won(model) else best
-        seed += 1
+            slope = [s + (high - low) / (spread * len(found)) * v for s, v in zip(slope, d, strict=True)]
+        for length in LENGTHS:
+            model = course.put(place, length, slope)
+            if contest.won(model):
+                best, place, found = model, [p.detach().clone() for p in course.soft], []
+                break
     return best
 
 
