@@ -6,10 +6,10 @@
 off goes on and several runs with other --agents can share the work. 20 episodes from seed 1000 and, where a row says
 so, 20 others of the same quantized policy from seed 7000, each in pair with the float policy's; where they do not
 decide, twice as many and so on up to 160, each time with so much confidence that all looks together call a policy that
-loses the margin non-inferior in at most 5 % of cases (`quantkit.racing.levels`). The margin is 5 % of the distance
-between the float and a random policy; float and return are means over `episodes`; quantize_seconds are seconds of a
-processor. With --publish only the rows that are there are published. Rows of presets that --presets
-leaves out stay in the report as they are, so leave out only what still gives the same policies.
+loses the margin non-inferior in at most 5 % of cases (`quantkit.racing.levels`; `level` is that of the look that the
+verdict is of). The margin is 5 % of the distance between the float and a random policy; float and return are means over
+`episodes`; quantize_seconds are seconds of a processor. With --publish only the rows that are there are published. Rows
+of presets that --presets leaves out stay in the report as they are, so leave out only what gives the same policies.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def table(data: Path, work: Path, formats: list[tuple[str, str]], presets: list[
                             "return": round(float(np.mean(row["returns"])), 2),
                             "stderr": round(spread(row["returns"])[1], 2),
                             "episodes": len(row["returns"]),
+                            "level": round(row["verdict"]["level"], 4),
                             "verdict": row["verdict"]["verdict"],
                             "quantize_seconds": round(row["quantize_seconds"], 2),
                         }
