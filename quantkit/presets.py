@@ -29,7 +29,8 @@ PRESETS: dict[str, tuple[Step, ...]] = {
     ),
 }
 """fast: milliseconds. balanced: training on the calibration set, a second or two. best: the policy acts, too, and
-its return counts; half a minute of a core to a minute and a half, and up to seven where it falls short of float."""
+its return counts; half a minute of a core to a minute and a half, and where it surely falls short of float some minutes
+more, for further laps and the climb."""
 
 
 RECURRENT_PRESETS: dict[str, tuple[Step, ...]] = {
