@@ -329,6 +329,70 @@ def test_judged_by_what_no_step_has_seen():
 def test_a_network_ends_with_small_steps():
     """Where large steps only do harm, those at a tenth of the rate still bring a network nearer to its float one."""
     model, calib = MODELS["mlp"]()
-    recipe = uniform("int8", "int8", steps=(("distill", {"steps": 200, "rounds": 2, "lr": 0.03, "batch": 32}),))
+    recipe = uniform("int8", "int8", steps=(("distill", {"steps": 200, "rounds": 3, "lr": 0.03, "batch": 32}),))
     found = quantize(model, recipe, calib).meta["steps"][-1]["diagnostics"]
     assert found["round"] == 3 and found["loss_after"] < found["loss_before"]
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((3, 9, 7), (1, 2)), ((4, 30), (1,)), ((30,), (0,))])
+def test_mixtures_have_a_box_of_the_other(shape, axes):
+    """What comes from the other input is a box at its place with all channels, of every size from nothing to all."""
+    n = 400
+    new = distill.mixtures(
+        torch.zeros(n, *shape).long(), torch.ones(n, *shape).long(), torch.Generator().manual_seed(5)
+    )
+    assert new.shape == (n, *shape) and new.dtype == torch.int64
+    starts = set()
+    for one in new.numpy():
+        runs = [one.any(axis=tuple(a for a in range(one.ndim) if a != axis)) for axis in axes]
+        box = np.ones(shape, bool)
+        for axis, run in zip(axes, runs, strict=True):
+            assert (np.diff(np.flatnonzero(run)) == 1).all()
+            box &= run.reshape([-1 if a == axis else 1 for a in range(one.ndim)])
+        assert (one == box).all()
+        starts.add(int(runs[0].argmax()))
+    shares = new.double().flatten(1).mean(1)
+    assert torch.allclose(
+        shares.quantile(torch.tensor([0.25, 0.5, 0.75]).double()), torch.tensor([0.25, 0.5, 0.75]).double(), atol=0.08
+    )
+    assert len(starts) > shape[axes[0]] // 2
+
+
+def test_mixtures_are_labelled_by_the_float_network():
+    """Half of a batch is mixed and carries the labels of what it has become, the other half is as it was; held-out
+    inputs are joined by mixtures of themselves alone until there are enough to judge by."""
+    floats, _ = MODELS["mlp"]()
+    label, g = floats.module, torch.Generator().manual_seed(0)
+    x = torch.randn(9, *floats.example.shape[1:], generator=g)
+    with torch.no_grad():
+        mixed, target = distill.half_mixed(x, label(x), label, g)
+        assert torch.allclose(target, label(mixed), atol=1e-6)
+        assert torch.equal(mixed[4:], x[4:]) and (mixed[:4] != x[:4]).flatten(1).any(1).sum() >= 2
+        alone = distill.half_mixed(x[:1], label(x[:1]), label, g)
+        assert torch.equal(alone[0], x[:1])
+        pool = distill.Pool.of(torch.randn(80, *x.shape[1:], generator=g), label)
+        more = pool.plus_mixtures(label, g)
+        assert torch.equal(more.train, pool.train) and torch.equal(more.held[:10], pool.held)
+        assert len(more.held) == distill.JUDGES and torch.allclose(more.held_target, label(more.held), atol=1e-6)
+        assert all(torch.isin(more.held[:, i], pool.held[:, i]).all() for i in range(x.shape[1]))
+        assert more.plus_mixtures(label, g) is more
+
+
+def test_few_inputs_are_not_learned_by_heart():
+    """Trained equally long on a few images alone, a network stays farther from its float one on fresh images than with
+    mixtures."""
+    model, calib = MODELS["cnn"]()
+    images, fresh = calib.inputs[:24], calib.inputs[24:]
+    start = quantize(model, uniform("int3", "int4", steps=RTN), Calib(images))
+    with torch.no_grad():
+        pool, expected = distill.Pool.of(images, model.module), model.module(fresh)
+    loss = loss_for(None, expected)
+    errors = []
+    for label in (None, model.module):
+        student, trainees = distill._student(start, pool)
+        g = torch.Generator().manual_seed(0)
+        course = distill.Course(start, student, trainees, pool, lambda x, y, t: loss(y, t), 16, g, label)
+        done = course.train(distill._optimizer(trainees, 0.02, 0.2), distill._rates(400), range(400))
+        with torch.no_grad():
+            errors.append(float(loss(done.module(fresh), expected).mean()))
+    assert errors[1] < 0.9 * errors[0]

@@ -5,9 +5,12 @@ has no part in that, only in what follows. Rounds alternate (Ross, Gordon, Bagne
 and Structured Prediction to No-Regret Online Learning", AISTATS 2011, arXiv 1011.0686): the policy quantized so far
 acts, each time in new episodes, the states that it visits join the ones seen before, the float policy labels them, and
 training goes on.
-A network that does not act is trained on the calibration set alone, the scales of attention's operands included. With
-several rounds it ends with one of half the steps at a tenth of the learning rate, from the best found so far: where
-quantization has cost little, large steps lose more than they find.
+A network that does not act is trained on the calibration set alone, the scales of attention's operands included. Of
+several rounds the first has a tenth of the steps. The others share the rest, each from the best found so far, at
+learning rates that fall to a tenth of `lr`: where quantization has cost little, large steps lose more than they find.
+Half of their batches are mixtures, inputs with a random box of another's (Yun et al., "CutMix", ICCV 2019, arXiv
+1905.04899), which the float network labels: a few hundred inputs alone are learned by heart. Held-out inputs are few,
+too: mixtures of them judge as well.
 
 The loss is that of `quantkit.losses`. Of a policy that acts, and whose checkpoint has Q-functions of squashed actions
 (SAC, TD3, DDPG, TQC), it is, with a the float and a' the quantized action, e their error and Q the critic's value,
@@ -56,6 +59,8 @@ DIRECTIONS, WIDTH, PLAYED = 32, 0.02, 2
 """How many directions a step of climbing tries, how far, and in how many episodes on each side."""
 LENGTHS = (0.04, 0.02, 0.01)
 """How far it goes up the slope."""
+JUDGES = 256
+"""How many held-out inputs and mixtures of them judge the rounds of a network that does not act."""
 
 
 Label = Callable[[Tensor], Tensor]
@@ -86,6 +91,16 @@ class Pool:
         """Both together."""
         return Pool(*(torch.cat([a, b]) for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def plus_mixtures(self, label: Label, generator: torch.Generator) -> Pool:
+        """This one with `mixtures` of the held-out states among them: `JUDGES` are held out then, or more."""
+        n = JUDGES - len(self.held)
+        if n <= 0:
+            return self
+        one, other = (self.held[torch.randint(len(self.held), (n,), generator=generator)] for _ in range(2))
+        new = mixtures(one, other, generator)
+        target = torch.cat([self.held_target, *(label(x) for x in new.split(portion(new)))])
+        return Pool(self.train, self.train_target, torch.cat([self.held, new]), target)
+
     def loss(self, module: nn.Module, loss: Aim) -> float:
         """Mean loss of a network on the held-out states."""
         n = min(1024, portion(self.held))
@@ -105,6 +120,8 @@ class Course:
     loss: Aim
     batch: int
     generator: torch.Generator
+    label: Label | None = None
+    """What half of every batch is labelled with once it is mixed; None: nothing is."""
 
     def train(self, optimizer: torch.optim.Optimizer, rates: Callable[[int], float], steps: range) -> Model:
         """What it is after steps of the optimizer on random batches; `rates` multiplies its learning rates.
@@ -118,8 +135,10 @@ class Course:
                     group["lr"] = group["base"] * rates(t)
                 chosen = torch.randint(len(self.pool.train), (self.batch,), generator=self.generator)
                 optimizer.zero_grad(set_to_none=True)
-                x = self.pool.train[chosen]
-                value = self.loss(x, self.student(x), self.pool.train_target[chosen]).mean()
+                x, target = self.pool.train[chosen], self.pool.train_target[chosen]
+                if self.label is not None:
+                    x, target = half_mixed(x, target, self.label, self.generator)
+                value = self.loss(x, self.student(x), target).mean()
                 value.backward()
                 sums = [value.detach(), *(p.grad.sum() for g in groups for p in g["params"] if p.grad is not None)]
                 if not math.isfinite(float(torch.stack(sums).sum())):
@@ -169,6 +188,34 @@ class Course:
         """The held-out loss of a model; infinite where it is not a number."""
         value = self.pool.loss(model.module, self.loss)
         return value if math.isfinite(value) else math.inf
+
+
+@torch.no_grad()
+def half_mixed(x: Tensor, target: Tensor, label: Label, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch (n, ...) and its labels where the first n // 2 inputs are `mixtures` with the others, labelled anew."""
+    n = len(x) // 2
+    if n == 0:
+        return x, target
+    new = mixtures(x[:n], x[-n:], generator)
+    return torch.cat([new, x[n:]]), torch.cat([label(new), target[n:]])
+
+
+def mixtures(x: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
+    """x (n, channels, ...) with a box of `other` at the same place, its share of the volume and its corner uniform.
+
+    The box has all channels; inputs (n, features) have none, and a run of their features is the box.
+    """
+    axes = range(2 if x.dim() > 2 else 1, x.dim())
+    share = torch.rand(len(x), generator=generator) ** (1 / max(1, len(axes)))
+    inside = torch.ones([1] * x.dim(), dtype=torch.bool)
+    for axis in axes:
+        size = x.shape[axis]
+        length = (share * size).round()
+        begin = (torch.rand(len(x), generator=generator) * (size - length + 1)).floor()
+        at = torch.arange(size)
+        run = (at >= begin[:, None]) & (at < (begin + length)[:, None])
+        inside = inside & run.reshape([len(x) if a == 0 else size if a == axis else 1 for a in range(x.dim())])
+    return torch.where(inside, other, x)
 
 
 def apply(
@@ -272,10 +319,11 @@ def _distill(
             pool = pool.plus(Pool.of(seen.states, label))
         earned.append(float(seen.returns.mean()))
     course = Course(start, *_student(start, pool), pool, loss, batch, calib.generator)
-
-    def rate(t: int) -> float:
-        return min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
-
+    if visit is None and rounds > 1 and not isinstance(model.module, Policy):
+        best, report = _rounds(course, label, steps, rounds, lr, slow)
+        _copy_into(model, best)
+        return report | {"states": float(len(calib.inputs))}
+    rate = _rates(steps)
     candidates, latent = [start], [course.latent()] if visit is not None else []
 
     def lap(first: int) -> None:
@@ -292,12 +340,6 @@ def _distill(
 
     lap(1)
     losses = [course.error(m) for m in candidates]
-    if rounds > 1 and not isinstance(model.module, Policy):
-        found, half = candidates[losses.index(min(losses))], steps // 2
-        calm = Course(found, *_student(found, pool), pool, loss, batch, calib.generator)
-        slower = _optimizer(calm.trainees, 0.1 * lr, slow)
-        candidates.append(calm.train(slower, lambda t: rate(t * steps // half), range(half)))
-        losses.append(calm.error(candidates[-1]))
     kept, report = losses.index(min(losses)), {}
     best = candidates[kept]
     if visit is not None:
@@ -330,6 +372,32 @@ def _choose(
     for i in [i for i in rich if i in order[:FINALISTS] or i in rich[:FINALISTS]]:
         kept = i if contest.won(candidates[i]) else kept
     return kept
+
+
+def _rates(steps: int) -> Callable[[int], float]:
+    """What multiplies the learning rates in each of so many steps: up to one in the first 50, down along a cosine."""
+    return lambda t: min(1.0, (t + 1) / 50) * 0.5 * (1 + math.cos(math.pi * t / max(1, steps)))
+
+
+def _rounds(
+    course: Course, label: Label, steps: int, rounds: int, lr: float, slow: float
+) -> tuple[Model, dict[str, float]]:
+    """The best model of the rounds in which a network that does not act is trained, and the report of `apply`."""
+
+    def trained(course: Course, steps: int, lr: float) -> Model:
+        return course.train(_optimizer(course.trainees, lr, slow), _rates(steps), range(steps))
+
+    short = steps // 10
+    models = [course.start, trained(course, short, lr)]
+    course.pool = pool = course.pool.plus_mixtures(label, course.generator)
+    losses = [course.error(m) for m in models]
+    for number in range(rounds - 1):
+        best = models[losses.index(min(losses))]
+        course = Course(best, *_student(best, pool), pool, course.loss, course.batch, course.generator, label)
+        models.append(trained(course, (steps - short) // (rounds - 1), lr * 0.1 ** (number / max(1, rounds - 2))))
+        losses.append(course.error(models[-1]))
+    kept = losses.index(min(losses))
+    return models[kept], {"loss_before": losses[0], "loss_after": losses[kept], "round": float(kept)}
 
 
 def _optimizer(trainees: dict[str, Trainee | Operand], lr: float, slow: float) -> torch.optim.Optimizer:
