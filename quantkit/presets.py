@@ -52,11 +52,11 @@ _FAITHFUL: tuple[Step, ...] = (("act_scales", {"scale": "output"}), _AIMED)
 NETWORK_PRESETS: dict[str, tuple[Step, ...]] = {
     "fast": _FAITHFUL,
     "balanced": (*_FAITHFUL, ("distill", {"steps": 60, "rounds": 1, "batch": 32, "lr": 0.01})),
-    "best": (*_FAITHFUL, ("distill", {"steps": 600, "rounds": 4, "batch": 32, "lr": 0.01})),
+    "best": (*_FAITHFUL, ("distill", {"steps": 900, "rounds": 4, "batch": 32, "lr": 0.01})),
 }
 """The same for networks that do not act. fast: scales and weights aim at the layers' float outputs, and so need no bias
-correction. balanced: all layers are trained together on the calibration set. best: ten times as long, on mixtures of
-its inputs, too."""
+correction. balanced: all layers are trained together on the calibration set. best: fifteen times as long, the first as
+balanced, then on mixtures of the inputs, too."""
 
 
 _WEIGHED: Step = ("gptq", {"act_order": True, "drift": True, "scale": "importance"})

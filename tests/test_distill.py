@@ -334,6 +334,22 @@ def test_a_network_ends_with_small_steps():
     assert found["round"] == 3 and found["loss_after"] < found["loss_before"]
 
 
+def test_several_rounds_of_a_network_begin_with_the_single_one(monkeypatch):
+    """A fifteenth of the steps of several rounds, unmixed, gives the model of that many steps in one round."""
+
+    def trained(**options):
+        _, model, calib = nearest_quantized("mlp")
+        report = distill.apply(model, calib, lr=0.01, batch=32, **options)
+        assert report["round"] == 1
+        return [(layer.q.codes, layer.q.scale, layer.bias, layer.act) for layer in model.qlayers().values()]
+
+    alone = trained(steps=60, rounds=1)
+    errors = iter([2.0, 1.0, 3.0, 3.0])
+    monkeypatch.setattr(distill.Course, "error", lambda *_: next(errors))
+    for a, b in zip(alone, trained(steps=900, rounds=3), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True)) and a[3] == b[3]
+
+
 @pytest.mark.parametrize(("shape", "axes"), [((3, 9, 7), (1, 2)), ((4, 30), (1,)), ((30,), (0,))])
 def test_mixtures_have_a_box_of_the_other(shape, axes):
     """What comes from the other input is a box at its place with all channels, of every size from nothing to all."""

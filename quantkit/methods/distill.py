@@ -6,7 +6,7 @@ and Structured Prediction to No-Regret Online Learning", AISTATS 2011, arXiv 101
 acts, each time in new episodes, the states that it visits join the ones seen before, the float policy labels them, and
 training goes on.
 A network that does not act is trained on the calibration set alone, the scales of attention's operands included. Of
-several rounds the first has a tenth of the steps. The others share the rest, each from the best found so far, at
+several rounds the first has a fifteenth of the steps. The others share the rest, each from the best found so far, at
 learning rates that fall to a tenth of `lr`: where quantization has cost little, large steps lose more than they find.
 Half of their batches are mixtures, inputs with a random box of another's (Yun et al., "CutMix", ICCV 2019, arXiv
 1905.04899), which the float network labels: a few hundred inputs alone are learned by heart. Held-out inputs are few,
@@ -234,12 +234,13 @@ def apply(
     """Train the quantized layers of the model together.
 
     rounds: how often the policy acts to find states, `states` of them each time (1: never, only the calibration
-    set is used, as for a network that cannot act). lr: of the latent weights, in grid units; it falls to zero along
-    a cosine. slow: the rate of scales and biases, in units of lr. laps: how often the `rounds` are gone through at
-    most, each time from the smallest loss, while the policy surely earns less than the float one and the last lap took
-    a twentieth off that loss. climb: how many steps of the environment `uphill` takes, beside those of the contest.
-    Returns the held-out loss before and after, both on the final states, the round whose model was kept (0: the start),
-    with visits how much more than the float policy it earned in the contest, and how many states there were in the end.
+    set is used); of a network that does not act, those of the docstring above. lr: of the latent weights, in grid
+    units; it falls to zero along a cosine. slow: the rate of scales and biases, in units of lr. laps: how often the
+    `rounds` are gone through at most, each time from the smallest loss, while the policy surely earns less than the
+    float one and the last lap took a twentieth off that loss. climb: how many steps of the environment `uphill` takes,
+    beside those of the contest. Returns the held-out loss before and after, both on the final states, the round whose
+    model was kept (0: the start), with visits how much more than the float policy it earned in the contest, and how
+    many states there were in the end.
     """
     layers = trainable(model)
     for name, layer in model.qlayers().items():
@@ -387,7 +388,7 @@ def _rounds(
     def trained(course: Course, steps: int, lr: float) -> Model:
         return course.train(_optimizer(course.trainees, lr, slow), _rates(steps), range(steps))
 
-    short = steps // 10
+    short = steps // 15
     models = [course.start, trained(course, short, lr)]
     course.pool = pool = course.pool.plus_mixtures(label, course.generator)
     losses = [course.error(m) for m in models]
