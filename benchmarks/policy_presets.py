@@ -9,7 +9,8 @@ decide, twice as many and so on up to 160, each time with so much confidence tha
 loses the margin non-inferior in at most 5 % of cases (`quantkit.racing.levels`; `level` is that of the look that the
 verdict is of). The margin is 5 % of the distance between the float and a random policy; float and return are means over
 `episodes`; quantize_seconds are seconds of a processor. With --publish only the rows that are there are published. Rows
-of presets that --presets leaves out stay in the report as they are, so leave out only what gives the same policies.
+of agents, formats and presets that the options leave out stay in the report as they are, so leave out only what gives
+the same policies; rows of level 0.95 are older, of one look at 20 episodes.
 """
 
 from __future__ import annotations
@@ -154,10 +155,10 @@ def place(row: dict[str, Any]) -> tuple[int, int, int, int]:
     return AGENTS.index(row["agent"]), bits.index(row["weights"]), presets.index(row["preset"]), row["seed"]
 
 
-def table(data: Path, work: Path, formats: list[tuple[str, str]], presets: list[str]) -> None:
-    """Publish every row that is there."""
+def table(data: Path, work: Path, agents: list[str], formats: list[tuple[str, str]], presets: list[str]) -> None:
+    """Publish every row that is there, in the place of those that the report has of the same agents and designs."""
     rows = []
-    for agent in AGENTS:
+    for agent in agents:
         found = studies(data, work, agent, False)
         scored = {seed: known(folder) for seed, (folder, _) in found.items()}
         for weights, acts in sorted(formats, reverse=True):
@@ -184,7 +185,12 @@ def table(data: Path, work: Path, formats: list[tuple[str, str]], presets: list[
                             "quantize_seconds": round(row["quantize_seconds"], 2),
                         }
                     )
-    rows = sorted([r for r in published() if r["preset"] not in presets] + rows, key=place)
+    kept = [
+        r
+        for r in published()
+        if not (r["agent"] in agents and r["preset"] in presets and (r["weights"], r["acts"]) in formats)
+    ]
+    rows = sorted(kept + rows, key=place)
     publish("policy_presets", rows, packages=("torch", "gymnasium", "mujoco"))
 
 
@@ -200,4 +206,4 @@ if __name__ == "__main__":
     pairs = [(w, a) for w, _, a in (text.partition("/") for text in args.formats)]
     if not args.publish:
         main(args.data, args.work, args.agents, pairs, args.presets)
-    table(args.data, args.work, pairs, args.presets)
+    table(args.data, args.work, args.agents, pairs, args.presets)
