@@ -44,6 +44,8 @@ Step = Callable[[np.ndarray], np.ndarray]
 
 ENUMERATED = 1 << 23
 """Sums of one layer up to which thresholds are proved by trying every one."""
+SOUGHT = 8
+"""Bits of a layer's results up to which its exact arithmetic is sought to be priced."""
 FACTOR_BITS = 9
 """Bits, one more or less, of the factors that bring the sums of a recurrent cell to one scale."""
 NEAR = 32
@@ -121,8 +123,13 @@ def network_of(model: Model) -> tuple[Network, Host]:
 def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
     """What the cost model is to price: the layers that `quantkit rtl` writes, one design behind the other.
 
-    Their exact arithmetic is known, sums and windows without weights are among them. `layer_specs` of other networks.
+    Their exact arithmetic is known, sums and windows without weights are among them. `layer_specs` of other networks,
+    and where a layer gives codes of more than SOUGHT bits: finding their arithmetic takes a minute, for `quantkit rtl`
+    alone.
     """
+    plain = layer_specs(model)
+    if not is_recurrent(model.module) and any(spec.out is not None and bits(spec.out) > SOUGHT for spec in plain):
+        return plain
     try:
         if isinstance(model.module, Policy) or is_recurrent(model.module):
             return network_of(model)[0].specs
@@ -135,7 +142,7 @@ def hardware_specs(model: Model) -> tuple[LayerSpec, ...]:
             return tuple(spec for design in designs_of(model)[0] for spec in design.network.specs)
         except InputError:
             pass
-    return layer_specs(model)
+    return plain
 
 
 def _convolutional(model: Model) -> bool:
