@@ -16,6 +16,9 @@ demo: $(READY) ## Quantize a trained lander: sweep, Pareto front, verified ONNX,
 test: $(READY) lint ## Lint, types, all tests
 	$(BIN)/python -m pytest -n 2
 
+fast: $(READY) ## The tests without the slow ones
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
 lint: $(READY) ## Format check, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
