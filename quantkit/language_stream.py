@@ -60,11 +60,13 @@ def why_whole(model: Model, recipe: Recipe) -> str | None:
 
 
 def budget(model: Model) -> int:
-    """Bytes of activations that are held where nothing else is asked for: those of the largest weight in float32.
+    """Bytes of activations that are held where nothing else is asked for: those of a block's largest weight in float32.
 
-    At least 64 MiB. So weights and not the length of the text decide what is held at the peak.
+    At least 64 MiB. So weights and not the length of the text decide what is held at the peak. Embedding and head do
+    not count: what is held beside the layers of a block is held beside their second moments, too.
     """
-    return max(2**26, 4 * max((layer.weight.numel() for layer in model.layers().values()), default=0))
+    inside = (layer.weight.numel() for name, layer in model.layers().items() if _block_of(name) is not None)
+    return max(2**26, 4 * max(inside, default=0))
 
 
 def partial_folder(output: Path) -> Path:

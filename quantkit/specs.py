@@ -86,7 +86,8 @@ def specs_of(
     act = layer.act if isinstance(layer, QLayer) else None
     out = nxt.act if isinstance(nxt, QLayer) else None
     if not isinstance(layer, QLayer) or layer.q is None:
-        return (LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=float((weight == 0).float().mean())),)
+        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        return (LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=zeros),)
     if isinstance(layer.q, Bands):
         return _bands(layer.q, common, act, _fmt(out))
     acc_bits = None if not isinstance(act, ActQuant) else int(accumulator.exact_bits(units_of(layer.q), act.fmt).max())
