@@ -10,11 +10,11 @@ import tiny_agents as tiny
 import torch
 from torch import Tensor, nn
 
+from quantkit.aim import aim
 from quantkit.critic import drops
 from quantkit.loaders.sb3_actor import build_critics
 from quantkit.loading import load_checkpoint
 from quantkit.losses import loss_for
-from quantkit.methods import distill
 from quantkit.model import Model
 from quantkit.policy import Head, to_vectors
 from quantkit.recipe import quantize, uniform
@@ -80,7 +80,7 @@ def test_errors_count_by_what_they_cost() -> None:
     model = squashed()
     inputs = 0.5 * small_policies.calib(model, 256).inputs
     with torch.no_grad():
-        label, loss, _ = distill._aim(model, inputs, Quadratic([0.0, 3.0]))
+        label, loss, _ = aim(model, inputs, Quadratic([0.0, 3.0]))
         y = model.module(inputs)
         assert torch.tanh(y).abs().max() < 0.7, "no action may be moved over the edge, else the sums differ"
         a, t, plain = torch.tanh(y), label(inputs), loss_for(model.module.head, y)
@@ -100,7 +100,7 @@ def test_a_useless_critic_changes_nothing() -> None:
     model = squashed()
     inputs = small_policies.calib(model, 64).inputs
     for critic in (Quadratic([0.0, 0.0]), None):
-        assert distill._aim(model, inputs, critic)[0] is model.module
+        assert aim(model, inputs, critic)[0] is model.module
 
 
 def test_only_a_policy_that_acts_listens() -> None:

@@ -11,9 +11,13 @@ from tiny_models import MODELS, attention, nearest_quantized
 
 from hwmodel import formats
 from hwmodel.formats import levels
+from quantkit.acting import DIRECTIONS, LENGTHS, PLAYED, uphill
+from quantkit.contest import Contest
+from quantkit.course import JUDGES, Course, Pool, student_of
 from quantkit.errors import InputError
 from quantkit.losses import loss_for
 from quantkit.methods import act_scales, center, distill, input_grid
+from quantkit.mixtures import half_mixed, mixtures
 from quantkit.model import Calib, Model, Visits
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.qlayers import QLayer
@@ -42,11 +46,11 @@ def test_untrained_trainee_is_the_layer(name):
     """Before the first step the network of trainees gives the quantized network's outputs, ties of floats aside."""
     _, model, calib = nearest_quantized(name, "int4", "int8")
     expected = model.module(calib.inputs)
-    pool = distill.Pool.of(calib.inputs, model.module)
-    student, trainees = distill._student(model.copy(), pool)
+    pool = Pool.of(calib.inputs, model.module)
+    student, trainees = student_of(model.copy(), pool)
     got = student(calib.inputs)
     assert (got - expected).abs().median() <= 1e-5 * expected.abs().max()
-    same = distill.Course(model, student, trainees, pool, lambda x, y, t: y.sum(1), 1, calib.generator).model()
+    same = Course(model, student, trainees, pool, lambda x, y, t: y.sum(1), 1, calib.generator).model()
     assert (same.module(calib.inputs) - expected).abs().median() <= 1e-5 * expected.abs().max()
 
 
@@ -168,9 +172,8 @@ def test_the_way_up():
     _, start, calib = nearest_quantized("policy", "int3", "int4")
     label = start.module
     with torch.no_grad():
-        pool = distill.Pool.of(calib.inputs, label)
-        student, trainees = distill._student(start, pool)
-    course = distill.Course(start, student, trainees, pool, lambda x, y, t: y.sum(1), 8, calib.generator)
+        pool = Pool.of(calib.inputs, label)
+        course = Course.of(start, pool, lambda x, y, t: y.sum(1), 8, calib.generator)
     last, played = list(start.qlayers())[-1], []
     first = start.qlayers()[last].bias.clone()
 
@@ -179,20 +182,20 @@ def test_the_way_up():
         reached = 0.0 if model == "float" else -float((model.qlayers()[last].bias - first - 1).square().sum())
         return Visits(torch.zeros(1), torch.full((episodes,), reached), torch.full((episodes,), 5))
 
-    contest = distill.Contest(visit, "float")
+    contest = Contest(visit, "float")
     assert contest.won(start)
-    before, cost = float(contest.gains.mean()), 2 * distill.DIRECTIONS * distill.PLAYED * 5
+    before, cost = float(contest.gains.mean()), 2 * DIRECTIONS * PLAYED * 5
     played.clear()
-    best = distill.uphill(course, contest, start, torch.Generator().manual_seed(0), 20 * cost)
+    best = uphill(course, contest, start, torch.Generator().manual_seed(0), 20 * cost)
     assert float(contest.gains.mean()) == pytest.approx(visit(best, 1, 1).returns.mean()) and best is not start
     assert float(contest.gains.mean()) > before + 0.1 * abs(before)
-    assert len(played) - 1 <= 20 * (2 * distill.DIRECTIONS + 6 * len(distill.LENGTHS))
+    assert len(played) - 1 <= 20 * (2 * DIRECTIONS + 6 * len(LENGTHS))
     for name, layer in best.qlayers().items():
         assert torch.equal(layer.q.codes, start.qlayers()[name].q.codes)
     played.clear()
-    assert distill.uphill(course, contest, best, torch.Generator(), 0) is best and not played
+    assert uphill(course, contest, best, torch.Generator(), 0) is best and not played
     contest.gains = torch.zeros(48)
-    assert distill.uphill(course, contest, best, torch.Generator(), cost) is best and not played
+    assert uphill(course, contest, best, torch.Generator(), cost) is best and not played
 
 
 def test_visited_states_differ_from_evaluation():
@@ -298,8 +301,8 @@ def test_operands_are_trained():
     """A transformer's student starts as the quantized network, and the scales of its attention's operands move."""
     model, calib = attention()
     start = quantize(model, uniform("int4", "int4", steps=RTN), calib)
-    pool = distill.Pool.of(calib.inputs, start.module)
-    student, _ = distill._student(start.copy(), pool)
+    pool = Pool.of(calib.inputs, start.module)
+    student, _ = student_of(start.copy(), pool)
     expected = start.module(calib.inputs)
     assert (student(calib.inputs) - expected).abs().median() <= 1e-5 * expected.abs().max()
     steps = (*RTN, ("distill", {"steps": 60, "rounds": 1, "lr": 0.02}))
@@ -345,7 +348,7 @@ def test_several_rounds_of_a_network_begin_with_the_single_one(monkeypatch):
 
     alone = trained(steps=60, rounds=1)
     errors = iter([2.0, 1.0, 3.0, 3.0])
-    monkeypatch.setattr(distill.Course, "error", lambda *_: next(errors))
+    monkeypatch.setattr(Course, "error", lambda *_: next(errors))
     for a, b in zip(alone, trained(steps=900, rounds=3), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True)) and a[3] == b[3]
 
@@ -354,9 +357,7 @@ def test_several_rounds_of_a_network_begin_with_the_single_one(monkeypatch):
 def test_mixtures_have_a_box_of_the_other(shape, axes):
     """What comes from the other input is a box at its place with all channels, of every size from nothing to all."""
     n = 400
-    new = distill.mixtures(
-        torch.zeros(n, *shape).long(), torch.ones(n, *shape).long(), torch.Generator().manual_seed(5)
-    )
+    new = mixtures(torch.zeros(n, *shape).long(), torch.ones(n, *shape).long(), torch.Generator().manual_seed(5))
     assert new.shape == (n, *shape) and new.dtype == torch.int64
     starts = set()
     for one in new.numpy():
@@ -381,15 +382,15 @@ def test_mixtures_are_labelled_by_the_float_network():
     label, g = floats.module, torch.Generator().manual_seed(0)
     x = torch.randn(9, *floats.example.shape[1:], generator=g)
     with torch.no_grad():
-        mixed, target = distill.half_mixed(x, label(x), label, g)
+        mixed, target = half_mixed(x, label(x), label, g)
         assert torch.allclose(target, label(mixed), atol=1e-6)
         assert torch.equal(mixed[4:], x[4:]) and (mixed[:4] != x[:4]).flatten(1).any(1).sum() >= 2
-        alone = distill.half_mixed(x[:1], label(x[:1]), label, g)
+        alone = half_mixed(x[:1], label(x[:1]), label, g)
         assert torch.equal(alone[0], x[:1])
-        pool = distill.Pool.of(torch.randn(80, *x.shape[1:], generator=g), label)
+        pool = Pool.of(torch.randn(80, *x.shape[1:], generator=g), label)
         more = pool.plus_mixtures(label, g)
         assert torch.equal(more.train, pool.train) and torch.equal(more.held[:10], pool.held)
-        assert len(more.held) == distill.JUDGES and torch.allclose(more.held_target, label(more.held), atol=1e-6)
+        assert len(more.held) == JUDGES and torch.allclose(more.held_target, label(more.held), atol=1e-6)
         assert all(torch.isin(more.held[:, i], pool.held[:, i]).all() for i in range(x.shape[1]))
         assert more.plus_mixtures(label, g) is more
 
@@ -401,14 +402,12 @@ def test_few_inputs_are_not_learned_by_heart():
     images, fresh = calib.inputs[:24], calib.inputs[24:]
     start = quantize(model, uniform("int3", "int4", steps=RTN), Calib(images))
     with torch.no_grad():
-        pool, expected = distill.Pool.of(images, model.module), model.module(fresh)
+        pool, expected = Pool.of(images, model.module), model.module(fresh)
     loss = loss_for(None, expected)
     errors = []
     for label in (None, model.module):
-        student, trainees = distill._student(start, pool)
         g = torch.Generator().manual_seed(0)
-        course = distill.Course(start, student, trainees, pool, lambda x, y, t: loss(y, t), 16, g, label)
-        done = course.train(distill._optimizer(trainees, 0.02, 0.2), distill._rates(400), range(400))
+        (done,) = Course.of(start, pool, lambda x, y, t: loss(y, t), 16, g, label).rounds(400, 1, 0.02, 0.2)
         with torch.no_grad():
             errors.append(float(loss(done.module(fresh), expected).mean()))
     assert errors[1] < 0.9 * errors[0]
