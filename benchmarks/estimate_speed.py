@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import report
 
+from hwmodel.coeffs import coefficients, forget
 from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
 from hwmodel.folding import layer_fold, predict
 from hwmodel.formats import parse
-from hwmodel.mac import coefficients, forget
 from hwmodel.spec import LayerSpec
 
 RUNS = 30

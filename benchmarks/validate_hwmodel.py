@@ -30,8 +30,9 @@ from matplotlib.ticker import NullFormatter
 
 from hwmodel.baselines import best_scale
 from hwmodel.cli_proof import CACHE, Bar
+from hwmodel.coeffs import write_coeffs
 from hwmodel.fabric import pricing
-from hwmodel.fit import residual_of, write_coeffs
+from hwmodel.fit import residual_of
 from hwmodel.network import Network, read_network
 from hwmodel.validate import KINDS, Row, clocks_of, summary, validate
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from hwmodel import emit, yosys
 from hwmodel.cli_proof import CACHE
+from hwmodel.coeffs import write_coeffs
 from hwmodel.fabric import Family, pricing
-from hwmodel.fit import residual_of, write_coeffs
+from hwmodel.fit import residual_of
 from hwmodel.folding import Fold, folds
 from hwmodel.plan import total
 from quantkit.model import Calib, Model

@@ -14,12 +14,13 @@ import numpy as np
 
 from hwmodel import fabric
 from hwmodel.accumulator import exact_bits, signed_bits, unit_range
+from hwmodel.coeffs import coefficients
 from hwmodel.convert import affine
 from hwmodel.cost import Cost, HwError
 from hwmodel.formats import Format, Int, bits, parse
 from hwmodel.gates import INDEX, S_RANGE, G
 from hwmodel.layer import address_bits, constants
-from hwmodel.mac import booth_rows, coefficients
+from hwmodel.mac import booth_rows
 from hwmodel.memory import rom
 from hwmodel.reference import to_units
 from hwmodel.spec import CELL_GATES, LayerSpec, Recurrence, Rescale

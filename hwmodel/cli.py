@@ -99,9 +99,10 @@ def cost(
     """
     with plain_errors():
         from hwmodel.accumulator import type_bound
+        from hwmodel.coeffs import use_coefficients
         from hwmodel.estimate import residual
         from hwmodel.formats import parse
-        from hwmodel.mac import mac_cost, use_coefficients
+        from hwmodel.mac import mac_cost
         from hwmodel.packing import shared_cost
 
         use_coefficients(coeffs)
@@ -185,10 +186,10 @@ def estimate(
     Example: hwmodel estimate policy.onnx --device xc7a35t --latency-us 5
     """
     with plain_errors():
+        from hwmodel.coeffs import use_coefficients
         from hwmodel.devices import find_device
         from hwmodel.estimate import estimate as planned
         from hwmodel.estimate import estimate_unrolled, read_design
-        from hwmodel.mac import use_coefficients
         from hwmodel.network import read_network
 
         use_coefficients(coeffs)

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hwmodel.coeffs import coefficients
 from hwmodel.cost import ZERO, Cost
 from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, Float, Format, Levels, bits, int_max
 from hwmodel.formats import scale_bits as stored_scale_bits
 from hwmodel.layer import address_bits, constants, interval_code, search_step, sum_codes, threshold_cost
-from hwmodel.mac import booth_rows, coefficients
+from hwmodel.mac import booth_rows
 from hwmodel.spec import CURVED, LayerSpec, PerGroup, PerTensor, Rescale
 
 NOT_MONOTONE = ("gelu", "silu")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hwmodel import flow, timing
+from hwmodel.coeffs import coefficients, published
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
 from hwmodel.formats import Float, Format, Levels
-from hwmodel.mac import coefficients, pair_key, published
+from hwmodel.mac import pair_key
 from hwmodel.network import Network, design_folders
 from hwmodel.packing import WIDE_PORT
 from hwmodel.plan import RESOURCES, chains_of, layer_costs, plan_streams, tightest, total_cycles

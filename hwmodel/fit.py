@@ -11,9 +11,7 @@ from __future__ import annotations
 import csv
 import datetime
 import itertools
-import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from hwmodel import fabric, mac, nextpnr, timing, yosys
+from hwmodel import coeffs, fabric, mac, nextpnr, timing, yosys
+from hwmodel.coeffs import write_coeffs
 from hwmodel.convert import csd_adds, factor_rows, to_float_bits
 from hwmodel.cost import Cost, HwError
 from hwmodel.estimate import mac_kind
@@ -509,7 +508,7 @@ def fit(
         done += more
         progress(done, total)
 
-    whole = deepcopy(mac.document())
+    whole = deepcopy(coeffs.document())
     found = Fitted(whole if fabric.family() == "xc7" else whole.setdefault(fabric.family(), {"residual": {}}))
     stamp = {
         "yosys": yosys.version(),
@@ -709,29 +708,6 @@ def fit_formula(samples: Sequence[Sample], found: Fitted, rng: random.Random) ->
     found.data["product_formula"] = least_squares([features[k] for k in keys], [table[k][0] for k in keys])
 
 
-def write_coeffs(path: Path, data: dict[str, Any]) -> None:
-    """Write the tables as TOML and price everything with them from now on."""
-    lines = ["# Written by hwmodel fit; [fit] says with which tool, when and how."]
-
-    def emit(table: dict[str, Any], name: str) -> None:
-        plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-        if name and plain:
-            lines.extend(["", f"[{name}]"])
-        lines.extend(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in plain.items())
-        for k, v in table.items():
-            if isinstance(v, dict):
-                emit(v, f"{name}.{json.dumps(k)}" if name else json.dumps(k))
-
-    emit(data, "")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text("\n".join(lines) + "\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    mac.use_coefficients(path)
-
-
 # ---------------------------------------------------------------- a user's own counts
 
 
@@ -811,13 +787,13 @@ def fit_utilization(rows: Sequence[Utilization], out: Path, *, tool: str, comman
     shuffled = list(rows)
     random.Random(SEED).shuffle(shuffled)
     held, seen = shuffled[: len(rows) // 3 or 1], shuffled[len(rows) // 3 or 1 :]
-    ours = deepcopy(mac.coefficients())
+    ours = deepcopy(coeffs.coefficients())
     trial = out.with_name(f".{out.name}.trial")
     try:
         write_coeffs(trial, _with_products(ours, seen))
         guesses = [mac.mac_cost(r.weight, r.act, r.acc_bits, r.lanes).luts for r in held]
     finally:
-        mac.use_coefficients(None)
+        coeffs.use_coefficients(None)
         trial.unlink(missing_ok=True)
     data = _with_products(ours, rows)
     found = residual_of([r.luts for r in held], guesses)

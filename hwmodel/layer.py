@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 from hwmodel import fabric
+from hwmodel.coeffs import coefficients
 from hwmodel.cost import ZERO, Cost
 from hwmodel.fabric import kept
 from hwmodel.formats import BINARY, TERNARY, Float, Format, Int, bits, levels, unit
-from hwmodel.mac import coefficients, mac_cost, operand, pipeline_stages, product_bits, product_cost, shift_bits
+from hwmodel.mac import mac_cost, operand, pipeline_stages, product_bits, product_cost, shift_bits
 from hwmodel.memory import rom, rom_columns
 from hwmodel.spec import LayerSpec
 

@@ -14,15 +14,12 @@ popcount of agreements (`rtl/popcount.v`). Products in DSPs are `packing`'s.
 from __future__ import annotations
 
 import math
-import sys
-import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 from hwmodel import fabric
+from hwmodel.coeffs import COMPRESSOR, coefficients, document, published
 from hwmodel.compressor import GATE, Counter, heap_luts, partial_products
 from hwmodel.cost import Cost, HwError
 from hwmodel.fabric import kept
@@ -87,63 +84,6 @@ def shift_bits(weight: Format, act: Format) -> int:
 def owes(weight: Format, act: Format) -> bool:
     """Whether a product carries a separate sign into the adders."""
     return operand(weight).owes or operand(act).owes
-
-
-COMPRESSOR = "compressor"
-"""In place of a file of coefficients: ours, with sums by published counters (`hwmodel.compressor`)."""
-_source: list[Path] = []
-
-
-@cache
-def document() -> dict[str, Any]:
-    """The contents of `coeffs.toml`, or of the file that `use_coefficients` named: of xc7, and below "ecp5" of ECP5."""
-    own = not _source or published()
-    source = resources.files("hwmodel").joinpath("coeffs.toml") if own else _source[0]
-    return tomllib.loads(source.read_text())
-
-
-def published() -> bool:
-    """Whether sums are priced by published counters, which nobody here has measured."""
-    return _source == [Path(COMPRESSOR)]
-
-
-@kept
-def coefficients() -> dict[str, Any]:
-    """Those of the family that is priced."""
-    if fabric.family() == "xc7":
-        return document()
-    found: dict[str, Any] = document().get(fabric.family(), {})
-    if not found:
-        raise HwError(f"these coefficients have none for {fabric.family()}; hwmodel fit --family renews ours")
-    return found
-
-
-def use_coefficients(path: Path | None) -> None:
-    """Price everything from now on with the coefficients in `path`, `COMPRESSOR`'s, or our own for None."""
-    if path is not None and path != Path(COMPRESSOR):
-        try:
-            found = tomllib.loads(path.read_text())
-        except OSError:
-            raise HwError(
-                f"{path} cannot be read; expected coefficients written by hwmodel fit, or the word {COMPRESSOR}"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise HwError(f"{path} is not TOML: {error}") from None
-        optional = {*fabric.FAMILIES, COMPRESSOR}
-        missing = [key for key in document() if key not in found and key not in optional]
-        if missing:
-            raise HwError(f"{path} lacks [{missing[0]}]; expected coefficients written by hwmodel fit")
-    _source[:] = [] if path is None else [path]
-    forget()
-
-
-def forget() -> None:
-    """Empty every cache of the package, after coefficients have changed."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hwmodel."):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear") and value.__module__.startswith("hwmodel."):
-                    value.cache_clear()
 
 
 def pair_key(weight: Format, act: Format) -> str:

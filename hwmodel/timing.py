@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from hwmodel import fabric
+from hwmodel.coeffs import coefficients
 from hwmodel.convert import factor_rows, usual_rescale
 from hwmodel.fabric import kept
 from hwmodel.folding import Fold
 from hwmodel.formats import BINARY, Float, Format, bits
 from hwmodel.layer import address_bits
-from hwmodel.mac import coefficients, does, format_of, owes, pair_key
+from hwmodel.mac import does, format_of, owes, pair_key
 from hwmodel.netlist import PLACED
 from hwmodel.spec import CURVED, PerGroup, Rescale
 

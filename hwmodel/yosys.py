@@ -25,10 +25,11 @@ from importlib import resources, util
 from pathlib import Path
 from typing import Any
 
+from hwmodel.coeffs import coefficients
 from hwmodel.cost import Cost
 from hwmodel.fabric import CHAIN, RAM_CELLS
 from hwmodel.formats import BINARY, Format
-from hwmodel.mac import coefficients, operand, owes, product_bits, shift_bits
+from hwmodel.mac import operand, owes, product_bits, shift_bits
 from hwmodel.netlist import MAPPER, PLACED, STARTS, slowest
 
 FLOW = "synth_xilinx -family xc7 -flatten -noiopad -noclkbuf"

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from hwmodel import emit, nextpnr, yosys
 from hwmodel.cli import app
+from hwmodel.coeffs import coefficients, use_coefficients
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
 from hwmodel.fabric import adder, family, pricing
 from hwmodel.formats import parse
-from hwmodel.mac import coefficients, mac_cost, use_coefficients
+from hwmodel.mac import mac_cost
 from hwmodel.packing import packed_cost, packing
 from hwmodel.plan import plan_network
 from hwmodel.validate import validate

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hwmodel.cli import app
+from hwmodel.coeffs import use_coefficients
 from hwmodel.formats import parse
-from hwmodel.mac import use_coefficients
 from hwmodel.network import Layer, Network
 from hwmodel.spec import LayerSpec
 

@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 from hwmodel import fabric
 from hwmodel.baselines import _COMPRESSOR
 from hwmodel.cli import app
+from hwmodel.coeffs import COMPRESSOR, document, use_coefficients
 from hwmodel.compressor import Counter, heap_luts
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.estimate import estimate
 from hwmodel.formats import Int, parse
-from hwmodel.mac import COMPRESSOR, document, mac_cost, use_coefficients
+from hwmodel.mac import mac_cost
 from hwmodel.spec import LayerSpec
 
 

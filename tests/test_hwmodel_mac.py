@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from hwmodel.accumulator import type_bound
+from hwmodel.coeffs import coefficients
 from hwmodel.convert import converters, to_float
 from hwmodel.cost import Cost
 from hwmodel.formats import Float, Format, Int, all_names, bits, minifloats, parse
-from hwmodel.mac import coefficients, format_of, mac_cost, pair_key, product_cost, product_ffs
+from hwmodel.mac import format_of, mac_cost, pair_key, product_cost, product_ffs
 from hwmodel.spec import LayerSpec, PerGroup, PerRow, PerTensor
 
 ACTS = [

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from hwmodel import formats, yosys
+from hwmodel.coeffs import coefficients
 from hwmodel.formats import bits, decode, parse
-from hwmodel.mac import coefficients, mac_cost, owes, product_bits
+from hwmodel.mac import mac_cost, owes, product_bits
 
 pytestmark = [
     pytest.mark.yosys,

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from hwmodel import fit as fitting
 from hwmodel import mac, yosys
 from hwmodel.cli import app
+from hwmodel.coeffs import coefficients, use_coefficients
 from hwmodel.cost import Cost, HwError
 from hwmodel.fit import RowsError, Sample, fit_utilization, read_utilization
 from hwmodel.folding import layer_fold
 from hwmodel.formats import bits, parse
 from hwmodel.layer import operands
-from hwmodel.mac import coefficients, mac_cost, owed_chains, use_coefficients
+from hwmodel.mac import mac_cost, owed_chains
 from hwmodel.memory import rom_columns
 from hwmodel.network import Network
 from hwmodel.samples import layer_samples, policy_samples, unit_samples
