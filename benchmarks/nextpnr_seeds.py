@@ -12,7 +12,7 @@ import report
 
 from hwmodel.cli_proof import CACHE
 from hwmodel.fabric import pricing
-from hwmodel.fit import CLOCK_SEED
+from hwmodel.fit_delays import CLOCK_SEED
 from hwmodel.samples import layer_samples
 from hwmodel.validate import placed_design, sampled
 

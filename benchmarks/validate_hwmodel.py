@@ -32,9 +32,8 @@ from hwmodel.baselines import best_scale
 from hwmodel.cli_proof import CACHE, Bar
 from hwmodel.coeffs import write_coeffs
 from hwmodel.fabric import pricing
-from hwmodel.fit import residual_of
 from hwmodel.network import Network, read_network
-from hwmodel.validate import KINDS, Row, clocks_of, summary, validate
+from hwmodel.validate import KINDS, Row, clocks_of, residual_of, summary, validate
 
 MODELS = {"hwmodel": "hwmodel", "finn": "FINN", "ebops": "EBOPs", "bops": "BOPs"}
 COLORS = {"int": "#1b6ca8", "minifloat": "#c8553d", "mixed": "#7a5195", "ternary": "#2a9d8f", "binary": "#e0a030"}

@@ -25,9 +25,9 @@ from hwmodel import emit, yosys
 from hwmodel.cli_proof import CACHE
 from hwmodel.coeffs import write_coeffs
 from hwmodel.fabric import Family, pricing
-from hwmodel.fit import residual_of
 from hwmodel.folding import Fold, folds
 from hwmodel.plan import total
+from hwmodel.validate import residual_of
 from quantkit.model import Calib, Model
 from quantkit.recipe import quantize, uniform
 from quantkit.rtl_export import network_of

