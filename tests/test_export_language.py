@@ -19,7 +19,7 @@ from tiny_lm import transformers  # noqa: E402
 from quantkit.language import causal_lm  # noqa: E402
 from quantkit.loading import load_checkpoint  # noqa: E402
 
-SLOW = ("gemma", "gemma2", "gemma3_text", "gpt2", "granite", "olmo2", "phi3", "smollm3")
+SLOW = ("gemma", "gemma2", "gemma3_text", "gpt2", "granite", "mistral", "olmo2", "phi3", "qwen3", "smollm3")
 LAYERS = ["--weights", "int4", "--acts", "float"]
 
 
