@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_recurrent
 import torch
-from drifting import Drift
 from safetensors.torch import save_file
+from tiny_designs import DEVICE, icarus
+from tiny_recurrent import float_error, from_json, prove_closed_loop, prove_episodes, sequence
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -20,23 +21,17 @@ from hwmodel import emit, yosys
 from hwmodel.cell import Cell
 from hwmodel.cli import app as hwmodel_app
 from hwmodel.cost import HwError
-from hwmodel.devices import find_device
-from hwmodel.estimate import estimate
-from hwmodel.network import Network, reference, sample_codes
-from hwmodel.plan import plan_network, total, total_cycles
-from hwmodel.simulate import Simulation, episodes_of, read_vectors
+from hwmodel.network import Network, reference
+from hwmodel.plan import plan_network, total
+from hwmodel.simulate import episodes_of, read_vectors
 from hwmodel.spec import LayerSpec
 from hwmodel.unroll import plan_unrolled
 from quantkit.artifact import save_artifact
 from quantkit.cli import app
 from quantkit.errors import InputError
-from quantkit.model import Calib, EnvSpec, Model
-from quantkit.recipe import quantize, uniform
+from quantkit.model import EnvSpec, Model
 from quantkit.rtl_episodes import fly
-from quantkit.rtl_export import Host, network_of
-
-DEVICE = find_device("xc7a35t")
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
+from quantkit.rtl_export import network_of
 
 
 class Flier(nn.Module):
@@ -56,25 +51,11 @@ class Flier(nn.Module):
 def quantized(
     weights: str, acts: str, layers: int = 1, dense: bool = True, factors: bool = False
 ) -> tuple[Model, nn.Module]:
-    """The controller, quantized on random sequences, and what it was in float; factors: on the last layer's inputs."""
-    torch.manual_seed(5)
-    module = Flier(layers, dense).eval()
-    model = Model(module, torch.zeros(2, 4, 6), None, {"sha256": "x", "factory": "controller:Flier"})
-    calib = Calib(torch.randn(16, 10, 6, generator=torch.Generator().manual_seed(1)))
-    done = quantize(model, uniform(weights, acts), calib)
+    """The controller, quantized, and what it was in float; factors: on the last layer's inputs."""
+    done, module = tiny_recurrent.quantized(lambda: Flier(layers, dense), weights, acts)
     if factors:
         done.module.leave.in_scale = torch.tensor([0.5, 0.7, 1.1, 1.6])  # type: ignore[union-attr]
     return done, module
-
-
-def sequence(steps: int) -> np.ndarray:
-    """Observations (steps, 6) that no calibration has seen."""
-    return torch.randn(steps, 6, generator=torch.Generator().manual_seed(9)).numpy()
-
-
-def in_integers(network: Network, host: Host, x: np.ndarray) -> np.ndarray:
-    """Outputs over one episode."""
-    return host.outputs(reference(network, host.codes(x)))
 
 
 CASES = {
@@ -92,30 +73,15 @@ CASES = {
 def test_the_design_is_its_integers_in_the_estimated_cycles(case: str, tmp_path: Path) -> None:
     """Over episodes, sums of the Verilog are the reference's, and cycles the estimate's for the same target."""
     *network_of_case, target = CASES[case]
-    model, _ = quantized(*network_of_case)
-    network, host = network_of(model)
-    plans = plan_network(network, DEVICE, **target)
-    emit.write(network, plans, tmp_path, DEVICE)
-    codes, first = host.codes(sequence(30)), np.arange(30) % 11 == 0
-    with Simulation(tmp_path, "iverilog") as rtl:
-        answers = [rtl.run(codes[i : i + 1], first[i : i + 1]) for i in range(30)]  # states last from call to call
-    sums = np.concatenate([answer.sums for answer in answers])
-    assert np.array_equal(sums, reference(network, codes, first))
-    assert (sums != reference(network, codes)).any()
-    cycles = estimate(network.specs, DEVICE, **target).cycles
-    assert {int(answer.cycles[0]) for answer in answers} == {cycles} == {total_cycles(plans)}
+    prove_episodes(quantized(*network_of_case)[0], target, tmp_path)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_at_eight_bits_integers_follow_torchs_gru(layers: int) -> None:
     """Over an episode the integers stay within 5 % of what nn.GRU and the dense layers give in float."""
     model, module = quantized("int8", "int8", layers)
-    network, host = network_of(model)
-    x = sequence(60)
-    with torch.no_grad():
-        want = module(torch.from_numpy(x)[None])[0].numpy()
     assert isinstance(module.gru, nn.GRU)
-    assert np.abs(in_integers(network, host, x) - want).max() < 0.05 * np.abs(want).max()
+    assert float_error(model, module) < 0.05
 
 
 def test_factors_behind_a_gru_have_a_table_for_each_unit() -> None:
@@ -129,9 +95,7 @@ def test_factors_behind_a_gru_have_a_table_for_each_unit() -> None:
 def test_a_recurrent_network_survives_json() -> None:
     """JSON brings back every integer, of the network and of its specs."""
     network, _ = network_of(quantized("int5", "int6", layers=2)[0])
-    again = Network.from_json(json.loads(json.dumps(network.to_json())))
-    codes = sample_codes(network, 40)
-    assert np.array_equal(reference(again, codes), reference(network, codes)) and again.specs == network.specs
+    again = from_json(network)
     assert tuple(LayerSpec.from_json(json.loads(json.dumps(spec.to_json()))) for spec in network.specs) == again.specs
 
 
@@ -209,28 +173,7 @@ def test_the_stream_begins_episodes_by_tuser_and_reset(tmp_path: Path) -> None:
 def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
     """Episodes flown by the Verilog return what a loop around the reference returns; a broken memory is named."""
     model, _ = quantized("int6", "int6")
-    network, host = network_of(model)
-    plans = plan_network(network, DEVICE, latency_us=3)
-    emit.write(network, plans, tmp_path, DEVICE)
-    flight = fly(model, tmp_path, EnvSpec("Drift-v0"), episodes=3, seed=4, tool="iverilog")
-    assert flight.difference is None and flight.decisions == 75
-    assert flight.cycles_min == flight.cycles_max == total_cycles(plans)
-    returns = []
-    for episode in range(3):
-        env = Drift()
-        seen, score = [env.reset(seed=4 + episode)[0]], 0.0
-        for _ in range(25):
-            x, reward, *_ = env.step(in_integers(network, host, np.stack(seen))[-1])
-            seen.append(x)
-            score += reward
-        returns.append(score)
-    assert flight.returns == tuple(returns)
-
-    memory = tmp_path / "layer1_constants.mem"
-    words = memory.read_text().split()
-    memory.write_text("\n".join(f"{int(word, 16) ^ 4:0{len(word)}x}" for word in words) + "\n")
-    broken = fly(model, tmp_path, EnvSpec("Drift-v0"), episodes=3, seed=4, tool="iverilog")
-    assert broken.difference is not None and "out_sums[" in broken.difference
+    prove_closed_loop(model, tmp_path, flip=4)
     with pytest.raises(InputError, match=r"gives observations of shape \(3,\), the network takes \(6,\)"):
         fly(model, tmp_path, EnvSpec("Pendulum-v1"), episodes=1, tool="iverilog")
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_recurrent
 import torch
-from drifting import Drift
 from safetensors.torch import save_file
+from tiny_designs import DEVICE, icarus
+from tiny_recurrent import float_error, from_json, prove_closed_loop, prove_episodes, sequence
 from torch import Tensor, nn
 from typer import Typer
 from typer.testing import CliRunner
@@ -21,21 +22,15 @@ from typer.testing import CliRunner
 from hwmodel import emit, yosys
 from hwmodel.cli import app as hwmodel_app
 from hwmodel.devices import find_device
-from hwmodel.estimate import estimate
 from hwmodel.fabric import FAMILIES, pricing
-from hwmodel.network import Network, reference, sample_codes
+from hwmodel.network import reference
 from hwmodel.plan import plan_network, total, total_cycles
 from hwmodel.simulate import Simulation
 from hwmodel.spec import LayerSpec
 from quantkit.artifact import save_artifact
 from quantkit.cli import app
-from quantkit.model import Calib, EnvSpec, Model
-from quantkit.recipe import quantize, uniform
-from quantkit.rtl_episodes import fly
+from quantkit.model import Model
 from quantkit.rtl_export import network_of
-
-DEVICE = find_device("xc7a35t")
-icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 
 
 class Flier(nn.Module):
@@ -53,17 +48,8 @@ class Flier(nn.Module):
 
 
 def quantized(weights: str, acts: str, layers: int = 1, both: bool = False) -> tuple[Model, nn.Module]:
-    """The controller, quantized on random sequences, and what it was in float."""
-    torch.manual_seed(5)
-    module = Flier(layers, both).eval()
-    model = Model(module, torch.zeros(2, 4, 6), None, {"sha256": "x", "factory": "controller:Flier"})
-    calib = Calib(torch.randn(16, 10, 6, generator=torch.Generator().manual_seed(1)))
-    return quantize(model, uniform(weights, acts), calib), module
-
-
-def sequence(steps: int) -> np.ndarray:
-    """Observations (steps, 6) that no calibration has seen."""
-    return torch.randn(steps, 6, generator=torch.Generator().manual_seed(9)).numpy()
+    """The controller, quantized, and what it was in float."""
+    return tiny_recurrent.quantized(lambda: Flier(layers, both), weights, acts)
 
 
 CASES = {
@@ -80,17 +66,7 @@ CASES = {
 def test_the_design_is_its_integers_in_the_estimated_cycles(case: str, tmp_path: Path) -> None:
     """Over episodes, sums of the Verilog are the reference's, and cycles the estimate's for the same target."""
     *network_of_case, target = CASES[case]
-    network, host = network_of(quantized(*network_of_case)[0])
-    plans = plan_network(network, DEVICE, **target)
-    emit.write(network, plans, tmp_path, DEVICE)
-    codes, first = host.codes(sequence(30)), np.arange(30) % 11 == 0
-    with Simulation(tmp_path, "iverilog") as rtl:
-        answers = [rtl.run(codes[i : i + 1], first[i : i + 1]) for i in range(30)]  # states last from call to call
-    sums = np.concatenate([answer.sums for answer in answers])
-    assert np.array_equal(sums, reference(network, codes, first))
-    assert (sums != reference(network, codes)).any()
-    cycles = estimate(network.specs, DEVICE, **target).cycles
-    assert {int(answer.cycles[0]) for answer in answers} == {cycles} == {total_cycles(plans)}
+    prove_episodes(quantized(*network_of_case)[0], target, tmp_path)
 
 
 @pytest.mark.sim
@@ -117,21 +93,15 @@ def test_products_of_cells_go_into_dsps(tmp_path: Path) -> None:
 def test_at_eight_bits_integers_follow_torchs_lstm(layers: int, both: bool) -> None:
     """Over an episode the integers stay within 5 % of what nn.LSTM and the dense layers give in float."""
     model, module = quantized("int8", "int8", layers, both)
-    network, host = network_of(model)
-    x = sequence(60)
-    with torch.no_grad():
-        want = module(torch.from_numpy(x)[None])[0].numpy()
     assert isinstance(module.lstm, nn.LSTM)
-    assert np.abs(host.outputs(reference(network, host.codes(x))) - want).max() < 0.05 * np.abs(want).max()
+    assert float_error(model, module) < 0.05
 
 
 def test_a_network_with_lstms_survives_json(tmp_path: Path) -> None:
     """JSON brings back every integer, of the network and of its specs, and an artifact holds these specs."""
     model, _ = quantized("int5", "int6", both=True)
     network, _ = network_of(model)
-    again = Network.from_json(json.loads(json.dumps(network.to_json())))
-    codes = sample_codes(network, 40)
-    assert np.array_equal(reference(again, codes), reference(network, codes)) and again.specs == network.specs
+    again = from_json(network)
     assert [spec.op for spec in again.specs] == ["linear", "lstm", "gru", "linear"]
     save_artifact(model, tmp_path / "a")
     records = json.loads((tmp_path / "a" / "specs.json").read_text())["layers"]
@@ -145,29 +115,7 @@ def test_a_network_with_lstms_survives_json(tmp_path: Path) -> None:
 @icarus
 def test_a_closed_loop_is_the_integers(tmp_path: Path) -> None:
     """Episodes flown by the Verilog return what a loop around the reference returns; a broken memory is named."""
-    model, _ = quantized("int6", "int6")
-    network, host = network_of(model)
-    plans = plan_network(network, DEVICE, latency_us=3)
-    emit.write(network, plans, tmp_path, DEVICE)
-    flight = fly(model, tmp_path, EnvSpec("Drift-v0"), episodes=3, seed=4, tool="iverilog")
-    assert flight.difference is None and flight.decisions == 75
-    assert flight.cycles_min == flight.cycles_max == total_cycles(plans)
-    returns = []
-    for episode in range(3):
-        env = Drift()
-        seen, score = [env.reset(seed=4 + episode)[0]], 0.0
-        for _ in range(25):
-            x, reward, *_ = env.step(host.outputs(reference(network, host.codes(np.stack(seen))))[-1])
-            seen.append(x)
-            score += reward
-        returns.append(score)
-    assert flight.returns == tuple(returns)
-
-    memory = tmp_path / "layer1_constants.mem"
-    words = memory.read_text().split()
-    memory.write_text("\n".join(f"{int(word, 16) ^ 128:0{len(word)}x}" for word in words) + "\n")
-    broken = fly(model, tmp_path, EnvSpec("Drift-v0"), episodes=3, seed=4, tool="iverilog")
-    assert broken.difference is not None and "out_sums[" in broken.difference
+    prove_closed_loop(quantized("int6", "int6")[0], tmp_path, flip=128)
 
 
 CONTROLLER = """
