@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import report
 
-from hwmodel import conv, emit_conv, yosys
+from hwmodel import conv, emit_stage, yosys
 from hwmodel.cli_proof import CACHE
 from hwmodel.cost import HwError
 from hwmodel.fabric import pricing
@@ -64,7 +64,7 @@ def drawn(rng: np.random.Generator) -> tuple[Network, Fold] | None:
 
 def parameters(network: Network, plan: Fold, module: str) -> yosys.Unit:
     """The instance of `module` that the stage has."""
-    text = emit_conv.stage_text(0, network.layers[0], plan)
+    text = emit_stage.stage_text(0, network.layers[0], plan)
     found = re.search(rf"  {module} #\((.*)\)", text)
     assert found is not None
     inner = found[1].split(")) ")[0]

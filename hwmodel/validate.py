@@ -18,6 +18,7 @@ from hwmodel import emit, emit_layer, fabric, nextpnr, yosys
 from hwmodel.baselines import LUTS_PER_DSP, best_scale, bops, ebops, finn, finn_mac
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import find_device
+from hwmodel.emit_rom import mem_files, with_roms
 from hwmodel.folding import Fold, layer_fold
 from hwmodel.formats import bits
 from hwmodel.layer import operands
@@ -257,9 +258,7 @@ def design_files(design: Design) -> tuple[dict[str, str], str]:
         return emit.design_files(Network(design.layers), design.plans), "policy"
     (layer,), (plan,) = design.layers, design.plans
     text, roms = emit_layer.layer_text(0, layer, plan)
-    files = {"network.v": "\n".join([text, *map(emit_layer.rom_text, roms)])}
-    files |= {f"{m.name}.mem": emit_layer.mem_text(m) for m in roms if len(m.words) > 1}
-    return files | emit.library(), "layer0"
+    return {"network.v": with_roms(text, roms)} | mem_files(roms) | emit.library(), "layer0"
 
 
 # ---------------------------------------------------------------------------------------------------

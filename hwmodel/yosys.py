@@ -224,12 +224,13 @@ def cached_design(files: Mapping[str, str], top: str, folder: Path, *, dsp: bool
     return cost
 
 
+FLATTEN = ("setattr -mod -unset keep_hierarchy *", "flatten", "opt_clean -purge")
+"""Behind the flow: memories that were kept apart while logic was mapped are counted with the rest."""
+
+
 def design_script(names: Sequence[str], top: str, dsp: bool, family: str = "xc7") -> str:
-    """The commands of `emit.yosys_script`, on one line."""
-    return (
-        f"read_verilog {' '.join(names)}; {flow(family, dsp)} -top {top}; "
-        f"setattr -mod -unset keep_hierarchy *; flatten; opt_clean -purge; {REPORT[family]}"
-    )
+    """The commands of `emit_files.yosys_script`, on one line."""
+    return f"read_verilog {' '.join(names)}; {flow(family, dsp)} -top {top}; {'; '.join(FLATTEN)}; {REPORT[family]}"
 
 
 @cache

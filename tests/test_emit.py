@@ -14,7 +14,7 @@ import pytest
 from tiny_designs import DEVICE, icarus, lint, tiny_network, verilator
 from typer.testing import CliRunner
 
-from hwmodel import emit, emit_layer, simulate, yosys
+from hwmodel import emit, emit_converter, simulate, yosys
 from hwmodel.cli import app
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
@@ -244,7 +244,7 @@ def test_padding_keeps_the_order_of_codes() -> None:
     """2^B - 1 ascending thresholds per row, whatever the format leaves unused."""
     for name in ("int4n", "uint4n", "e3m1ieee", "e4m3fn", "ternary", "binary", "int1"):
         network = tiny_network(["int5", "int4"], ["int6", name], sizes=(7, 5, 2))
-        table = emit_layer.search_of(network.layers[0]).table
+        table = emit_converter.search_of(network.layers[0]).table
         assert table.shape[1] == 2 ** int(math.log2(table.shape[1] + 1)) - 1
         assert (table[:, 1:] >= table[:, :-1]).all()
 

@@ -17,6 +17,8 @@ from hwmodel import emit, emit_cell, folding, gates, gru
 from hwmodel.cell import Cell
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
+from hwmodel.emit_files import LINT
+from hwmodel.emit_rom import with_roms
 from hwmodel.folding import Fold, cell_fold, lead
 from hwmodel.formats import parse
 from hwmodel.network import Network, legal_codes, reference, sample_codes
@@ -102,8 +104,8 @@ def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
         folder.mkdir()
         coded = replace(one, out=parse("uint5") if rows else None, table=table)
         text, roms = emit.cell_text(0, coded, cell_fold(coded.spec, 2, 1))
-        (folder / "layer.v").write_text("\n".join([text, *map(emit.rom_text, roms)]))
-        (folder / "lint.vlt").write_text(emit.LINT.replace("network.v", "layer.v"))
+        (folder / "layer.v").write_text(with_roms(text, roms))
+        (folder / "lint.vlt").write_text(LINT.replace("network.v", "layer.v"))
         for name, template in emit.library(frozenset({"gru"})).items():
             (folder / name).write_text(template)
         lint(folder, "layer0")

@@ -16,6 +16,8 @@ from hwmodel import emit, gates, lstm
 from hwmodel.cell import Cell, codes_of
 from hwmodel.cost import HwError
 from hwmodel.devices import find_device
+from hwmodel.emit_files import LINT
+from hwmodel.emit_rom import with_roms
 from hwmodel.folding import Fold, cell_fold, divisors
 from hwmodel.formats import parse
 from hwmodel.network import Network, legal_codes, reference, sample_codes
@@ -154,8 +156,8 @@ def test_verilator_finds_nothing_to_say(tmp_path: Path) -> None:
         text, roms = emit.cell_text(0, coded, cell_fold(coded.spec, 2, 1))
         folder = tmp_path / str(hidden)
         folder.mkdir()
-        (folder / "layer.v").write_text("\n".join([text, *map(emit.rom_text, roms)]))
-        (folder / "lint.vlt").write_text(emit.LINT.replace("network.v", "layer.v"))
+        (folder / "layer.v").write_text(with_roms(text, roms))
+        (folder / "lint.vlt").write_text(LINT.replace("network.v", "layer.v"))
         for name, template in emit.library(frozenset({"lstm"})).items():
             (folder / name).write_text(template)
         lint(folder, "layer0")

@@ -33,7 +33,7 @@ from tiny_designs import (
 from torch import nn
 from torch.nn import functional
 
-from hwmodel import emit_conv, joint, pool, simulate
+from hwmodel import emit_conv, emit_stage, joint, pool, simulate
 from hwmodel.affine import solved
 from hwmodel.cli import read_specs
 from hwmodel.cost import HwError
@@ -218,7 +218,7 @@ def test_maps_that_follow_each_other_take_the_interval(name: str, tmp_path: Path
     words = sample_codes(network, maps, seed=2).reshape(-1, lanes)
     lines = [f"{sum(int(code) << (k * wide) for k, code in enumerate(word)):x}" for word in words]
     (folder / "words.txt").write_text("\n".join(lines) + "\n")
-    out = plans[-1].units * emit_conv.result_bits(network.products[-1])
+    out = plans[-1].units * emit_stage.result_bits(network.products[-1])
     each = emit_conv.beats_out(plans[-1])
     numbers = {"wide": wide * lanes, "out": out, "beats": len(words), "each": each, "maps": maps}
     ends = [int(at) for (at,) in bench(folder, FOLLOWING, numbers)]
