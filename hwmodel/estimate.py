@@ -14,7 +14,8 @@ from hwmodel.coeffs import coefficients, published
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
-from hwmodel.folding import Fold, default_cycles, predict, search_folding, whole
+from hwmodel.fold_search import default_cycles, search_folding, whole
+from hwmodel.folding import Fold, predict
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import pair_key
 from hwmodel.network import Network, design_folders
@@ -221,7 +222,7 @@ def _estimate(
             return replace(found, interval=sum(map(flow.interval, plans))) if interval else found
     ports = [WIDE_PORT[device.family]] * len(specs) if mapping == "dsp" else None
     with pricing(device.family):
-        chosen = search_folding(specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
+        chosen = search_folding(specs, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
         return _summary(chosen, predict(chosen), sum(fold.cycles for fold in chosen), device, clock_mhz, mapping)
 
 

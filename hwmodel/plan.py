@@ -23,7 +23,8 @@ from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
 from hwmodel.flow import flow, queue_depths
-from hwmodel.folding import Fold, default_cycles, fronts_of, predict, queues_of, search_folding, whole
+from hwmodel.fold_search import default_cycles, fronts_of, search_folding, whole
+from hwmodel.folding import Fold, predict, queues_of
 from hwmodel.network import Network, inputs_of, outputs_of
 from hwmodel.packing import WIDE_PORT
 from hwmodel.spec import LayerSpec, links
@@ -38,7 +39,7 @@ def plan_network(
     clock_mhz: float = 100.0,
     dsp: str = "none",
 ) -> tuple[Fold, ...]:
-    """`folding.search_folding` of the network with the exact arithmetic behind its sums.
+    """`fold_search.search_folding` of the network with the exact arithmetic behind its sums.
 
     dsp: "none", "all", or names of layers, separated by commas, whose products go into DSPs where their formats can.
     `HwError` names what is exceeded where the design does not fit the device.
@@ -47,9 +48,7 @@ def plan_network(
         network = solved(network)
     ports = ports_of(network.specs, device, dsp)
     with pricing(device.family):
-        found = search_folding(
-            network.specs, device, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports
-        )
+        found = search_folding(network.specs, latency_us=latency_us, luts=luts, clock_mhz=clock_mhz, ports=ports)
         check_fit(total(found), device)
     return found
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from hwmodel.cost import HwError
 from hwmodel.fabric import kept
-from hwmodel.folding import default_cycles, front, whole
+from hwmodel.fold_search import default_cycles, front, whole
 from hwmodel.formats import Format
 from quantkit.errors import InputError
 from quantkit.sensitivity import Cell

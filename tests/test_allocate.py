@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_policies import CARTPOLE, cartpole, mlp
 
 import quantkit.sensitivity
-from hwmodel.folding import front, whole
+from hwmodel.fold_search import front, whole
 from hwmodel.spec import LayerSpec
 from quantkit.allocate import RESOURCES, Allocation, Problem, allocate, budget_front, default_latency, problem
 from quantkit.errors import InputError

@@ -11,8 +11,10 @@ import pytest
 
 from hwmodel.devices import find_device
 from hwmodel.estimate import Estimate, HwError, default_cycles, estimate
-from hwmodel.folding import Fold, cheapest, divisors, fastest, folds, predict
+from hwmodel.fold_search import cheapest, fastest
+from hwmodel.folding import Fold, folds, predict
 from hwmodel.formats import parse
+from hwmodel.packing import divisors
 from hwmodel.spec import LayerSpec, PerGroup, PerRow, PerTensor
 
 SMALL = find_device("xc7a35t")

@@ -18,9 +18,10 @@ from hwmodel.cost import HwError
 from hwmodel.devices import find_device
 from hwmodel.emit_files import LINT
 from hwmodel.emit_rom import with_roms
-from hwmodel.folding import Fold, cell_fold, divisors
+from hwmodel.folding import Fold, cell_fold
 from hwmodel.formats import parse
 from hwmodel.network import Network, legal_codes, reference, sample_codes
+from hwmodel.packing import divisors
 from hwmodel.plan import total_cycles
 from hwmodel.reference import to_units
 from hwmodel.simulate import Simulation
