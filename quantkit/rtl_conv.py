@@ -1,7 +1,7 @@
 """From a quantized network with convolutions to the integers of `hwmodel.emit_conv`.
 
 A layer whose output meets nothing but ascending activations, zero padding and flattening on its way to one other layer
-gives that layer's input codes, by thresholds as in `rtl_export`; a maximum over windows in between takes the greatest
+gives that layer's input codes, by thresholds (`rtl_thresholds`); a maximum over windows in between takes the greatest
 of these codes, which is the code of the greatest number. Where every residual sum, mean and average reads integers at
 scales that are powers of two (step joints), and layers that read one map read the same codes, sums, means and branches
 are hardware, too, and the network is one design (`whole`). Otherwise layers before them give their exact sums, and what
@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from hwmodel.accumulator import signed_bits, unit_range
 from hwmodel.affine import solved_layer
@@ -27,40 +27,27 @@ from hwmodel.formats import Format, Int, unit
 from hwmodel.joint import FACTORS, ONES, widened
 from hwmodel.network import MAX_ACC_BITS, Layer, Network
 from hwmodel.spec import LayerSpec, PerTensor, Window
-from quantkit.bands import Bands
 from quantkit.errors import InputError
-from quantkit.joints import Pooling, is_mean, is_sum, pooling, rank
+from quantkit.joints import Pooling
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Policy
 from quantkit.qlayers import ActQuant, Point, QLayer
 from quantkit.qtensor import encode
 from quantkit.rounding import is_pow2
-from quantkit.rtl_export import Host, _act, _between, _line, _scaled, _step, _to_input, _to_values, thresholds
+from quantkit.rtl_export import Host
+from quantkit.rtl_graph import SILENT, Graph, Pads, Route, Step, graph_of, route_of
+from quantkit.rtl_thresholds import (
+    act_format,
+    activating,
+    line_of,
+    quantizing,
+    requantizing,
+    scaling,
+    sum_step,
+    thresholds,
+)
 from quantkit.simulate import compile_policy
-from quantkit.specs import flows, layer_specs
-
-aten = torch.ops.aten
-Pads = tuple[int, int, int, int]
-"""Lines of zeros above and below, columns to the left and to the right."""
-_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation of a network. inputs: names of the steps read, "" for the network's own input.
-
-    module: a layer, an activation, `nn.ZeroPad2d` or `nn.Flatten`; None for any other operation, told in `text`.
-    point: where a value is quantized that is no layer's input. joint: "add" of two values, "mean" over a map, "max" or
-    "average" over the windows `pool`.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    module: nn.Module | None
-    text: str
-    point: Point | None = None
-    joint: Literal["", "add", "mean", "max", "average"] = ""
-    pool: Pooling | None = None
+from quantkit.specs import layer_specs
 
 
 @dataclass(frozen=True)
@@ -102,7 +89,7 @@ class Design:
 def designs_of(model: Model) -> tuple[tuple[Design, ...], tuple[str, ...]]:
     """The quantized network as few designs as its branches allow, in the order in which they run; and what the host
     computes behind all of them, in words."""
-    graph = _graph(model)
+    graph = graph_of(model)
     if (one := whole(model)) is not None:
         return (one,), tuple(graph.before("output"))
     parts = {part.name: part for part in parts_of(model)}
@@ -139,7 +126,7 @@ def policy_of(model: Model) -> tuple[Network, Host]:
     head = [children[n] for n in names[: names.index(first.name)]]
     tail = [children[n] for n in names[names.index(last.name) + 1 :]]
     stage = compile_policy(Policy(policy.stage, nn.Sequential(*head), policy.head, policy.obs_shape))
-    behind = _between(tail)
+    behind = activating(tail)
 
     def before(obs: np.ndarray) -> np.ndarray:
         return input_codes(first, layers[first.name], torch.from_numpy(np.ascontiguousarray(stage(obs))))
@@ -156,7 +143,7 @@ def _facts(first: QLayer, last: QLayer, before: Sequence[str]) -> dict[str, Any]
         "in_factor": None if first.in_scale is None else first.in_scale.tolist(),
         "in_scale": first.act.scale,
         "in_format": str(first.act.fmt),
-        "step": _step(last),
+        "step": sum_step(last),
         "gain": gain.tolist(),
         "bias": last.bias.tolist(),
     }
@@ -169,57 +156,9 @@ def has_convolutions(model: Model) -> bool:
     return bool(found & {"conv1d", "conv2d"}) or any(isinstance(m, nn.Conv1d | nn.Conv2d) for m in modules)
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """steps: by name, in running order. layers: those with weights. shapes: their inputs', without the batch."""
-
-    steps: dict[str, Step]
-    layers: dict[str, QLayer]
-    shapes: dict[str, tuple[int, ...]]
-
-    def readers(self, name: str) -> list[Step]:
-        """The steps that read a step."""
-        return [step for step in self.steps.values() if name in step.inputs]
-
-    def path(self, name: str) -> list[Step]:
-        """The steps from a layer to the one that its codes can go to, that one last; empty where sums must leave."""
-        found: list[Step] = []
-        while True:
-            readers = self.readers(found[-1].name if found else name)
-            if len(readers) != 1 or readers[0].inputs.count(found[-1].name if found else name) != 1:
-                return []
-            found.append(readers[0])
-            if readers[0].name in self.layers:
-                break
-            if len(readers[0].inputs) != 1 or readers[0].module is None:
-                return []
-        flattens = any(isinstance(step.module, nn.Flatten) for step in found)
-        per_input = flattens and self.layers[found[-1].name].in_scale is not None
-        return [] if per_input else found
-
-    def pads(self, name: str) -> Pads:
-        """The zeros padded right before a layer."""
-        step, total = self.steps[name], np.zeros(4, int)
-        while step.inputs and isinstance(module := self.steps[step.inputs[0]].module, nn.ZeroPad2d):
-            left, right, top, bottom = module.padding  # type: ignore[misc]
-            total += [top, bottom, left, right]
-            step = self.steps[step.inputs[0]]
-        return tuple(map(int, total))  # type: ignore[return-value]
-
-    def before(self, name: str) -> list[str]:
-        """The operations between a layer and the layers before it, in running order, in words."""
-        wanted, found = set(self.steps[name].inputs), []
-        for step in reversed(self.steps.values()):
-            if step.name in wanted and step.name not in self.layers and step.name != "":
-                wanted.update(step.inputs)
-                if not isinstance(step.module, nn.ZeroPad2d | nn.Identity):
-                    found.append(step.text)
-        return found[::-1]
-
-
 def parts_of(model: Model) -> tuple[Part, ...]:
     """The layers of a quantized network in the order in which they run; InputError names one without hardware."""
-    graph = _graph(model)
+    graph = graph_of(model)
     specs = {spec.name: spec for spec in layer_specs(model)}
     paths = {name: graph.path(name) for name in graph.layers}
     sources = {path[-1].name: name for name, path in paths.items() if path}
@@ -247,26 +186,15 @@ def parts_of(model: Model) -> tuple[Part, ...]:
 # A network with branches as one design
 
 
-@dataclass(frozen=True)
-class _Route:
-    """What a step gives: codes of `quantizer` behind the activations `between`, which are those of the steps `passed`,
-    to (reader, operand) pairs. The activations behind a maximum come before it: all of them ascend."""
-
-    passed: tuple[str, ...]
-    between: tuple[nn.Module, ...]
-    quantizer: QLayer | Point
-    readers: tuple[tuple[str, int], ...]
-
-
 def whole(model: Model) -> Design | None:
     """A network with branches, sums, means or windows without weights as one design; None where there are none or not
     all is integers."""
-    graph = _graph(model)
+    graph = graph_of(model)
     names = [name for name, step in graph.steps.items() if name in graph.layers or step.joint]
     first, last = names[0], names[-1]
     if first not in graph.layers or last not in graph.layers:
         return None
-    routes = {name: _route(graph, name) for name in ["", *names[:-1]]}
+    routes = {name: route_of(graph, name) for name in ["", *names[:-1]]}
     if any(route is None for route in routes.values()):
         return None
     sources: dict[str, dict[int, str]] = {name: {} for name in names}
@@ -307,69 +235,7 @@ def whole(model: Model) -> Design | None:
     return Design(first, network, tuple(parts), parts[0].before)
 
 
-def _route(graph: _Graph, name: str) -> _Route | None:
-    """Where a value goes, "" the network's input; None where it goes elsewhere than as one grid of codes."""
-    ends: list[tuple[str, int]] = []
-    ways: list[tuple[tuple[str, ...], QLayer | Point]] = []
-
-    def follow(at: str, between: tuple[str, ...], quantizer: Point | None, shaped: bool) -> bool:
-        for step in graph.readers(at):
-            layer = graph.layers.get(step.name)
-            if layer is not None:
-                if shaped and layer.in_scale is not None and isinstance(_flat(graph, step), nn.Flatten):
-                    return False
-                ends.append((step.name, 0))
-                ways.append((between, layer))
-                if quantizer is not None:
-                    ways.append((between, quantizer))
-            elif step.joint == "max":
-                behind = None if shaped or name == "" else _route(graph, step.name)
-                if behind is None:
-                    return False
-                ends.append((step.name, 0))
-                ways.append(((*between, *behind.passed), behind.quantizer))
-                if quantizer is not None:
-                    ways.append((between, quantizer))
-            elif step.joint:
-                if quantizer is None or shaped:
-                    return False
-                ends.extend((step.name, slot) for slot, source in enumerate(step.inputs) if source == at)
-                ways.append((between, quantizer))
-            elif step.point is not None:
-                if shaped or (quantizer is not None and quantizer.act != step.point.act):
-                    return False
-                if not follow(step.name, between, step.point, False):
-                    return False
-            elif isinstance(step.module, (nn.ZeroPad2d, nn.Flatten, *_SILENT)):
-                shapes = shaped or isinstance(step.module, nn.ZeroPad2d | nn.Flatten)
-                if not follow(step.name, between, quantizer, shapes):
-                    return False
-            elif step.module is not None and quantizer is None and name != "":
-                if not follow(step.name, (*between, step.name), None, shaped):
-                    return False
-            else:
-                return False
-        return True
-
-    if not follow(name, (), None, False) or not ends:
-        return None
-    (between, quantizer), *others = ways
-    alike = all(way == between and _same_codes(quantizer, other) for way, other in others)
-    if not alike or not isinstance(quantizer.act, ActQuant):
-        return None
-    modules = [graph.steps[step].module for step in between]
-    return _Route(between, tuple(m for m in modules if m is not None), quantizer, tuple(ends))
-
-
-def _flat(graph: _Graph, step: Step) -> nn.Module | None:
-    return graph.steps[step.inputs[0]].module
-
-
-def _same_codes(one: QLayer | Point, other: QLayer | Point) -> bool:
-    return one.act == other.act and one.in_scale is None and other.in_scale is None
-
-
-def _stream_window(graph: _Graph, name: str, map_: tuple[int, int, int] | None) -> Window:
+def _stream_window(graph: Graph, name: str, map_: tuple[int, int, int] | None) -> Window:
     """The window of a layer that reads a map (channels, height, width), or the network's input."""
     if graph.layers[name].op != "linear" or map_ is None:
         return _window(graph, name, None)
@@ -382,7 +248,7 @@ def _leaving(spec: LayerSpec) -> tuple[int, int, int]:
     return spec.out_features, spec.window.out_height, spec.window.out_width
 
 
-def _product(spec: LayerSpec, layer: QLayer, route: _Route | None) -> Layer:
+def _product(spec: LayerSpec, layer: QLayer, route: Route | None) -> Layer:
     """A layer with weights, with the thresholds of the codes that leave it."""
     codes = layer.q.codes.numpy().astype(np.int64).reshape(spec.out_features, spec.in_features)  # type: ignore[union-attr]
     plain = Layer(spec, codes, None)
@@ -390,14 +256,14 @@ def _product(spec: LayerSpec, layer: QLayer, route: _Route | None) -> Layer:
 
 
 def _joint(
-    step: Step, sources: tuple[str, ...], acts: list[Any], map_: tuple[int, int, int], route: _Route | None
+    step: Step, sources: tuple[str, ...], acts: list[Any], map_: tuple[int, int, int], route: Route | None
 ) -> Layer | None:
     """A step without weights with the thresholds of the codes that leave it; None where operands do not align by
     shifts."""
     if route is None:
         return None
     if step.joint == "max":
-        return _maximum(step, sources, _act(route.quantizer), map_)
+        return _maximum(step, sources, act_format(route.quantizer), map_)
     if not all(isinstance(act.fmt, Int) and is_pow2(act.scale) for act in acts):
         return None
     channels, height, width = map_
@@ -422,7 +288,7 @@ def _joint(
     if max(-int(min(low)), int(max(high))) >= 2**24:  # float32 would round the sum
         return None
     plain = Layer(replace(spec, acc_bits=signed_bits(int(min(low)), int(max(high)))), codes, None)
-    between, rounded = _between(_active(route.between)), _to_input(route.quantizer)
+    between, rounded = activating(_active(route.between)), quantizing(route.quantizer)
 
     def values(sums: np.ndarray) -> np.ndarray:
         y = (sums * unit_value).astype(np.float32)
@@ -455,40 +321,17 @@ def _pooled(pool: Pooling, map_: tuple[int, int, int]) -> Window:
     return Window(*map_, pool.kernel, pool.stride, padding)
 
 
-def _graph(model: Model) -> _Graph:
-    steps = {step.name: step for step in _steps(model)}
-    layers: dict[str, QLayer] = {}
-    for name, step in steps.items():
-        if isinstance(step.module, nn.Linear | nn.Conv1d | nn.Conv2d | QLayer):
-            layers[name] = _checked(name, step.module)
-    if not layers:
-        raise InputError("this network has no layers")
-    shapes = {name: tuple(inputs[1:]) for name, (inputs, _) in flows(model, layers).items()}
-    return _Graph(steps, layers, shapes)
-
-
-def _checked(name: str, layer: nn.Module) -> QLayer:
-    """The layer itself, or InputError where it has no hardware."""
-    if not isinstance(layer, QLayer) or layer.q is None or layer.act is None:
-        raise InputError(f"layer {name} is in float; hardware needs quantized weights and inputs in every layer")
-    if isinstance(layer.q, Bands):
-        raise InputError(f"layer {name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
-    if layer.op not in ("linear", "conv1d", "conv2d"):
-        raise InputError(f"layer {name} is of kind {layer.op}; accepted in hardware: linear, conv1d, conv2d")
-    return layer
-
-
 def _requantized(plain: Layer, layer: QLayer, between: Sequence[nn.Module], following: QLayer | Point) -> Layer:
     """The layer with the thresholds of the codes that the following one reads."""
     kept = _active(between)
-    table = thresholds(_to_values(layer, kept, following), plain, _act(following))
-    spec = replace(plain.spec, out=_act(following), activation=_named(kept))
-    return solved_layer(Layer(spec, plain.codes, table.astype(object), _line(layer, following)))
+    table = thresholds(requantizing(layer, kept, following), plain, act_format(following))
+    spec = replace(plain.spec, out=act_format(following), activation=_named(kept))
+    return solved_layer(Layer(spec, plain.codes, table.astype(object), line_of(layer, following)))
 
 
 def _active(between: Sequence[nn.Module]) -> list[nn.Module]:
     """The activations."""
-    return [m for m in between if not isinstance(m, (nn.ZeroPad2d, nn.Flatten, *_SILENT))]
+    return [m for m in between if not isinstance(m, (nn.ZeroPad2d, nn.Flatten, *SILENT))]
 
 
 def _named(activations: Sequence[nn.Module]) -> Any:
@@ -496,7 +339,7 @@ def _named(activations: Sequence[nn.Module]) -> Any:
     return names[0] if len(names) == 1 else "other" if names else "none"
 
 
-def _window(graph: _Graph, name: str, before: QLayer | None) -> Window:
+def _window(graph: Graph, name: str, before: QLayer | None) -> Window:
     """The window of a layer, the zeros before it included; before: the layer whose codes it reads, if one."""
     layer, shape, (top, bottom, left, right) = graph.layers[name], graph.shapes[name], graph.pads(name)
     if layer.op == "linear":
@@ -516,83 +359,11 @@ def _window(graph: _Graph, name: str, before: QLayer | None) -> Window:
     return Window(channels, height - top - bottom, width - left - right, kernel, stride, padding)  # type: ignore[arg-type]
 
 
-def _map_after(graph: _Graph, name: str, channels: int) -> tuple[int, int, int]:
+def _map_after(graph: Graph, name: str, channels: int) -> tuple[int, int, int]:
     """The map that a linear layer reads flattened: that of the convolution before it."""
     source = next(n for n in graph.layers if (path := graph.path(n)) and path[-1].name == name)
     window = _window(graph, source, None)
     return channels, window.out_height, window.out_width
-
-
-# ---------------------------------------------------------------------------------------------------
-# The network as steps
-
-
-def _steps(model: Model) -> list[Step]:
-    module = model.module
-    if isinstance(module, Policy):
-        found, last = [Step("", (), None, "input")], ""
-        for leaf, child in module.net.named_children():
-            found.append(Step(f"net.{leaf}", (last,), child, type(child).__name__))
-            last = f"net.{leaf}"
-        found.append(Step("output", (last,), None, "output"))
-        return [replace(s, module=None) if not _known(s.module) else s for s in found]
-    if not isinstance(module, fx.GraphModule):
-        reason = model.meta.get("untraced") or "its graph is not known"
-        raise InputError(f"hardware needs to know which layer feeds which: {reason}")
-    names: dict[fx.Node, str] = {}
-    found = []
-    for n in module.graph.nodes:
-        if n.target is aten.sym_size.int:
-            continue
-        names[n] = "" if n.op == "placeholder" else str(n.target) if n.op == "call_module" else n.name
-        inputs = tuple(names[a] for a in n.all_input_nodes if a in names)
-        held = module.get_submodule(str(n.target)) if n.op == "call_module" else _function(n)
-        text = type(held).__name__ if held is not None else str(n.target).removeprefix("aten.").split(".")[0]
-        point, pool = held if isinstance(held, Point) else None, None if held is not None else pooling(n)
-        joint = pool.op if pool else "add" if is_sum(n) else "mean" if is_mean(n) else ""
-        if joint == "add":
-            inputs = tuple(names[a] for a in n.args)  # type: ignore[index]
-        found.append(Step(names[n], inputs, held if _known(held) else None, text, point, joint, pool))  # type: ignore[arg-type]
-    return found
-
-
-def _known(module: nn.Module | None) -> bool:
-    """Whether a module is a layer or does nothing else to each number than an activation does."""
-    simple = (nn.Hardtanh, nn.ZeroPad2d, nn.Flatten, *_SILENT, nn.Linear, nn.Conv1d, nn.Conv2d, QLayer)
-    return isinstance(module, simple) or type(module) in ACTIVATION_NAMES
-
-
-def _function(n: fx.Node) -> nn.Module | None:
-    """The module that does what a node does; None where it is none of those that may stand between two layers."""
-    if n.op != "call_function":
-        return None
-    if n.target in (aten.relu.default, aten.relu_.default):
-        return nn.ReLU()
-    if (pool := pooling(n)) is not None and pool.kernel == pool.stride == (1, 1) and not any(pool.padding):
-        return nn.Identity()
-    if n.target is aten.tanh.default:
-        return nn.Tanh()
-    if n.target is aten.sigmoid.default:
-        return nn.Sigmoid()
-    if n.target in (aten.hardtanh.default, aten.hardtanh_.default):
-        low, high = (*n.args[1:], *(-1.0, 1.0)[len(n.args) - 1 :])  # type: ignore[misc]
-        return nn.Hardtanh(float(low), float(high))  # type: ignore[arg-type]
-    if n.target is aten.leaky_relu.default:
-        return nn.LeakyReLU(float(n.args[1]) if len(n.args) > 1 else 0.01)  # type: ignore[arg-type]
-    if n.target in (aten.pad.default, aten.constant_pad_nd.default):
-        constant = n.target is aten.constant_pad_nd.default or n.args[2:3] in ((), ("constant",))
-        value = n.args[2 if n.target is aten.constant_pad_nd.default else 3 :]
-        sizes = list(n.args[1])  # type: ignore[arg-type]
-        signal = rank(n) == 3  # whose length is the height of a map of width 1
-        if constant and len(sizes) == (2 if signal else 4) and min(sizes) >= 0 and not any(value):  # type: ignore[type-var, operator]
-            return nn.ZeroPad2d((0, 0, *sizes) if signal else tuple(sizes))  # type: ignore[arg-type]
-    if n.target in (aten.squeeze.dim, aten.squeeze.dims) and rank(n) == 2:
-        return nn.Flatten()
-    if n.target is aten.flatten.using_ints and n.args[1:] in ((1,), (1, -1)):
-        return nn.Flatten()
-    if n.target in (aten.reshape.default, aten.view.default) and len(n.args[1]) == 2:  # type: ignore[arg-type]
-        return nn.Flatten()
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -619,7 +390,7 @@ def input_codes(part: Part, layer: QLayer, x: Tensor) -> np.ndarray:
     """The codes (n, inputs) int64 that hardware reads for a layer's float inputs, in the stream's order."""
     with torch.inference_mode():
         values = layer.input_values(x)
-    codes = encode(values.contiguous(), _act(layer)).numpy().astype(np.int64)
+    codes = encode(values.contiguous(), act_format(layer)).numpy().astype(np.int64)
     window, (top, _, left, _) = part.window, part.pads
     maps = codes[..., None] if codes.ndim == 3 else codes
     if codes.ndim == 2:
@@ -632,7 +403,7 @@ def outputs(part: Part, layer: QLayer, sums: np.ndarray) -> np.ndarray:
     """The layer's float32 outputs for hardware's sums (n, outputs): (n, channels, height, width) or (n, channels,
     length), or (n, features)."""
     spec, window = part.network.specs[0], part.window
-    y = _scaled(layer)(sums.reshape(-1, spec.out_features))
+    y = scaling(layer)(sums.reshape(-1, spec.out_features))
     if layer.op == "linear":
         return y.reshape(len(sums), -1)
     maps = y.reshape(len(sums), window.out_height, window.out_width, -1).transpose(0, 3, 1, 2)

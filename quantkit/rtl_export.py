@@ -1,9 +1,6 @@
 """From a quantized policy to the integers that `hwmodel.emit` turns into Verilog, and the host's float part.
 
-Between two layers the float pipeline of `quantkit.simulate` (scale, bias, activation, factor, division,
-rounding) is a step function of the integer sum. `thresholds` finds every step by binary search with
-that very float32 arithmetic, so the hardware's codes equal the simulator's, whatever the activation, if
-only it ascends; where the sums are few enough to try all of them, that is proved by trying them.
+Thresholds between two layers (`rtl_thresholds`) give the simulator's very codes.
 
 A recurrent network is taken one step at a time (`quantkit.stepwise`). Its GRU and LSTM cells become fixed point and
 tables (`hwmodel.cell`), which do differ from the float simulation: there the truth is `hwmodel.network.reference`.
@@ -11,7 +8,6 @@ tables (`hwmodel.cell`), which do differ from the float simulation: there the tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,32 +20,36 @@ from hwmodel.affine import solved
 from hwmodel.cell import MEMORY_BITS, NOUNS
 from hwmodel.cell import Cell as Integers
 from hwmodel.cost import HwError
-from hwmodel.formats import Format, Int, bits, levels, unit
+from hwmodel.formats import Int, bits, unit
 from hwmodel.gates import INDEX, G
 from hwmodel.network import Layer, Network
 from hwmodel.spec import LayerSpec
-from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.model import Model
 from quantkit.policy import ACTIVATION_NAMES, Head, InputStage, Policy
-from quantkit.qlayers import ActQuant, Point, QLayer
+from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import encode
 from quantkit.recurrent import Cell, GRUCell, LSTMCell
-from quantkit.rounding import rounder
+from quantkit.rtl_thresholds import (
+    Step,
+    act_format,
+    activating,
+    line_of,
+    quantized_layer,
+    quantizing,
+    requantizing,
+    scaling,
+    sum_step,
+    thresholds,
+)
 from quantkit.simulate import compile_policy
 from quantkit.specs import layer_specs
 from quantkit.stepwise import MODULES, chain_of, is_recurrent
 
-Step = Callable[[np.ndarray], np.ndarray]
-
-ENUMERATED = 1 << 23
-"""Sums of one layer up to which thresholds are proved by trying every one."""
 SOUGHT = 8
 """Bits of a layer's results up to which its exact arithmetic is sought to be priced."""
 FACTOR_BITS = 9
 """Bits, one more or less, of the factors that bring the sums of a recurrent cell to one scale."""
-NEAR = 32
-"""Sums tried on both sides of each threshold where there are more."""
 _MIXING = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Softmax, nn.LogSoftmax)
 ACTIVATIONS = sorted({module.__name__ for module in MODULES.values()})
 
@@ -104,13 +104,13 @@ def network_of(model: Model) -> tuple[Network, Host]:
             assert isinstance(layer, QLayer) and layer.q is not None
             spec = replace(specs[name], activation=_activation(parts[n]), positions=1)
             codes = layer.q.codes.numpy().astype(np.int64)
-            plain = Layer(_last(spec), codes, None)
+            plain = Layer(replace(spec, out=None), codes, None)
             if following is None:
                 layers.append(plain)
                 continue
-            table = thresholds(_to_values(layer, parts[n], following), plain, _act(following))
+            table = thresholds(requantizing(layer, parts[n], following), plain, act_format(following))
             layers.append(
-                Layer(replace(spec, out=_act(following)), codes, table.astype(object), _line(layer, following))
+                Layer(replace(spec, out=act_format(following)), codes, table.astype(object), line_of(layer, following))
             )
         first, last = _entry(modules[places[0]][1]), modules[places[-1]][1]
         network = solved(Network(tuple(layers), _facts(stage, head, first, last, parts[-1])))
@@ -214,10 +214,10 @@ def _coded(cell: Integers, modules: list[nn.Module], following: QLayer) -> Integ
     b = cell.state.bits
     patterns = np.arange(1 << b)
     states = np.where(patterns < 1 << (b - 1), patterns, patterns - (1 << b)) * 2.0**-cell.state_fraction
-    between, values = _between(modules), _to_input(following)
+    between, values = activating(modules), quantizing(following)
     found = values(between(np.repeat(states[:, None].astype(np.float32), cell.hidden, axis=1)))
-    table = encode(torch.from_numpy(found), _act(following)).numpy().astype(np.int64).T
-    return replace(cell, out=_act(following), table=table[:1] if (table == table[0]).all() else table)
+    table = encode(torch.from_numpy(found), act_format(following)).numpy().astype(np.int64).T
+    return replace(cell, out=act_format(following), table=table[:1] if (table == table[0]).all() else table)
 
 
 def cell_of(cell: Cell, name: str = "cell") -> tuple[Integers, Step]:
@@ -229,11 +229,11 @@ def cell_of(cell: Cell, name: str = "cell") -> tuple[Integers, Step]:
     _check_part(name, cell)
     ih, hh = cell.ih, cell.hh
     assert isinstance(ih, QLayer) and isinstance(hh, QLayer) and ih.q is not None and hh.q is not None
-    state, kept, hidden = _act(hh), _state_fraction(cell), cell.hidden
+    state, kept, hidden = act_format(hh), _state_fraction(cell), cell.hidden
     kind: Any = "gru" if isinstance(cell, GRUCell) else "lstm"
     biases = [layer.bias.detach().numpy().astype(np.float64) for layer in (ih, hh)]
     gains = [np.broadcast_to(np.asarray(layer.kernel().gain, np.float64), biases[0].shape) for layer in (ih, hh)]
-    steps = [_step(ih), _step(hh) / hh.act.scale / unit(state) * 2.0**-kept]  # type: ignore[union-attr]
+    steps = [sum_step(ih), sum_step(hh) / hh.act.scale / unit(state) * 2.0**-kept]  # type: ignore[union-attr]
     offsets = biases[0] + biases[1]
     if kind == "gru":  # n has one beside either sum
         offsets = np.concatenate([offsets[: 2 * hidden], biases[0][2 * hidden :], biases[1][2 * hidden :]])
@@ -253,12 +253,12 @@ def cell_of(cell: Cell, name: str = "cell") -> tuple[Integers, Step]:
     x_factors, h_factors, fixed = (np.rint(v * 2.0**fraction).astype(np.int64) for v in (*slopes, offsets))
     try:
         found = Integers(
-            kind, name, ih.uniform.fmt, _act(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction, kept,
-            **_memory(cell, name),
+            kind, name, ih.uniform.fmt, act_format(ih), state, x_codes, h_codes, x_factors, h_factors, fixed, fraction,
+            kept, **_memory(cell, name),
         )  # type: ignore[arg-type]  # fmt: skip
     except HwError as error:
         raise InputError(str(error)) from None
-    values, smallest = _to_input(ih), unit(_act(ih))
+    values, smallest = quantizing(ih), unit(act_format(ih))
     return found, lambda x: np.rint(values(np.asarray(x, np.float32)) / smallest).astype(np.int64)
 
 
@@ -279,154 +279,33 @@ def _check_part(name: str, part: nn.Module) -> None:
         _check_part(f"{name}.ih", part.ih)
         _check_part(f"{name}.hh", part.hh)
         return
-    if not isinstance(part, QLayer) or part.q is None or part.act is None:
-        raise InputError(f"layer {name} is in float; hardware needs quantized weights and inputs in every layer")
-    if isinstance(part.q, Bands):
-        raise InputError(f"layer {name} has columns of 4 bits and of 1 bit; hardware needs one format of weights")
-    if part.op != "linear":
+    if quantized_layer(name, part).op != "linear":
         raise InputError(f"layer {name} is a convolution; hardware is written for linear layers only, so far")
 
 
-def _act(layer: QLayer | Point) -> Format:
-    assert layer.act is not None
-    return layer.act.fmt
-
-
-def _last(spec: Any) -> Any:
-    return replace(spec, out=None)
-
-
-def _step(layer: QLayer) -> float:
-    assert layer.uniform is not None
-    return unit(layer.uniform.fmt) * unit(_act(layer))
-
-
-def _scaled(layer: QLayer) -> Step:
-    """Integer sums (n, rows) to the layer's float32 outputs, as `simulate` computes them."""
-    step, gain = _step(layer), np.asarray(layer.kernel().gain, np.float32)
-    bias = layer.bias.detach().numpy().copy()
-
-    def run(sums: np.ndarray) -> np.ndarray:
-        y = (sums.astype(np.float64) * step).astype(np.float32)
-        np.multiply(y, gain, y)
-        return np.add(y, bias, y)
-
-    return run
-
-
-def _line(layer: QLayer, following: QLayer | Point) -> np.ndarray:
-    """Gain and bias that a sum meets before the activation, and the value of one step behind it: float64 (rows, 3)."""
-    assert following.act is not None
-    gain = _step(layer) * np.asarray(layer.kernel().gain, np.float64)
-    bias = layer.bias.detach().numpy().astype(np.float64)
-    factor = 1.0 if following.in_scale is None else following.in_scale.detach().numpy().astype(np.float64)
-    step = following.act.scale * unit(_act(following)) / factor
-    return np.stack([np.broadcast_to(column, bias.shape) for column in (gain, bias, step)], axis=1)
-
-
-def _between(modules: list[nn.Module]) -> Step:
-    """The activations between two layers, exactly as the simulator runs them."""
-    return compile_policy(Policy(InputStage(), nn.Sequential(*modules), Head("box"), ()))
-
-
-def _to_input(layer: QLayer | Point) -> Step:
-    """Float inputs of a layer to its grid values."""
-    assert layer.act is not None
-    divisor, rounded = np.array(layer.act.scale, np.float32), rounder(layer.act.fmt)
-    factor = None if layer.in_scale is None else layer.in_scale.detach().numpy().copy()
-
-    def run(x: np.ndarray) -> np.ndarray:
-        x = x if factor is None else x * factor
-        return rounded(np.divide(x, divisor))
-
-    return run
-
-
-def _to_values(layer: QLayer, modules: list[nn.Module], following: QLayer | Point) -> Step:
-    """Integer sums (n, rows) of a layer to the grid values of the next one's input."""
-    scaled, between, rounded = _scaled(layer), _between(modules), _to_input(following)
-    return lambda sums: rounded(between(scaled(sums)))
-
-
 def _to_outputs(part: nn.Module, modules: list[nn.Module]) -> Step:
-    between = _between(modules)
+    between = activating(modules)
     if isinstance(part, Cell):
         step = 2.0 ** -_state_fraction(part)
         return lambda states: between((states * step).astype(np.float32))
     assert isinstance(part, QLayer)
-    scaled = _scaled(part)
+    scaled = scaling(part)
     return lambda sums: between(scaled(sums))
 
 
 def _state_fraction(cell: Cell) -> int:
     """The exponent S of the step 2^-S of a state h: 1 to 2 times the calibrated one, or 2^-(B-1) if that is less."""
     assert isinstance(cell.hh, QLayer) and cell.hh.act is not None
-    fmt = _act(cell.hh)
+    fmt = act_format(cell.hh)
     least = bits(fmt) - 1
     return max(least, min(G, int(np.floor(-np.log2(cell.hh.act.scale * unit(fmt))))))
 
 
 def _host_input(first: InputStage, modules: list[nn.Module], layer: QLayer) -> Step:
-    fmt = _act(layer)
+    fmt = act_format(layer)
     stage = compile_policy(Policy(first, nn.Sequential(*modules), Head("box"), ()))
-    values = _to_input(layer)
+    values = quantizing(layer)
     return lambda obs: encode(torch.from_numpy(np.ascontiguousarray(values(stage(obs)))), fmt).numpy().astype(np.int64)
-
-
-def thresholds(values: Step, layer: Layer, out: Format) -> np.ndarray:
-    """For each row and each level but the last, the smallest sum whose value lies above it: int64 (rows, levels - 1).
-
-    values: sums (n, rows) to grid values of `out`. A level that no sum exceeds gets the row's largest sum
-    plus one. InputError if the function falls anywhere it was tried.
-    """
-    grid = np.array(levels(out), np.float32)
-    low, high = (bound.astype(np.int64) for bound in layer.sum_range)
-    wanted = np.arange(1, len(grid))[:, None]
-
-    def ranks(sums: np.ndarray) -> np.ndarray:
-        return np.searchsorted(grid, values(sums))
-
-    left = np.broadcast_to(low, (len(grid) - 1, len(low))).copy()
-    right = np.broadcast_to(high + 1, left.shape).copy()
-    while (left < right).any():
-        middle = left + (right - left) // 2
-        above = ranks(np.minimum(middle, high)) >= wanted
-        open_ = left < right
-        right = np.where(open_ & above, middle, right)
-        left = np.where(open_ & ~above, middle + 1, left)
-    table = left.T
-    wrong = _disproof(ranks, table, low, high)
-    if wrong is not None:
-        row, total = wrong
-        raise InputError(
-            f"layer {layer.spec.name}: behind its {layer.spec.activation} the next code does not ascend with the sum "
-            f"(row {row}, near sum {total}), so thresholds cannot hold it; relu, tanh, hardtanh and leaky_relu ascend, "
-            "sigmoid and elu too unless sums are so fine that rounding noise of float32 shows"
-        )
-    return table
-
-
-def _disproof(ranks: Step, table: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[int, int] | None:
-    """A row and a sum where counting thresholds gives another rank; None where there is no such sum.
-
-    Every sum is tried, or, if they are too many, those near the thresholds and a grid.
-    """
-    width = int((high - low).max()) + 1
-    if width * len(low) <= ENUMERATED:
-        pieces = [low + np.arange(a, min(a + 4096, width))[:, None] for a in range(0, width, 4096)]
-    else:
-        near = table.T[:, None, :] + np.arange(-NEAR, NEAR)[None, :, None]
-        spread = low + np.linspace(0, 1, 4096)[:, None] * (high - low)
-        pieces = [near.reshape(-1, len(low)), spread.astype(np.int64)]
-    for piece in pieces:
-        sums = np.clip(piece, low, high)
-        want = ranks(sums)
-        counted = [np.searchsorted(row, column, side="right") for row, column in zip(table, sums.T, strict=True)]
-        different = np.argwhere(np.stack(counted, axis=1) != want)
-        if len(different):
-            at, row = map(int, different[0])
-            return row, int(sums[at, row])
-    return None
 
 
 def _facts(
@@ -439,13 +318,13 @@ def _facts(
         step, gain, bias = 2.0 ** -_state_fraction(last), np.ones(last.hidden), np.zeros(last.hidden)
     else:
         assert isinstance(last, QLayer)
-        step, bias = _step(last), last.bias.detach().numpy()
+        step, bias = sum_step(last), last.bias.detach().numpy()
         gain = np.broadcast_to(np.asarray(last.kernel().gain, np.float32), bias.shape)
     return {
         "stage": {key: _finite(value) for key, value in stage.items()},
         "in_factor": None if entry.in_scale is None else entry.in_scale.tolist(),
         "in_scale": entry.act.scale,
-        "in_format": str(_act(entry)),
+        "in_format": str(act_format(entry)),
         "step": step,
         "gain": gain.tolist(),
         "bias": bias.tolist(),

@@ -16,14 +16,15 @@ from typer.testing import CliRunner
 
 from hwmodel import network as networks
 from hwmodel import simulate
-from quantkit import rtl_export
+from quantkit import rtl_export, rtl_thresholds
 from quantkit.artifact import save_artifact
 from quantkit.cli import app
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import Recipe, make_plan, parse_step, quantize
-from quantkit.rtl_export import network_of, thresholds
+from quantkit.rtl_export import network_of
+from quantkit.rtl_thresholds import thresholds
 from quantkit.simulate import compile_policy
 
 FORMATS = [("int3", "int4"), ("e2m1", "e3m2"), ("ternary", "int5"), ("int4", "e2m1"), ("binary", "uint3"),
@@ -90,21 +91,21 @@ def test_sabotage_a_moved_threshold_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     assert table is not None
     found = {}
 
-    def spy(values: rtl_export.Step, bare: networks.Layer, out: object) -> np.ndarray:
+    def spy(values: rtl_thresholds.Step, bare: networks.Layer, out: object) -> np.ndarray:
         found["values"] = values
         raise InputError("seen")
 
     monkeypatch.setattr(rtl_export, "thresholds", spy)
     with pytest.raises(InputError, match="seen"):
         network_of(model)
-    grid = np.array(rtl_export.levels(layer.spec.out), np.float32)  # type: ignore[arg-type]
+    grid = np.array(rtl_thresholds.levels(layer.spec.out), np.float32)  # type: ignore[arg-type]
     ranks = lambda sums: np.searchsorted(grid, found["values"](sums))  # noqa: E731
     low, high = (bound.astype(np.int64) for bound in layer.sum_range)
     right = table.astype(np.int64)
-    assert rtl_export._disproof(ranks, right, low, high) is None
+    assert rtl_thresholds._disproof(ranks, right, low, high) is None
     wrong = right.copy()
     wrong[3, 7] += 1
-    assert rtl_export._disproof(ranks, wrong, low, high) == (3, int(right[3, 7]))
+    assert rtl_thresholds._disproof(ranks, wrong, low, high) == (3, int(right[3, 7]))
 
 
 @pytest.mark.parametrize(("weights", "acts"), [("int3", "int4"), ("e2m1", "e3m2"), ("ternary", "int5")])
