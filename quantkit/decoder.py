@@ -18,6 +18,22 @@ from torch import Tensor, nn
 from quantkit.errors import InputError
 from quantkit.qlayers import Plain, QLayer
 
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""The families of language models that are read, by transformers' `model_type`."""
+
 
 @dataclass(frozen=True)
 class Decoder:

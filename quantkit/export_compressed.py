@@ -31,25 +31,13 @@ from hwmodel import formats
 from hwmodel.formats import Float, Format, Int, Levels
 from hwmodel.spec import PerGroup, PerRow, PerTensor
 from quantkit.bands import BANDS
-from quantkit.decoder import Decoder, bias_of, config_record, weight_of
+from quantkit.decoder import FAMILIES, Decoder, bias_of, config_record, weight_of
 from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, scale_codes, values_of
 
-FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
+_FAMILIES = tuple(family for family in FAMILIES if family != "gpt2")
 ACCEPTED = "int2 to int8, ternary, binary, e4m3fn per tensor, row or group, and mxfp4, mxfp6, mxfp8, nvfp4"
 FILE = "model.safetensors"
 _E2M1, _E2M3, _E4M3 = Float(2, 1), Float(2, 3), Float(4, 3, "fn")
@@ -82,10 +70,10 @@ def stored_as(layer: QLayer) -> str | None:
 
 def check(decoder: Decoder) -> None:
     """InputError, naming what is accepted, for what cannot be exported; costs nothing."""
-    if decoder.family not in FAMILIES:
+    if decoder.family not in _FAMILIES:
         raise InputError(
             f"{decoder.family!r} is not exported to compressed-tensors, which quantizes nn.Linear; accepted: "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(_FAMILIES)}"
         )
     if not decoder.quantized():
         raise InputError("no layer has quantized weights: there is nothing to compress")

@@ -36,7 +36,7 @@ from torch import Tensor
 import quantkit
 from hwmodel import formats
 from quantkit.bands import Bands
-from quantkit.decoder import Decoder, bias_of, config_record, refuse_inputs, weight_of
+from quantkit.decoder import FAMILIES, Decoder, bias_of, config_record, refuse_inputs, weight_of
 from quantkit.errors import InputError
 from quantkit.files import new_directory
 from quantkit.nbits import Codes, block_of, codes_of, group_of, width_of
@@ -44,20 +44,6 @@ from quantkit.onnx_formats import Graph
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import QTensor
 
-FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
 FILE = "model.onnx"
 LEVELS = (1, 4)
 OPSET = 24  # has Attention, RotaryEmbedding and RMSNormalization

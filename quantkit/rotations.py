@@ -274,11 +274,7 @@ class _Turner(Follower):
         return users == [(aten.mean, ([-1],))]
 
     def _attention(self, node: fx.Node, value: Tensor) -> Tensor:
-        q, k, v = (self._of(a) for a in node.args[:3])
-        for mask in node.args[3:]:
-            self._fix(self.labels[mask])  # type: ignore[index]
-        if q.dim() > 2:
-            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
+        q, k, v = self._operands(node)
         self._product(q, k.transpose(-1, -2), (*q.shape[:-1], k.shape[-2]))
         zero = torch.zeros((), dtype=torch.long)
         return self._product(zero.expand(*q.shape[:-1], k.shape[-2]), v, tuple(value.shape))  # type: ignore[return-value]

@@ -228,12 +228,17 @@ class Follower(fx.Interpreter):
         self.rows[name] = self.variables.fresh(shape.outputs)
         return self.rows[name].reshape(-1, *(1 for _ in shape.kernel)).expand(value.shape)
 
-    def _attention(self, node: fx.Node, value: Tensor) -> Tensor:
+    def _operands(self, node: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels of the queries, keys and values of attention, a head of each for every head of queries."""
         q, k, v = (self._of(a) for a in node.args[:3])
         for mask in node.args[3:]:
             self._fix(self.labels[mask])  # type: ignore[index]
         if q.dim() > 2:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
+        return q, k, v
+
+    def _attention(self, node: fx.Node, value: Tensor) -> Tensor:
+        q, k, v = self._operands(node)
         self._fix(self._product(q, k.transpose(-1, -2), (*q.shape[:-1], k.shape[-2])))  # in front of the softmax
         return self.variables.merge(v, [-2]).expand(value.shape)
 

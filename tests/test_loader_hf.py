@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 
 from quantkit.capture import captured
+from quantkit.decoder import FAMILIES
 from quantkit.errors import InputError
 from quantkit.loaders import hf
 from quantkit.loading import load_checkpoint
@@ -80,7 +81,7 @@ def words(path, n):
     Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(path / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("kind", hf.TYPES)
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "8KB"}], ids=["whole", "sharded"])
 def test_a_family_loads(kind, options, tmp_path):
     """Logits are the saved model's, in float32 and evaluation mode, and every weight matrix is an nn.Linear."""
@@ -106,7 +107,7 @@ def test_half_precision_becomes_float32(tmp_path):
     assert all(torch.equal(loaded[name], value.float()) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", hf.TYPES)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_is_captured(kind, tmp_path):
     """The front door loads it, and its graph gives the same logits for another batch and another length."""
     model = load_checkpoint(folder(tmp_path, kind))

@@ -12,6 +12,7 @@ from test_loader_hf import made
 from torch import fx, nn
 
 from quantkit import capture
+from quantkit.decoder import FAMILIES
 from quantkit.loaders import hf
 from quantkit.model import Model
 from quantkit.repeats import blocks_of, traced_by_two
@@ -51,7 +52,7 @@ def calls(graph: fx.GraphModule) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in hf.TYPES if kind not in ALTERNATING])
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in ALTERNATING])
 def test_two_blocks_give_the_graph_of_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Node for node, weight for weight, and the logits are the module's own for another batch and length."""
     module = deep(kind)

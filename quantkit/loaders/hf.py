@@ -1,7 +1,7 @@
 """Loader of Hugging Face directories of causal language models: config.json and safetensors, nothing that runs.
 
-The families of `TYPES` as transformers' own classes, in float32; of Gemma 3 the networks of text alone. Code that a
-checkpoint brings along (`auto_map`) is never run, pickled weights are never opened, and nothing is downloaded.
+The families of `quantkit.decoder` as transformers' own classes, in float32; of Gemma 3 the networks of text alone. Code
+that a checkpoint brings along (`auto_map`) is never run, pickled weights are never opened, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,25 +28,12 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from quantkit.decoder import FAMILIES
 from quantkit.errors import InputError
 from quantkit.files import sha256_of
 from quantkit.model import Model
 from quantkit.rounding import all_finite
 
-TYPES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
@@ -261,11 +248,13 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _config(record: dict[str, Any], file: Path) -> PreTrainedConfig:
     kind = record.get("model_type")
-    if kind not in TYPES:
-        near = difflib.get_close_matches(str(kind), TYPES, n=1)
+    if kind not in FAMILIES:
+        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         code = " and its own code (auto_map) is not run" if "auto_map" in record else ""
-        raise InputError(f"{file}: model_type {str(kind)[:60]!r} is not read{code}{hint}; accepted: {', '.join(TYPES)}")
+        raise InputError(
+            f"{file}: model_type {str(kind)[:60]!r} is not read{code}{hint}; accepted: {', '.join(FAMILIES)}"
+        )
     if record.get("quantization_config"):
         raise InputError(f"{file}: the weights are quantized already (quantization_config); load the float checkpoint")
     if record.get("is_encoder_decoder") or record.get("add_cross_attention"):

@@ -129,10 +129,8 @@ def evaluate(
     samples (temperature above 0) depend on it and on `seed`. `progress(prompts done, of how many)`.
     """
     began, answers = time.perf_counter(), [""] * len(task.prompts)
-    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
-    for some, ids in _batches(tokenizer, task, batch, progress):
-        made = decode(module, ids, task.tokens, end=end, temperature=temperature, generator=generator)
-        for i, row in zip(some, made[:, ids.shape[1] :].tolist(), strict=True):
+    for some, length, made in _decoded(module, tokenizer, task, end, temperature, seed, batch, progress):
+        for i, row in zip(some, made[:, length:].tolist(), strict=True):
             answers[i] = tokenizer.decode(row[: row.index(end)] if end in row else row)
     rewards = [task.verify(prompt, answer) for prompt, answer in zip(task.prompts, answers, strict=True)]
     return summary(rewards, answers, temperature, time.perf_counter() - began)
@@ -182,13 +180,11 @@ def kl(
     NaN for one prompt.
     """
     nats, lengths = [0.0] * len(task.prompts), [0] * len(task.prompts)
-    generator = torch.Generator(next(reference.parameters()).device).manual_seed(seed)
-    for some, ids in _batches(tokenizer, task, batch, progress):
-        made = decode(reference, ids, task.tokens, end=end, temperature=temperature, generator=generator)
-        answer = made[:, ids.shape[1] :]
+    for some, length, made in _decoded(reference, tokenizer, task, end, temperature, seed, batch, progress):
+        answer = made[:, length:]
         counts = (answer == end).cumsum(1) - (answer == end).long() == 0
         with torch.inference_mode():
-            p, q = (m(made[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :] for m in (reference, module))
+            p, q = (m(made[:, :-1], use_cache=False).logits[:, length - 1 :] for m in (reference, module))
             log_p, log_q = (x.double().log_softmax(dim=-1) for x in (p, q))
         each = (log_p.exp() * (log_p - log_q)).sum(dim=-1) * counts
         for i, total, count in zip(some, each.sum(1).tolist(), counts.sum(1).tolist(), strict=True):
@@ -253,12 +249,27 @@ def rollouts(
     """
     width = task.tokens + max(len(tokenizer.encode(prompt).ids) for prompt in task.prompts)
     rows = torch.full((len(task.prompts), width), end)
-    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
-    for some, ids in _batches(tokenizer, task, batch, None):
-        made = decode(module, ids, task.tokens, end=end, temperature=temperature, generator=generator).cpu()
-        rows[some, : made.shape[1]] = made
+    for some, _, made in _decoded(module, tokenizer, task, end, temperature, seed, batch, None):
+        rows[some, : made.shape[1]] = made.cpu()
     kept = int((rows != end).any(dim=0).nonzero().max()) + 2
     return rows[:, :kept]
+
+
+def _decoded(
+    module: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    end: int,
+    temperature: float,
+    seed: int,
+    batch: int,
+    progress: Progress | None,
+) -> Iterator[tuple[list[int], int, Tensor]]:
+    """(which prompts, their length, they and the module's answers as `decode` leaves them), batch by batch."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
+    for some, ids in _batches(tokenizer, task, batch, progress):
+        made = decode(module, ids, task.tokens, end=end, temperature=temperature, generator=generator)
+        yield some, ids.shape[1], made
 
 
 def _batches(tokenizer: Any, task: Task, batch: int, progress: Progress | None) -> Iterator[tuple[list[int], Tensor]]:
