@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping as Mapping_
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +15,6 @@ from quantkit.cli.options import (
     _CHOOSE,
     _IN,
     _NUM,
-    _OUT,
     _PRESETS,
     AcceptVersions,
     Checkpoint,
@@ -37,6 +35,8 @@ from quantkit.cli.options import (
     OtherInputs,
     Ray,
     Seed,
+    Study,
+    StudyDirectory,
     app,
     check_space,
     exceptions,
@@ -47,6 +47,7 @@ from quantkit.cli.options import (
     pipelines_of,
     targets_for,
 )
+from quantkit.cli.studies import begun, show_report
 from quantkit.console import guarded, note, print_json, print_table, progress_bar, say, warn
 from quantkit.errors import InputError
 
@@ -63,9 +64,7 @@ if TYPE_CHECKING:
 @guarded
 def sweep(
     checkpoint: Checkpoint,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
-    ],
+    output: StudyDirectory,
     weights: Annotated[str, typer.Option("--weights", metavar="F,F,..", help="Weight formats.", rich_help_panel=_NUM)],
     acts: Annotated[
         str, typer.Option("--acts", metavar="F,F,..", help="Formats of layer inputs.", rich_help_panel=_NUM)
@@ -140,23 +139,17 @@ def sweep(
         space = replace(space, pipelines=pipelines_of(step, preset, kind_of(model)))
         recipes = space.recipes()
 
-    from quantkit.backends import connected
     from quantkit.report import write_report
     from quantkit.study import settings_for
-    from quantkit.sweep import open_study, run, study_origin
+    from quantkit.sweep import run, study_origin
 
     for recipe in recipes:
         check(model, recipe)
     if labelled is not None:
         episodes, seed = len(labelled.labels), 0
     settings = settings_for(targets, episodes, seed)
-    what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
-    with connected(ray):  # what does not answer is told before a study is begun
-        with progress_bar(*what) as update:
-            origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
-            study = open_study(
-                output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
-            )
+    origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
+    with begun(output, model, settings, origin, labelled, ray, accept_versions) as study:
         with progress_bar("designs", "designs") as update:
             rows = run(
                 study,
@@ -175,7 +168,7 @@ def sweep(
     if not json:
         for name, why in left.items():
             warn(f"{name} stays in float: {why}")
-    _show_report(report, json)
+    show_report(report, json)
 
 
 def _sweep_language(
@@ -221,7 +214,7 @@ def _sweep_language(
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")
 @guarded
 def pareto(
-    study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
+    study: Study,
     x: Annotated[
         str, typer.Option(help="Cost: luts, ffs, dsps, bram18, latency_us, weight_kib, bits_per_weight.")
     ] = "luts",
@@ -236,50 +229,4 @@ def pareto(
 
     stem = "pareto" if (x, y) == ("luts", "mean") else f"pareto_{y}_{x}"
     stem += "" if target is None else "_" + re.sub(r"\W+", "_", target)
-    _show_report(write_report(study, x=x, y=y, stem=stem, target=target), json)
-
-
-def _show_report(report: dict[str, Any], json: bool) -> None:
-    from quantkit.pareto import COLUMNS, label, value
-
-    if json:
-        print_json(report)
-        return
-    x, y, metric = report["x"], report["y"], report["metric"]
-    reference = report["reference"]
-    say(
-        f"float {'network' if metric == 'accuracy' else 'policy'}: {_score(reference, metric)}; "
-        f"margin {_number(report['margin'], metric)}; {report['designs']} designs"
-    )
-    if report["random"] is not None and reference["mean"] <= report["random"]:
-        rival = "random actions" if metric == "return" else "always the most frequent class"
-        warn(
-            f"float is no better than {rival} ({_number(report['random'], metric)}): margin and --max-loss, which are "
-            "shares of the distance, say little"
-        )
-    if len(report["targets"]) > 1:
-        say(f"costs for {report['target']}; of {len(report['targets'])} targets: {', '.join(report['targets'])}")
-    shown = list(dict.fromkeys((x, "luts", "weight_kib", "latency_us")))
-    rows = []
-    for row in report["front"]:
-        score = row["score"]
-        numbers = [(value(row, c), c) for c in shown]
-        cells = ["-" if v is None else f"{v:,.0f}" if c in ("luts", "ffs") else f"{v:,.4g}" for v, c in numbers]
-        names = [row["weights"], row["acts"], row["granularity"], row["steps"]]
-        rows.append([*names, _score(score, metric), row["verdict"]["verdict"], *cells])
-    columns = dict.fromkeys(("weights", "inputs", "scales", "method"), "left")
-    columns |= {metric: "right", "against float": "left"} | {COLUMNS[c][1]: "right" for c in shown}
-    knee = report["knee"]
-    highlight = next((i for i, row in enumerate(report["front"]) if knee and row["id"] == knee["id"]), None)
-    print_table(f"Pareto front of {label(y, metric)} against {COLUMNS[x][1]}", columns, rows, highlight=highlight)
-    if knee:
-        say(f"take: weights {knee['weights']}, inputs {knee['acts']}, {knee['steps']}")
-    say("\n".join(f"wrote {path}" for path in report["files"]))
-
-
-def _score(score: Mapping_[str, Any], metric: str) -> str:
-    return f"{_number(score['mean'], metric)} ± {_number(score['stderr'] or 0.0, metric)}"
-
-
-def _number(number: float, metric: str) -> str:
-    return f"{number:.2%}" if metric == "accuracy" else f"{number:.2f}"
+    show_report(write_report(study, x=x, y=y, stem=stem, target=target), json)

@@ -20,8 +20,10 @@ from quantkit.cli.options import (
     Exceptions,
     Factory,
     Force,
+    Granularity,
     Inputs,
     Json,
+    MethodSeed,
     Normalize,
     Seed,
     States,
@@ -290,9 +292,7 @@ def analyze(
     acts: Annotated[
         str | None, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs.", rich_help_panel=_NUM)
     ] = None,
-    granularity: Annotated[
-        str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)
-    ] = "row",
+    granularity: Granularity = "row",
     step: Steps = None,
     preset: Annotated[str | None, typer.Option(help=f"Methods put together: {_PRESETS}.", rich_help_panel=_NUM)] = None,
     layer: Exceptions = None,
@@ -308,7 +308,7 @@ def analyze(
         ),
     ] = True,
     inputs: Inputs = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)] = 0,
+    seed: MethodSeed = 0,
     env: Env = None,
     factory: Factory = None,
     normalize: Normalize = "stage",

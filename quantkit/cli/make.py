@@ -22,9 +22,13 @@ from quantkit.cli.options import (
     Exceptions,
     Factory,
     Force,
+    Granularity,
     Inputs,
     Json,
+    MethodSeed,
+    NewDirectory,
     Normalize,
+    Quantized,
     Seed,
     Steps,
     app,
@@ -50,7 +54,7 @@ if TYPE_CHECKING:
 @guarded
 def quantize(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
+    output: NewDirectory,
     weights: Annotated[
         str,
         typer.Option(
@@ -60,9 +64,7 @@ def quantize(
     acts: Annotated[
         str, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs, or float.", rich_help_panel=_NUM)
     ],
-    granularity: Annotated[
-        str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)
-    ] = "row",
+    granularity: Granularity = "row",
     step: Steps = None,
     preset: Annotated[
         str | None, typer.Option(help=f"Methods put together for you: {_PRESETS}.", rich_help_panel=_NUM)
@@ -77,7 +79,7 @@ def quantize(
         int | None, typer.Option(min=1, help="Only the first documents of the text.", rich_help_panel=_NUM)
     ] = None,
     inputs: Inputs = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)] = 0,
+    seed: MethodSeed = 0,
     env: Env = None,
     factory: Factory = None,
     normalize: Normalize = "stage",
@@ -254,7 +256,7 @@ def _continued(
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")
 @guarded
 def export(
-    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
+    directory: Quantized,
     output: Annotated[Path, typer.Option("--output", "-o", help="File or directory to write.", rich_help_panel=_OUT)],
     to: Annotated[
         Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn", "onnx-nbits", "compressed-tensors", "gguf"],
@@ -323,7 +325,7 @@ def exported(found: dict[str, Any]) -> list[str]:
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit verify agent.q agent.onnx --episodes 20")
 @guarded
 def verify(
-    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
+    directory: Quantized,
     onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="File written by quantkit export.")],
     episodes: Episodes = 10,
     seed: Seed = 1000,

@@ -41,6 +41,8 @@ Checkpoint = Annotated[
         help="SB3 zip, rl-zoo folder, CleanRL file, Hugging Face or quantized directory, or safetensors with --factory."
     ),
 ]
+Quantized = Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")]
+Study = Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")]
 Env = Annotated[
     str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=_IN)
 ]
@@ -74,8 +76,14 @@ Normalize = Annotated[
     ),
 ]
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes to run.", rich_help_panel=_NUM)]
+Granularity = Annotated[str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)]
+MethodSeed = Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)]
 Seed = Annotated[int, typer.Option(min=0, help="Episode i is seeded with SEED + i.", rich_help_panel=_NUM)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)]
+NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)]
+StudyDirectory = Annotated[
+    Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=_OUT)]
 Steps = Annotated[
     list[str] | None,
@@ -348,6 +356,9 @@ Latencies = Annotated[
 Luts = Annotated[
     str | None, typer.Option(metavar="N,..", help="Fold it into this many LUTs, or each.", rich_help_panel=_HW)
 ]
+
+Latency = Annotated[float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)]
+MostLuts = Annotated[int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)]
 
 
 def targets_for(

@@ -12,15 +12,18 @@ from quantkit.cli.options import (
     _HW,
     _IN,
     _NUM,
-    _OUT,
     Checkpoint,
     Env,
     Episodes,
     Factory,
     Force,
     Json,
+    Latency,
+    MostLuts,
+    NewDirectory,
     Normalize,
     Seed,
+    Study,
     app,
     load,
 )
@@ -31,7 +34,7 @@ from quantkit.errors import InputError
 @app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit report study -o study.html")
 @guarded
 def report(
-    study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
+    study: Study,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="Default: STUDY/report.html.")
     ] = None,
@@ -70,8 +73,8 @@ def report(
 )
 @guarded
 def pick(
-    study: Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
+    study: Study,
+    output: NewDirectory,
     max_loss: Annotated[
         str | None,
         typer.Option(
@@ -89,12 +92,8 @@ def pick(
     device: Annotated[
         str | None, typer.Option(help="Price it for this part. Default: the study's.", rich_help_panel=_HW)
     ] = None,
-    latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)
-    ] = None,
-    luts: Annotated[
-        int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)
-    ] = None,
+    latency_us: Latency = None,
+    luts: MostLuts = None,
     mapping: Annotated[
         Literal["lut", "dsp", "auto"] | None,
         typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=_HW),

@@ -7,22 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli.options import _HW, _MAKE, _OUT, Env, Episodes, Factory, Force, Json, Seed, app
+from quantkit.cli.options import (
+    _HW,
+    _MAKE,
+    Env,
+    Episodes,
+    Factory,
+    Force,
+    Json,
+    Latency,
+    MostLuts,
+    NewDirectory,
+    Quantized,
+    Seed,
+    app,
+)
 from quantkit.console import guarded, print_json, print_table, progress_bar, say
 
 
 @app.command(rich_help_panel=_MAKE, epilog="Example: quantkit rtl agent.q -o agent.rtl --device xc7a35t --latency-us 2")
 @guarded
 def rtl(
-    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)],
+    directory: Quantized,
+    output: NewDirectory,
     device: Annotated[str, typer.Option(help="FPGA part (see hwmodel devices).", rich_help_panel=_HW)] = "xc7a35t",
-    latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)
-    ] = None,
-    luts: Annotated[
-        int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)
-    ] = None,
+    latency_us: Latency = None,
+    luts: MostLuts = None,
     clock_mhz: Annotated[
         float, typer.Option(min=1.0, help="Clock assumed; it is not predicted.", rich_help_panel=_HW)
     ] = 100.0,
@@ -134,7 +144,7 @@ def _show_designs(output: Path, document: dict[str, Any], json: bool) -> None:
 )
 @guarded
 def rtl_episodes(
-    directory: Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")],
+    directory: Quantized,
     design: Annotated[Path, typer.Argument(metavar="DESIGN", help="Directory written from it by quantkit rtl.")],
     episodes: Episodes = 5,
     seed: Seed = 1000,

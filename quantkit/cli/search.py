@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from quantkit.cli.choose import _show_report
 from quantkit.cli.options import (
     _CHOOSE,
     _HW,
     _NUM,
-    _OUT,
     _PRESETS,
     _RUN,
     AcceptVersions,
@@ -35,6 +32,7 @@ from quantkit.cli.options import (
     OtherInputs,
     Ray,
     Seed,
+    StudyDirectory,
     app,
     check_space,
     kind_of,
@@ -44,6 +42,7 @@ from quantkit.cli.options import (
     pipelines_of,
     targets_for,
 )
+from quantkit.cli.studies import begun, show_report
 from quantkit.console import guarded, note, progress_bar
 
 _SEARCH = "Search"
@@ -57,9 +56,7 @@ _SEARCH = "Search"
 @guarded
 def search(
     checkpoint: Checkpoint,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
-    ],
+    output: StudyDirectory,
     budget_designs: Annotated[int, typer.Option(min=1, help="Designs to try at most.", rich_help_panel=_SEARCH)] = 60,
     budget_episodes: Annotated[
         int | None,
@@ -156,49 +153,45 @@ def search(
     if preset and kind_of(model) != kind:
         pipelines = pipelines_of(step, preset, kind_of(model))
 
-    from quantkit.backends import connected, workers
+    from quantkit.backends import workers
     from quantkit.report import write_report
     from quantkit.search import search
     from quantkit.search_space import SearchSpace
     from quantkit.study import settings_for
-    from quantkit.sweep import open_study, study_origin
+    from quantkit.sweep import study_origin
 
     space = SearchSpace(listed(weights), listed(acts), listed(granularity), pipelines, search_seed)
     if labelled is not None:
         episodes, seed = len(labelled.labels), 0
     settings = settings_for(targets, episodes, seed)
-    what = ("float and random policy", "episodes") if labelled is None else ("float network", "inputs")
-    with connected(ray):  # what does not answer is told before a study is begun
-        with progress_bar(*what) as update:
-            origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
-            study = open_study(
-                output, model, settings, update, origin=origin, accept_versions=accept_versions, labelled=labelled
-            )
-        with (
-            workers(study, jobs or os.cpu_count() or 1, ray) as mapper,
-            progress_bar("sensitivities", "cells") as measuring,
-            progress_bar("designs", "designs") as designs,
-        ):
-            rows = search(
-                study,
-                output,
-                space,
-                mapper,
-                designs=budget_designs,
-                episodes=budget_episodes,
-                sampler=sampler,
-                cost=chosen,
-                budgets={name: most for name, most in limits.items() if most is not None},
-                batch=batch,
-                races=race,
-                storage=storage,
-                measuring=measuring,
-                progress=lambda done, total, _: designs(done, total),
-            )
+    origin = study_origin(checkpoint, env, normalize, sys.argv[1:], factory, calibration, inputs, labels)
+    with (
+        begun(output, model, settings, origin, labelled, ray, accept_versions) as study,
+        workers(study, jobs or os.cpu_count() or 1, ray) as mapper,
+        progress_bar("sensitivities", "cells") as measuring,
+        progress_bar("designs", "designs") as designs,
+    ):
+        rows = search(
+            study,
+            output,
+            space,
+            mapper,
+            designs=budget_designs,
+            episodes=budget_episodes,
+            sampler=sampler,
+            cost=chosen,
+            budgets={name: most for name, most in limits.items() if most is not None},
+            batch=batch,
+            races=race,
+            storage=storage,
+            measuring=measuring,
+            progress=lambda done, total, _: designs(done, total),
+        )
     for row in rows:
         if "error" in row:
             note(f"left out: {row['weights']}, {row['acts']}, {row['steps']}: {row['error']}")
     if not json:
         played = sum(row.get("episodes", 0) for row in rows)
-        note(f"{len(rows)} designs on {played:,} {what[1]}; all of them to the end are {len(rows) * episodes:,}")
-    _show_report(write_report(output, x=chosen), json)
+        unit = "episodes" if labelled is None else "inputs"
+        note(f"{len(rows)} designs on {played:,} {unit}; all of them to the end are {len(rows) * episodes:,}")
+    show_report(write_report(output, x=chosen), json)
