@@ -33,10 +33,11 @@ from torch import Tensor
 from quantkit.capture import captured
 from quantkit.loaders import hf
 from quantkit.model import Calib
-from quantkit.observers import Gram, walk
+from quantkit.observers import Gram
 from quantkit.qlayers import QLayer
 from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.tasks.perplexity import encode, evaluate, read_documents
+from quantkit.walk import walk
 
 LAYERS = "model.layers.*"
 LENGTH = 128

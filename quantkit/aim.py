@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from quantkit.batches import portion
 from quantkit.critic import drops
 from quantkit.losses import errors_of, loss_for
 from quantkit.model import Model
-from quantkit.observers import portion
 from quantkit.policy import Policy
 
 Label = Callable[[Tensor], Tensor]

@@ -30,10 +30,12 @@ from torch import Tensor
 
 from hwmodel.formats import Format
 from hwmodel.spec import PerGroup
-from quantkit.observers import Gram, Site, half_products, one_thread, rows
+from quantkit.arithmetic import half_products, one_thread
+from quantkit.observers import Gram
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import base_of, expand_scale, fit_groups, fit_scale, from_values, quantize, scale_format, within
 from quantkit.rounding import all_finite, round_to, rounder
+from quantkit.walk import Site, rows
 
 
 def factorize(H: Tensor, damp: float = 0.01, order: Tensor | None = None) -> tuple[Tensor, float] | None:
@@ -181,7 +183,7 @@ def moments(site: Site, samples: int, *, drift: bool = False) -> tuple[Tensor, T
 
     y: what the float network made of its own inputs, without the bias. Empty tensors of a layer that never runs; C is
     empty without `drift`. H is taken over from a layer with the very same inputs where the site knows of one. samples:
-    how many inputs are looked at, as in `observers.rows`.
+    how many inputs are looked at, as in `walk.rows`.
     """
     layer = site.layer
     shared = not layer.spatial and layer.in_scale is None and layer.act is None

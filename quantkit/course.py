@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.aim import Aim, Label
+from quantkit.batches import portion
 from quantkit.links import find_links
 from quantkit.mixtures import half_mixed, mixtures
 from quantkit.model import Model
-from quantkit.observers import portion
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
 from quantkit.trainees import Operand, Trainee

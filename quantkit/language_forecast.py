@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from hwmodel.formats import Int
+from quantkit.arithmetic import half_products, one_thread
 from quantkit.language_stream import budget
 from quantkit.model import Calib, Model
-from quantkit.observers import PANEL, half_products, one_thread
+from quantkit.observers import PANEL
 from quantkit.qlayers import shape_of
 from quantkit.recipe import Recipe, full_steps, step_options
 from quantkit.rounding import round_to

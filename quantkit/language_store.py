@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quantkit.observers import half_products
+from quantkit.arithmetic import half_products
 from quantkit.qlayers import Attention, MatMul, QLayer
 from quantkit.spool import give_back
 

@@ -31,18 +31,19 @@ from torch import Tensor, fx, nn
 
 from hwmodel.spec import LayerSpec
 from quantkit import __version__
+from quantkit.arithmetic import one_thread
 from quantkit.artifact import MARKER, TENSORS, TENSORS_META, entry, pack_layer, report, restore_layer, write_documents
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file
 from quantkit.language_store import Later, Store, Stream, framed, save_tensors
 from quantkit.loaders.hf import Weights, companions
 from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, one_thread
 from quantkit.qlayers import Plain, QLayer, shape_of
 from quantkit.recipe import Recipe, StepReport, full_steps, give_plans, one_walk
 from quantkit.sources import source_digest
 from quantkit.specs import same_weight, specs_of
 from quantkit.spool import give_back
+from quantkit.walk import Site, Visit
 
 
 def why_whole(model: Model, recipe: Recipe) -> str | None:
@@ -330,7 +331,7 @@ class _Run:
         give_back()
 
     def _targets(self, site: Site, node: fx.Node, twin: nn.Module) -> list[Any]:
-        """What the float layer puts out; its inputs are let go, as in `observers.walk`."""
+        """What the float layer puts out; its inputs are let go, as in `quantkit.walk`."""
         assert self.float is not None
         site.floats = []
         return self.float.ahead(node, twin)

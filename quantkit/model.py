@@ -121,3 +121,18 @@ class Calib:
     def batches(self) -> tuple[Tensor, ...]:
         """The inputs in batches."""
         return self.inputs.split(self.batch)
+
+
+def unquantized(model: Model) -> set[str]:
+    """Layers planned to have a quantized weight that have none yet."""
+    return {name for name, layer in model.qlayers().items() if layer.plan.weight is not None and layer.q is None}
+
+
+def float_twin(model: Model) -> Model:
+    """A copy that computes in float: no weight, input or operand of it is quantized."""
+    twin = model.copy()
+    for part in twin.quantizers().values():
+        part.set_act(None)
+        if isinstance(part, QLayer):
+            part.set_weight(None)
+    return twin

@@ -26,12 +26,13 @@ from hwmodel import formats
 from hwmodel.formats import Block
 from hwmodel.spec import PerGroup, PerRow, parse_granularity
 from quantkit import shelves
+from quantkit.arithmetic import one_thread
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import Visit, one_thread, visit
 from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.rounding import all_finite
+from quantkit.walk import Visit, visit
 
 Step = tuple[str, dict[str, Any]]
 

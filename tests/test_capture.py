@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from quantkit.capture import captured
 from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, visit, walk
 from quantkit.qlayers import Attention, MatMul, QLayer
 from quantkit.recipe import quantize, uniform
+from quantkit.walk import Site, Visit, visit, walk
 
 
 class Padded(nn.Conv2d):

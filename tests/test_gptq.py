@@ -14,11 +14,12 @@ from hwmodel.spec import PerGroup, PerRow, PerTensor
 from quantkit.columns import aimed, factorize, moments, round_layer
 from quantkit.methods import act_scales, gptq
 from quantkit.model import Calib
-from quantkit.observers import Gram, Site, walk
+from quantkit.observers import Gram
 from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.qtensor import dequantize, fit_scale, quantize, values_of
 from quantkit.recipe import make_plan, uniform
 from quantkit.recipe import quantize as run
+from quantkit.walk import Site, walk
 
 
 def paper(W, H, fmt, scale_of, size, damp=0.01):

@@ -19,7 +19,8 @@ from test_loader_hf import change, edit, folder
 from torch import fx, nn
 from transformers import AutoModelForCausalLM
 
-from quantkit import columns, observers
+from quantkit import arithmetic, columns
+from quantkit.arithmetic import has_half
 from quantkit.artifact import load_artifact, save_artifact
 from quantkit.capture import captured
 from quantkit.cli import language
@@ -28,7 +29,7 @@ from quantkit.language_store import Store, Stream, save_tensors
 from quantkit.language_stream import join, partial_folder, quantize_streamed, why_whole
 from quantkit.loaders import hf
 from quantkit.model import Calib
-from quantkit.observers import Gram, has_half
+from quantkit.observers import Gram
 from quantkit.qlayers import LayerPlan, QLayer
 from quantkit.qtensor import fit_scale
 from quantkit.qtensor import quantize as quantize_weight
@@ -341,7 +342,7 @@ def test_dtype_is_the_checkpoints_unless_asked_for(tmp_path: Path, monkeypatch: 
     weights = hf.outline(path)[1]
     assert weights.stored_in() == "F32" and hf.outline(stored_in_half(path))[1].stored_in() == "BF16"
     for has, wanted in ((True, True), (False, False)):
-        monkeypatch.setattr(observers, "has_half", lambda has=has: has)
+        monkeypatch.setattr(arithmetic, "has_half", lambda has=has: has)
         assert [language._half(d, hf.outline(path)[1], None) for d in ("auto", "float32")] == [wanted, False]
         assert not language._half("auto", weights, "it trains") and not language._half("auto", None, None)
     with pytest.raises(InputError, match="does not multiply bfloat16"):

@@ -12,13 +12,14 @@ from laws_methods import wide_images
 from tiny_models import SINGLES, attention, stream
 from torch import nn
 
-from quantkit import observers
+from quantkit import batches
 from quantkit.capture import captured
-from quantkit.model import Calib, Model
-from quantkit.observers import Sample, Site, collect, float_twin, rows, thinned, walk
+from quantkit.model import Calib, Model, float_twin
+from quantkit.observers import Sample, collect, thinned
 from quantkit.qlayers import Point, QLayer
 from quantkit.recipe import make_plan, parse_step, quantize, uniform
 from quantkit.spool import Filed, Spool
+from quantkit.walk import Site, rows, walk
 
 BUILDS = {"attention": attention, "stream": stream, "images": wide_images}
 
@@ -44,8 +45,8 @@ def joined(parts) -> torch.Tensor:
 @pytest.mark.parametrize("name", BUILDS)
 def test_sites_show_what_a_pass_shows(name, portion, monkeypatch):
     """Inputs, float inputs and float outputs are those of plain passes, also once the float outputs were looked at."""
-    monkeypatch.setattr(observers, "PORTION", portion)
-    monkeypatch.setattr(observers, "LARGE", 10**9)
+    monkeypatch.setattr(batches, "PORTION", portion)
+    monkeypatch.setattr(batches, "LARGE", 10**9)
     done, calib = quantized(name)
     twin = float_twin(done)
     inputs, floats = seen(done, calib), seen(twin, calib)
@@ -66,7 +67,7 @@ def test_waiting_in_a_file_changes_nothing(name, monkeypatch):
     done, calib = quantized(name)
     found = []
     for large in (10**9, 1):
-        monkeypatch.setattr(observers, "LARGE", large)
+        monkeypatch.setattr(batches, "LARGE", large)
         sites = walk(done, calib, list(done.qlayers()), targets=True)
         found.append([[list(x) for x in (site.inputs, site.floats, site.targets)] for site in sites])
     filed = 0
@@ -86,7 +87,7 @@ def test_a_full_disk_changes_nothing(name, monkeypatch):
         return [joined(site.inputs) for site in walk(done, calib, list(done.qlayers()))]
 
     expected = inputs()
-    monkeypatch.setattr(observers, "LARGE", 1)
+    monkeypatch.setattr(batches, "LARGE", 1)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("r+b", 0))
     assert all(map(torch.equal, inputs(), expected))
 
@@ -113,7 +114,7 @@ def test_places_in_the_file_are_used_again():
 
 def test_what_is_not_finite_stays(monkeypatch):
     """An infinite or missing value reaches the observers that name it, filed or not."""
-    monkeypatch.setattr(observers, "LARGE", 1)
+    monkeypatch.setattr(batches, "LARGE", 1)
     model, calib = stream()
     for key, layer in list(model.layers().items()):
         model.replace(key, QLayer(layer, make_plan("int4", "int4")).eval())
@@ -146,7 +147,7 @@ def test_rows_do_not_depend_on_batches(name, samples, monkeypatch):
     model, calib = SINGLES[name]()
     model.replace("0", QLayer(model.layers()["0"], make_plan("int4", "int4")))
     layer = model.qlayers()["0"]
-    monkeypatch.setattr(observers, "BLOCK", 256 * layer.weight[0].numel())
+    monkeypatch.setattr("quantkit.walk.BLOCK", 256 * layer.weight[0].numel())
     sites = []
     for batch in (len(calib.inputs), 64, 7):
         inputs = calib.inputs.split(batch)

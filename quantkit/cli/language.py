@@ -66,7 +66,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 def _half(dtype: str, weights: Weights | None, whole: str | None) -> bool:
     """Whether --dtype asks for bfloat16; InputError where it cannot be had."""
-    from quantkit.observers import has_half
+    from quantkit.arithmetic import has_half
 
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; accepted: {', '.join(DTYPES)}")

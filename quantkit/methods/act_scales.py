@@ -31,10 +31,11 @@ from torch import Tensor
 from hwmodel.formats import Block, Float, Int, max_value
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
-from quantkit.observers import Sample, Site, Visit, collect, layerwise, rows
+from quantkit.observers import Sample, collect
 from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
 from quantkit.qtensor import BlockRule, ScaleRule, base_for, fit_groups
 from quantkit.rounding import round_to
+from quantkit.walk import Site, Visit, layerwise, rows
 
 CHANGES = frozenset({"acts"})
 

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 
 from hwmodel.formats import Float, Format, Levels, max_value, min_exponent, min_value
-from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, layerwise, rows, unquantized
+from quantkit.model import Calib, Model, unquantized
 from quantkit.qtensor import ScaleRule, base_of, expand_scale, fit_scale, from_values, quantize
 from quantkit.rounding import round_to
+from quantkit.walk import Site, Visit, layerwise, rows
 
 CHANGES = frozenset({"weights"})
 

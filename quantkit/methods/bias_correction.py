@@ -23,8 +23,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, float_twin, visit
+from quantkit.model import Calib, Model, float_twin
+from quantkit.walk import Site, Visit, visit
 
 CHANGES = frozenset({"bias"})
 

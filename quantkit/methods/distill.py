@@ -21,11 +21,11 @@ import torch
 
 from quantkit.acting import best_acting, tour_of
 from quantkit.aim import Label, aim
+from quantkit.arithmetic import one_thread
 from quantkit.contest import Contest
 from quantkit.course import Course, Pool, trainable
 from quantkit.errors import InputError
-from quantkit.model import Calib, Model
-from quantkit.observers import float_twin, one_thread
+from quantkit.model import Calib, Model, float_twin
 from quantkit.policy import Policy
 
 CHANGES = frozenset({"refined", "bias"})

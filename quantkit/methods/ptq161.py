@@ -45,8 +45,8 @@ from hwmodel.formats import BINARY
 from hwmodel.spec import PerRow
 from quantkit.bands import Bands, dense, half, nearest4, signed
 from quantkit.errors import InputError
-from quantkit.model import Calib, Model
-from quantkit.observers import collect, spread, unquantized
+from quantkit.model import Calib, Model, unquantized
+from quantkit.observers import collect, spread
 from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
 from quantkit.training import Straight, cosine, train

@@ -20,9 +20,9 @@ first column it is `gptq:drift=true`.
 from __future__ import annotations
 
 from quantkit.columns import NOTHING, aimed, moments, round_layer, tally
-from quantkit.model import Calib, Model
-from quantkit.observers import Site, Visit, layerwise, unquantized
+from quantkit.model import Calib, Model, unquantized
 from quantkit.qtensor import ScaleRule
+from quantkit.walk import Site, Visit, layerwise
 
 CHANGES = frozenset({"weights"})
 

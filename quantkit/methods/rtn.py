@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from quantkit.model import Calib, Model
-from quantkit.observers import Gram, Site, Visit, layerwise, rows, unquantized
+from quantkit.model import Calib, Model, unquantized
+from quantkit.observers import Gram
 from quantkit.qtensor import ScaleRule, fit_scale, quantize
+from quantkit.walk import Site, Visit, layerwise, rows
 
 CHANGES = frozenset({"weights"})
 

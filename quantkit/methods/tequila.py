@@ -55,8 +55,7 @@ from hwmodel.formats import levels
 from hwmodel.spec import Granularity
 from quantkit.errors import InputError
 from quantkit.losses import loss_for
-from quantkit.model import Calib, Model
-from quantkit.observers import float_twin, unquantized
+from quantkit.model import Calib, Model, float_twin, unquantized
 from quantkit.policy import Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import expand_scale, from_values, grouped, scale_format

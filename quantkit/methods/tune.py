@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hwmodel.formats import Format, Levels, max_value, min_value
+from quantkit.arithmetic import one_thread
 from quantkit.errors import InputError
 from quantkit.losses import Loss, loss_for
-from quantkit.model import Calib, Model
-from quantkit.observers import float_twin, one_thread
+from quantkit.model import Calib, Model, float_twin
 from quantkit.policy import Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import expand_scale, from_values, round_scale, scale_format, values_of
