@@ -40,7 +40,8 @@ from quantkit.results import Row, append_row, read_rows
 from quantkit.sources import source_digest
 from quantkit.specs import layer_specs, run_order
 from quantkit.study import Study, outputs_of, visited_states
-from quantkit.tasks.episodes import Progress, compare_on_states
+from quantkit.tasks.episodes import Progress
+from quantkit.tasks.fidelity import compare_on_states
 
 Metric = Literal["output_error", "action_error", "action_kl", "output_kl", "q_error"]
 """RMS output error over RMS output; RMS action error over the range; mean KL of actions, or of a network's classes, in

@@ -39,6 +39,8 @@ from quantkit.tasks import episodes as episodes_task
 from quantkit.tasks.accuracy import Labelled, answers, as_score, read_labels
 from quantkit.tasks.environments import refuse_masks
 from quantkit.tasks.episodes import Progress, Score
+from quantkit.tasks.fidelity import compare_on_states
+from quantkit.tasks.states import collect_sequences, collect_visits
 
 if TYPE_CHECKING:
     from quantkit.verify import Agreement
@@ -174,9 +176,9 @@ def _met(
     policy, spec = policy_of(model)
     act, options = episodes_task.act_of(policy), {"seed": seed, "episodes": episodes, "progress": progress}
     if not policy.recurrent:
-        return episodes_task.collect_visits(act, spec, n, **options)  # type: ignore[arg-type]
+        return collect_visits(act, spec, n, **options)  # type: ignore[arg-type]
     time = model.example.shape[1]
-    return episodes_task.collect_sequences(act, spec, -(-n // time), time, **options)  # type: ignore[arg-type]
+    return collect_sequences(act, spec, -(-n // time), time, **options)  # type: ignore[arg-type]
 
 
 def visited_states(model: Model, n: int, seed: int, episodes: int = 8) -> Visits:
@@ -429,7 +431,7 @@ def fidelity(quantized: Model, states: np.ndarray, reference: np.ndarray) -> dic
     found, module = outputs_of(quantized, states), quantized.module
     head = module.head if isinstance(module, Policy) else Head("discrete", (found.shape[1],))
     q_values = quantized.meta.get("algo") in ("dqn", "qrdqn")
-    return episodes_task.compare_on_states(reference, found, head, q_values=q_values)
+    return compare_on_states(reference, found, head, q_values=q_values)
 
 
 def _whole(

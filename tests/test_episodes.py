@@ -14,17 +14,9 @@ from quantkit.errors import InputError
 from quantkit.model import EnvSpec
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.seeds import CALIBRATION
-from quantkit.tasks.episodes import (
-    act_of,
-    collect_states,
-    collect_visits,
-    compare_on_states,
-    compare_scores,
-    evaluate,
-    evaluate_policy,
-    random_score,
-    rollout,
-)
+from quantkit.tasks.episodes import act_of, compare_scores, evaluate, evaluate_policy, random_score, rollout
+from quantkit.tasks.fidelity import compare_on_states
+from quantkit.tasks.states import collect_states, collect_visits
 
 CARTPOLE = Head("discrete", nvec=(2,))
 LANDER = Head("discrete", nvec=(4,))

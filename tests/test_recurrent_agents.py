@@ -28,7 +28,8 @@ from quantkit.rtl_export import network_of
 from quantkit.sensitivity import errors_of
 from quantkit.simulate import compile_step
 from quantkit.study import Settings, calib_for, evaluate_design, fresh_states, outputs_of, prepare
-from quantkit.tasks.episodes import act_of, collect_sequences, evaluate_policy, rollout
+from quantkit.tasks.episodes import act_of, evaluate_policy, rollout
+from quantkit.tasks.states import collect_sequences
 from quantkit.verify import verify
 
 pytest.importorskip("stable_baselines3")

@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -27,8 +26,8 @@ from numpy.typing import NDArray
 
 from quantkit.errors import InputError
 from quantkit.model import EnvSpec
-from quantkit.policy import Head, Policy
-from quantkit.seeds import CALIBRATION, EVALUATION_SEED
+from quantkit.policy import Policy
+from quantkit.seeds import EVALUATION_SEED
 from quantkit.simulate import compile_policy, compile_step
 from quantkit.statistics import Method, Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
 from quantkit.tasks.environments import bare_env, check_fits, input_shape, make_env
@@ -254,179 +253,6 @@ def compare_scores(
         margin = default_margin(reference.returns, random.returns, fraction)
     method: Method = "shares" if reference.metric == "accuracy" else "t"
     return non_inferior(reference.returns, quantized.returns, margin, level=level, method=method)
-
-
-def collect_states(
-    act: Actor,
-    spec: EnvSpec,
-    n: int,
-    *,
-    seed: int = CALIBRATION.start,
-    episodes: int = 20,
-    n_envs: int | None = None,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """The observations of `collect_visits`, (n, *obs_shape)."""
-    options: dict[str, Any] = {"seed": seed, "episodes": episodes, "n_envs": n_envs, "progress": progress}
-    return collect_visits(act, spec, n, **options)[0]
-
-
-def collect_visits(
-    act: Actor,
-    spec: EnvSpec,
-    n: int,
-    *,
-    seed: int = CALIBRATION.start,
-    episodes: int = 20,
-    n_envs: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`n` observations (n, *obs_shape) drawn uniformly, without replacement, from the states of rollouts, and the
-    returns and lengths of all their episodes, (played,) float64 and int64.
-
-    At least `episodes` episodes are run, and more in rounds of that many until n states were
-    seen. The order is random, so any leading part is a uniform sample as well. Deterministic,
-    and independent of `n_envs`: each state has a random key from (seed, episode, step) and the n
-    smallest keys win.
-    """
-    if n < 1:
-        raise InputError(f"the number of calibration states must be at least 1, got {n}")
-    sample, first = _Sample(n), 0
-    played: list[Rollout] = []
-    while sample.seen < n:
-        sample.streams.clear()
-        sample.seed = seed + first
-        options: dict[str, Any] = {"n_envs": n_envs, "progress": progress, "record": sample.record}
-        played.append(rollout(act, spec, episodes=episodes, seed=seed + first, **options))
-        first += episodes
-    return sample.best(), np.concatenate([r.returns for r in played]), np.concatenate([r.lengths for r in played])
-
-
-def collect_sequences(
-    act: Actor,
-    spec: EnvSpec,
-    n: int,
-    time: int,
-    *,
-    seed: int = CALIBRATION.start,
-    episodes: int = 20,
-    progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a policy with a memory met in rollouts: sequences (n, time, *obs_shape), and the returns and
-    lengths of all its episodes, (played,) float64 and int64.
-
-    Episodes are cut into pieces that follow each other, the last of which ends with the episode and may overlap the one
-    before; an episode shorter than `time` stays at its last observation. At least `episodes` episodes are run, and more
-    in rounds of that many until n pieces were seen; the n are drawn without replacement, in random order.
-    Deterministic. Where a piece begins inside of an episode, its reader's memory is empty while the actor's was not.
-    """
-    if n < 1 or time < 1:
-        raise InputError(f"the number of sequences and their length must be at least 1, got {n} and {time}")
-    pieces, played = list[np.ndarray](), list[Rollout]()
-    first = 0
-    while len(pieces) < n:
-        kept: dict[int, list[np.ndarray]] = {}
-
-        def record(obs: np.ndarray, numbers: Sequence[int], _: Sequence[int], kept: Any = kept) -> None:
-            for row, number in zip(obs.copy(), numbers, strict=True):
-                kept.setdefault(number, []).append(row)
-
-        played.append(rollout(act, spec, episodes=episodes, seed=seed + first, progress=progress, record=record))
-        for number in sorted(kept):
-            met = kept[number]
-            for start in sorted({*range(0, max(1, len(met) - time + 1), time), max(0, len(met) - time)}):
-                piece = met[start : start + time]
-                pieces.append(np.stack(piece + piece[-1:] * (time - len(piece))))
-        first += episodes
-    chosen = np.random.default_rng([seed, 4]).permutation(len(pieces))[:n]
-    states = np.stack([pieces[i] for i in chosen])
-    return states, np.concatenate([r.returns for r in played]), np.concatenate([r.lengths for r in played])
-
-
-class _Sample:
-    """The n states with the smallest random keys among all that were shown; holds at most about 2 n."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.seed, self.seen, self.held = n, 0, 0, 0
-        self.kept: list[tuple[np.ndarray, np.ndarray]] = []  # states, keys
-        self.bound = 1.0  # no key at or above it can still be among the n smallest
-        self.streams: dict[int, np.random.Generator] = {}
-
-    def record(self, obs: np.ndarray, numbers: Sequence[int], _steps: Sequence[int]) -> None:
-        for number in numbers:
-            if number not in self.streams:
-                self.streams[number] = np.random.default_rng([self.seed + number, 2])
-        keys = np.array([self.streams[number].random() for number in numbers])
-        chosen = keys < self.bound
-        self.seen += len(numbers)
-        self.held += int(chosen.sum())
-        self.kept.append((obs[chosen], keys[chosen]))
-        if self.held > 2 * self.n + 64:
-            self.best()
-
-    def best(self) -> np.ndarray:
-        """Forget all but the n best, and return them in order of their keys."""
-        states, keys = (np.concatenate(part) for part in zip(*self.kept, strict=True))
-        best = np.argsort(keys, kind="stable")[: self.n]
-        self.kept, self.held = [(states[best], keys[best])], best.size
-        if best.size == self.n:
-            self.bound = float(keys[best[-1]])
-        return states[best]
-
-
-def compare_on_states(
-    out_float: np.ndarray, out_quant: np.ndarray, head: Head, *, q_values: bool = False
-) -> dict[str, float]:
-    """How far quantized outputs (states, outputs) are from float ones on the same states.
-
-    Discrete heads: `agreement` (fraction of states with the same action, all parts of a
-    multidiscrete one) and `kl`, the mean of KL(float || quantized) in nats of the action
-    distributions (summed over parts). With `q_values` the outputs are values of actions, not
-    logits, and instead of `kl` come `q_error` (mean |difference|), `q_error_max` and `q_regret`
-    (mean float value lost by taking the quantized action). Box heads: `action_error`, the mean
-    |action difference| over the action range (high - low; over 1 where it is unbounded), and
-    `action_error_max`.
-    """
-    a, b = np.asarray(out_float, np.float64), np.asarray(out_quant, np.float64)
-    if a.shape != b.shape or a.ndim != 2 or a.shape[1] != head.outputs or a.shape[0] == 0:
-        raise InputError(f"outputs must both have shape (states, {head.outputs}), got {a.shape} and {b.shape}")
-    acts_a, acts_b = head.actions(np.asarray(out_float)), head.actions(np.asarray(out_quant))
-    if head.kind == "box":
-        span = np.asarray(head.high, np.float64) - np.asarray(head.low, np.float64)
-        error = np.abs(acts_a.astype(np.float64) - acts_b) / np.where(np.isfinite(span), span, 1.0)
-        return {"action_error": float(error.mean()), "action_error_max": float(error.max())}
-    same = acts_a == acts_b
-    result = {"agreement": float((same if same.ndim == 1 else same.all(axis=1)).mean())}
-    if q_values:
-        if head.kind != "discrete":
-            raise InputError(f"Q-values need a discrete head, not {head.kind}")
-        error = np.abs(a - b)
-        rows = np.arange(a.shape[0])
-        regret = a[rows, acts_a - head.start] - a[rows, acts_b - head.start]
-        return result | {
-            "q_error": float(error.mean()),
-            "q_error_max": float(error.max()),
-            "q_regret": float(regret.mean()),
-        }
-    if head.kind == "multibinary":  # each output z is the two logits (0, z)
-        a, b = (np.stack([np.zeros_like(z), z], axis=2) for z in (a, b))
-        divergence = _kl(a, b).sum(axis=1)
-    else:
-        edges = np.cumsum((0, *head.nvec))
-        parts = [_kl(a[:, i:j], b[:, i:j]) for i, j in pairwise(edges)]
-        divergence = np.sum(parts, axis=0)
-    return result | {"kl": float(divergence.mean())}
-
-
-def _kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """KL(softmax(a) || softmax(b)) along the last axis."""
-    log_p, log_q = _log_softmax(a), _log_softmax(b)
-    return cast(np.ndarray, np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=-1), 0.0))
-
-
-def _log_softmax(z: np.ndarray) -> np.ndarray:
-    shifted = z - z.max(axis=-1, keepdims=True)
-    return cast(np.ndarray, shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def _run(

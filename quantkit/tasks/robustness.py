@@ -29,17 +29,8 @@ from quantkit.policy import Head, Policy
 from quantkit.seeds import EVALUATION_SEED
 from quantkit.statistics import mean, non_inferior
 from quantkit.tasks.environments import bare_env, check_fits, make_env
-from quantkit.tasks.episodes import (
-    Actor,
-    Change,
-    Progress,
-    Score,
-    act_of,
-    chooser,
-    collect_states,
-    rollout,
-    score,
-)
+from quantkit.tasks.episodes import Actor, Change, Progress, Score, act_of, chooser, rollout, score
+from quantkit.tasks.states import collect_states
 
 SPREAD_STATES = 2048
 LEVELS: dict[str, tuple[float, ...]] = {
