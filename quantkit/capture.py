@@ -35,9 +35,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantkit import recurrent
+from quantkit.attention import Attention, MatMul
 from quantkit.model import Model
 from quantkit.policy import Policy
-from quantkit.qlayers import Attention, MatMul, QLayer, op_of
+from quantkit.qlayers import QLayer, op_of
 from quantkit.reparametrize import copied, merge
 from quantkit.repeats import traced_by_two
 

@@ -10,12 +10,13 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, fx, nn
 
+from quantkit.attention import Attention, MatMul
 from quantkit.errors import InputError
 from quantkit.export_layers import Target, layer_nodes, matmul_nodes
 from quantkit.export_ops import TABLE
 from quantkit.export_walk import TYPES, Walk, facts_of, fixed_nodes
 from quantkit.onnx_formats import Graph
-from quantkit.qlayers import Attention, MatMul, Point, QLayer
+from quantkit.qlayers import Point, QLayer
 
 aten = torch.ops.aten
 

@@ -13,11 +13,12 @@ from torch import Tensor, finfo, float32, float64, nn
 
 from hwmodel import formats
 from quantkit import export_qcdq, export_qonnx
+from quantkit.attention import MatMul
 from quantkit.bands import Bands
 from quantkit.errors import InputError
 from quantkit.onnx_blocks import block_quantizer
 from quantkit.onnx_formats import Graph, conv_attributes, quantizer, weight
-from quantkit.qlayers import ActQuant, BlockAct, MatMul, Point, QLayer
+from quantkit.qlayers import ActQuant, BlockAct, Point, QLayer
 
 Target = Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn"]
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quantkit.arithmetic import half_products
-from quantkit.qlayers import Attention, MatMul, QLayer
+from quantkit.attention import Attention, MatMul
+from quantkit.qlayers import QLayer
 from quantkit.spool import give_back
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quantkit.attention import Attention, MatMul
 from quantkit.links import matrix_of, store_matrix
 from quantkit.model import Model
-from quantkit.qlayers import Attention, MatMul, Point, QLayer, op_of, shape_of
+from quantkit.qlayers import Point, QLayer, op_of, shape_of
 from quantkit.symmetry import ANY, Follower
 
 aten = torch.ops.aten

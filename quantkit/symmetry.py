@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from quantkit.attention import Attention, MatMul
 from quantkit.policy import Policy
-from quantkit.qlayers import Attention, MatMul, Point, QLayer, op_of, shape_of
+from quantkit.qlayers import Point, QLayer, op_of, shape_of
 
 aten = torch.ops.aten
 

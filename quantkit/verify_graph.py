@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from hwmodel.spec import PerGroup
+from quantkit.attention import Attention, MatMul
 from quantkit.bands import Bands
-from quantkit.qlayers import Attention, MatMul, QLayer
+from quantkit.qlayers import QLayer
 
 TOLERANCE = 1e-5
 """Float operations agree within this part of their largest torch result; several times float32 rounding."""

@@ -43,13 +43,14 @@ from hwmodel.formats import (
 from hwmodel.mac import mac_cost
 from hwmodel.spec import LayerSpec, PerGroup, PerRow, parse_granularity
 from quantkit.artifact import load_artifact, save_artifact
+from quantkit.attention import MatMul
 from quantkit.errors import InputError
 from quantkit.export import export_onnx, open_session
 from quantkit.methods import act_scales
 from quantkit.model import Calib
 from quantkit.onnx_blocks import block_quantizer
 from quantkit.onnx_formats import DOMAIN, OPSET, Graph
-from quantkit.qlayers import BlockAct, LayerPlan, MatMul, QLayer
+from quantkit.qlayers import BlockAct, LayerPlan, QLayer
 from quantkit.qtensor import (
     base_of,
     block_scale,

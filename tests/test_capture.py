@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import torch.nn.utils as U
 from torch import Tensor, fx, nn
 
+from quantkit.attention import Attention, MatMul
 from quantkit.capture import captured
 from quantkit.model import Calib, Model
-from quantkit.qlayers import Attention, MatMul, QLayer
+from quantkit.qlayers import QLayer
 from quantkit.recipe import quantize, uniform
 from quantkit.walk import Site, Visit, visit, walk
 

@@ -32,6 +32,7 @@ CORE = {
     "bands",
     "qtensor",
     "qlayers",
+    "attention",
     "model",
     "policy",
     "arithmetic",

@@ -17,6 +17,7 @@ from quantkit.bands import Bands, dense, from_arrays, product, stored_bits, to_a
 from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export import export_onnx
+from quantkit.graph_blocks import Flow, blocks_of
 from quantkit.methods import ptq161
 from quantkit.model import Calib, Model
 from quantkit.qlayers import QLayer
@@ -201,7 +202,7 @@ def test_decoder_layers_are_blocks():
     model = Model(tiny_lm.llama(), ids[:1])
     graph = captured(model).module.graph
     names = [n for n in captured(model).layers() if n != "model.embed_tokens"]
-    blocks = list(ptq161._blocks(graph, names, "auto"))
+    blocks = list(blocks_of(graph, names, "auto"))
     assert [len(b.names) for b in blocks] == [7, 7, 1]
     assert [{n.split(".mlp")[0].split(".self")[0] for n in b.names} for b in blocks] == [
         {"model.layers.0"},
@@ -209,7 +210,7 @@ def test_decoder_layers_are_blocks():
         {"lm_head"},
     ]
     assert [b.end.target for b in blocks[:2]] == [torch.ops.aten.add.Tensor] * 2, "blocks end in residual sums"
-    assert len(list(ptq161._blocks(graph, names, "network"))) == 1
+    assert len(list(blocks_of(graph, names, "network"))) == 1
     run = [n for b in blocks for n in (*b.before, *b.nodes)]
     assert run == list(graph.nodes)[: len(run)] and run[-1].target == "lm_head"
     plan = (("model.layers.*", make_plan("binary", "float")),)
@@ -225,8 +226,8 @@ def test_first_block_of_an_identity_quantizer_has_no_loss():
     ids = tiny_lm.tokens(4, 9)
     model = captured(Model(tiny_lm.llama(), ids[:1]))
     twin, names = model.copy(), [n for n in model.layers() if ".layers." in n]
-    first = next(ptq161._blocks(model.module.graph, names, "auto"))
-    a, b = (ptq161._Flow(model.module.graph, m.module, (ids,)) for m in (model, twin))
+    first = next(blocks_of(model.module.graph, names, "auto"))
+    a, b = (Flow(model.module.graph, m.module, (ids,)) for m in (model, twin))
     a.advance(first.before)
     b.advance(first.before)
     (y,), (z,) = a.outputs(first), b.outputs(first, a.values)

@@ -32,8 +32,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,16 +44,15 @@ from hwmodel.formats import BINARY
 from hwmodel.spec import PerRow
 from quantkit.bands import Bands, dense, half, nearest4, signed
 from quantkit.errors import InputError
-from quantkit.model import Calib, Model, unquantized
+from quantkit.graph_blocks import Block, Flow, Split, blocks_of, graph_of
+from quantkit.model import Calib, Model, float_twin, unquantized
 from quantkit.observers import collect, spread
-from quantkit.policy import Policy
 from quantkit.qlayers import Point, QLayer
 from quantkit.training import Straight, cosine, train
 
 CHANGES = frozenset({"weights", "bands"})
 Score = Literal["max", "mean"]
 Range = Literal["row", "salient"]
-Split = Literal["auto", "network", "layer"]
 
 
 def mask(score: Tensor, ratio: float, ties: Tensor | None = None) -> Tensor:
@@ -239,7 +237,7 @@ def _pass(model: Model, calib: Calib, wanted: list[str], o: _Options) -> dict[st
     layers = model.qlayers()
     for name in wanted:
         layers[name].set_weight(None)
-    twin = _float(model)
+    twin = float_twin(model)
     seen = {name: Inputs(layers[name].weight[0].numel()) for name in wanted}
     collect(twin, calib, seen)
     student, scaled = model.copy(), {}
@@ -249,10 +247,12 @@ def _pass(model: Model, calib: Calib, wanted: list[str], o: _Options) -> dict[st
             scaled[name] = Scaled(layer, start(w, seen[name].mask(o.score, o.ratio), o.high))
             student.replace(name, scaled[name])
     _straight(student)
-    graph, batches = _graph(model.module), calib.inputs.split(o.batch)
-    flows = {k: _Flow(graph, m.module, batches) for k, m in (("X", twin), ("Xq", model), ("Yq", student))}
+    if isinstance(model.module, fx.GraphModule) and not isinstance(model.module.graph.output_node().args[0], fx.Node):
+        raise InputError("step 'ptq161': the network has several outputs; accepted: one tensor")
+    graph, batches = graph_of(model.module), calib.inputs.split(o.batch)
+    flows = {k: Flow(graph, m.module, batches) for k, m in (("X", twin), ("Xq", model), ("Yq", student))}
     report = {"blocks": 0.0, "loss_before": 0.0, "loss_after": 0.0, "kept": 0.0}
-    for block in _blocks(graph, wanted, o.blocks):
+    for block in blocks_of(graph, wanted, o.blocks):
         parts = [scaled[name] for name in block.names]
         before, after = _learn(flows, block, parts, o, calib.generator) if block.nodes else (0.0, 0.0)
         for name, part in zip(block.names, parts, strict=True):
@@ -272,7 +272,7 @@ def _pass(model: Model, calib: Calib, wanted: list[str], o: _Options) -> dict[st
 
 
 def _learn(
-    flows: Mapping[str, _Flow], block: _Block, parts: list[Scaled], o: _Options, generator: torch.Generator
+    flows: Mapping[str, Flow], block: Block, parts: list[Scaled], o: _Options, generator: torch.Generator
 ) -> tuple[float, float]:
     """Train the scales of a block; its loss before and after. Where that rose, or is no number, they are put back."""
     flows["X"].advance(block.before)
@@ -319,16 +319,6 @@ def objective(y: Tensor, target: Tensor, angular: bool = True) -> Tensor:
     return error - c.abs().clamp_min(1e-12).log()
 
 
-def _float(model: Model) -> Model:
-    """A copy without any quantizer."""
-    twin = model.copy()
-    for part in twin.quantizers().values():
-        part.set_act(None)
-    for layer in twin.qlayers().values():
-        layer.set_weight(None)
-    return twin
-
-
 def _straight(student: Model) -> None:
     """Let gradients pass the rounding of activations that no layer owns."""
 
@@ -351,7 +341,7 @@ def _repair(
     model: Model, calib: Calib, wanted: list[str], steps: int, rank: int, lr: float, spare: str, batch: int
 ) -> tuple[float, float]:
     """Train low-rank additions to the quantized weights and make the merged weights the float ones; the losses."""
-    student, teacher = model.copy(), _float(model)
+    student, teacher = model.copy(), float_twin(model)
     added: dict[str, LowRank] = {}
     for name, layer in student.qlayers().items():
         if name in wanted and not fnmatch.fnmatchcase(name, spare):
@@ -389,147 +379,3 @@ def _repair(
                 merged = added[name].weight() if name in added else layer.effective_weight()
             layer.weight.data = merged.reshape(layer.weight.shape).clone()
     return before, after
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A stretch of the graph that ends as soon as, behind its last layer, a single value goes on: a residual sum, say.
-
-    names: the layers to be quantized. before: nodes that come before the first of them. nodes: from there to the end.
-    end: the node that goes on.
-    """
-
-    names: tuple[str, ...]
-    before: tuple[fx.Node, ...]
-    nodes: tuple[fx.Node, ...]
-    end: fx.Node | None
-
-
-def _graph(module: nn.Module) -> fx.Graph:
-    """The module as a graph of calls: its own, a policy's chain, or one call of it all."""
-    if isinstance(module, fx.GraphModule):
-        if not isinstance(module.graph.output_node().args[0], fx.Node):
-            raise InputError("step 'ptq161': the network has several outputs; accepted: one tensor")
-        return module.graph
-    graph = fx.Graph()
-    value = graph.placeholder("x")
-    calls = [""]
-    if isinstance(module, Policy):
-        steps = dict(module.net.named_children())
-        if all(isinstance(step, QLayer) or not any(True for _ in step.children()) for step in steps.values()):
-            calls = ["stage", *(f"net.{name}" for name in steps)]
-    for name in calls:
-        value = graph.call_module(name, (value,))
-    graph.output(value)
-    return graph
-
-
-def _blocks(graph: fx.Graph, wanted: list[str], split: Split) -> Iterator[_Block]:
-    """The blocks in the order of their run; layers that never run come last, without nodes."""
-    nodes = list(graph.nodes)
-    if nodes[-2].target == "":
-        yield _Block(tuple(wanted), tuple(nodes[:-2]), (nodes[-2],), nodes[-2])
-        return
-    first: dict[str, int] = {}
-    for place, node in enumerate(nodes):
-        if node.op == "call_module" and node.target in wanted:
-            first.setdefault(str(node.target), place)
-    order = sorted(first, key=first.__getitem__)
-    cuts, begin, names = _cuts(nodes, set(order)), 0, []
-    keys = _keys(order, split)
-    for number, name in enumerate(order):
-        names.append(name)
-        following = first[order[number + 1]] if number + 1 < len(order) else len(nodes)
-        possible = [p for p in cuts if first[name] <= p < following]
-        last = number + 1 == len(order)
-        if last or (possible and keys[name] != keys[order[number + 1]]):
-            end, value = (possible[0], cuts[possible[0]]) if possible else (len(nodes) - 2, nodes[-1].args[0])
-            start = first[names[0]]
-            yield _Block(tuple(names), tuple(nodes[begin:start]), tuple(nodes[start : end + 1]), value)  # type: ignore[arg-type]
-            begin, names = end + 1, []
-    idle = tuple(name for name in wanted if name not in first)
-    if idle:
-        yield _Block(idle, (), (), None)
-
-
-def _keys(names: list[str], split: Split) -> dict[str, str]:
-    """What tells the layers of one block from those of the next: `model.layers.3` of `model.layers.3.mlp.up_proj`."""
-    if split == "network":
-        return dict.fromkeys(names, "")
-    if split == "layer":
-        return {name: name for name in names}
-    keys = {}
-    for name in names:
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        keys[name] = "" if number is None else ".".join(parts[: number + 1])
-    counts = Counter(keys.values())
-    return keys if any(key and count > 1 for key, count in counts.items()) else dict.fromkeys(names, "")
-
-
-def _cuts(nodes: list[fx.Node], layers: set[str]) -> dict[int, fx.Node]:
-    """Place -> the one value behind it that depends on any of the layers and is still needed."""
-    last = {used: place for place, node in enumerate(nodes) for used in node.all_input_nodes}
-    depends: set[fx.Node] = set()
-    live: set[fx.Node] = set()
-    found = {}
-    for place, node in enumerate(nodes[:-1]):
-        if (node.op == "call_module" and node.target in layers) or not depends.isdisjoint(node.all_input_nodes):
-            depends.add(node)
-            live.add(node)
-        live = {value for value in live if last.get(value, -1) > place}
-        if len(live) == 1:
-            (found[place],) = live
-    return found
-
-
-class _Flow:
-    """A network run stretch by stretch on all batches, its values kept only while they are needed."""
-
-    def __init__(self, graph: fx.Graph, module: nn.Module, batches: tuple[Tensor, ...]) -> None:
-        self.modules = dict(module.named_modules())
-        nodes = list(graph.nodes)
-        self.last = {used.name: node.name for node in nodes for used in node.all_input_nodes}
-        (entry,) = [node.name for node in nodes if node.op == "placeholder"]
-        self.values: list[dict[str, Any]] = [{entry: x} for x in batches]
-        self.done = {entry}
-
-    def advance(self, nodes: tuple[fx.Node, ...]) -> None:
-        """Run these nodes, those already run excepted, and forget what no later one needs."""
-        fresh = [node for node in nodes if node.name not in self.done]
-        with torch.no_grad():
-            for values in self.values:
-                self._run(fresh, values)
-        self.done |= {node.name for node in fresh}
-
-    def output(self, block: _Block, values: Mapping[str, Any]) -> Tensor:
-        """What the block makes of these values at its beginning."""
-        assert block.end is not None
-        mine = dict(values)
-        self._run(block.nodes, mine)
-        y: Tensor = mine[block.end.name]
-        return y
-
-    def outputs(self, block: _Block, values: list[dict[str, Any]] | None = None) -> list[Tensor]:
-        """`output` for every batch, of these values or the own ones, without gradients."""
-        with torch.no_grad():
-            return [self.output(block, v) for v in (self.values if values is None else values)]
-
-    def _run(self, nodes: Any, values: dict[str, Any]) -> None:
-        def pick(used: fx.Node) -> Any:
-            return values[used.name]
-
-        for node in nodes:
-            if node.op == "get_attr":
-                owner, _, leaf = str(node.target).rpartition(".")
-                values[node.name] = getattr(self.modules[owner], leaf)
-            elif node.op in ("call_module", "call_function", "call_method"):
-                args, kwargs = fx.map_arg(node.args, pick), fx.map_arg(node.kwargs, pick)
-                if node.op == "call_method":
-                    values[node.name] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    call = self.modules[str(node.target)] if node.op == "call_module" else node.target
-                    values[node.name] = call(*args, **kwargs)
-            for used in node.all_input_nodes:
-                if self.last[used.name] == node.name:
-                    values.pop(used.name, None)
