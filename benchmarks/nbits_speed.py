@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hwmodel import formats
 from hwmodel.spec import PerRow
-from quantkit import export_nbits
+from quantkit import export_nbits, onnx_decoder
 from quantkit.decoder import Decoder, decoder_of
 from quantkit.onnx_generate import OnnxDecoder
 from quantkit.qlayers import LayerPlan, QLayer
@@ -76,12 +76,12 @@ def medians(times: list[tuple[float, float]]) -> tuple[float, float]:
 def one_layer(layer: nn.Module, level: int) -> onnx.ModelProto:
     """A file with one layer, x -> y, made by the exporter's own function."""
     of = Decoder(SimpleNamespace(model_type="llama"), {"layer": layer}, {})
-    builder = export_nbits.Builder(of, level)
+    builder = onnx_decoder.Builder(of, level)
     y = builder.linear("x", "layer")
     rows, columns = layer.weight.shape
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", s]) for n, s in (("x", columns), (y, rows))]
     graph = helper.make_graph(builder.graph.nodes, "layer", ends[:1], ends[1:], builder.graph.initializers)
-    return export_nbits.packaged(graph)
+    return onnx_decoder.packaged(graph)
 
 
 def layers(size: int, names: list[tuple[str, int]], rounds: int) -> list[dict[str, Any]]:

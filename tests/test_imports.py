@@ -192,6 +192,7 @@ def test_exports_import_no_method() -> None:
         "verify",
         "verify_graph",
         "onnx_blocks",
+        "onnx_decoder",
         "onnx_formats",
     )
     names = [n for e in exporters if (n := f"quantkit.{e}") in sources()]
@@ -222,7 +223,7 @@ def test_third_party_libraries_stay_in_their_files() -> None:
         "onnx": (
             *(f"quantkit.export{n}" for n in ("", "_graph", "_layers", "_nbits", "_ops", "_qcdq", "_qonnx", "_walk")),
             "hwmodel.onnx_graph",
-            *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_blocks", "onnx_formats")),
+            *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_blocks", "onnx_decoder", "onnx_formats")),
         ),
         "onnxruntime": (
             *(f"quantkit.{n}" for n in ("export", "verify", "verify_graph", "onnx_formats", "onnx_generate")),
