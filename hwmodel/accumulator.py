@@ -1,18 +1,15 @@
 """How many bits hold every partial sum of a dot product exactly.
 
 All widths are two's complement, in units of the product of the two formats' smallest steps
-(1 for integers, smallest subnormal for minifloats). From loosest to tightest: the bounds of
-the papers, `type_bound` (weights unknown), `weight_bound` (sum of magnitudes known) and
-`exact_bits` (weights known). Clipping to a range is never assumed.
+(1 for integers, smallest subnormal for minifloats): `type_bound` where weights are unknown,
+`exact_bits` where they are known. Clipping to a range is never assumed.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from hwmodel.formats import Float, Format, bits, is_signed, max_value, min_value, unit
+from hwmodel.formats import Format, max_value, min_value, unit
 
 
 def signed_bits(low: int, high: int) -> int:
@@ -47,33 +44,6 @@ def type_bound(weight: Format, act: Format, n: int) -> int:
     return signed_bits(n * min(corners), n * max(corners))
 
 
-def paper_bound(weight: Format, act: Format, n: int) -> int:
-    """The width that "Shedding the Bits" (FPL 2024) uses for a pair of one kind; a little loose."""
-    log = (n - 1).bit_length()
-    if isinstance(weight, Float) and isinstance(act, Float):
-        return int(2**weight.exp + weight.man + 2**act.exp + act.man + log - 1)
-    if isinstance(weight, Float) or isinstance(act, Float):
-        raise ValueError(f"the paper gives no width for {weight} x {act}; type_bound does")
-    return bits(weight) + bits(act) + log + 1
-
-
-def a2q_type_bound(weight: Format, act: Format, n: int) -> int:
-    """The data-type bound for integers of A2Q (arXiv 2301.13376)."""
-    return _ceil_bits(math.log2(n) + bits(weight) + bits(act) - 1 - is_signed(act))
-
-
-def weight_bound(weights: np.ndarray, act: Format) -> np.ndarray:
-    """The bound of A2Q from the sum of magnitudes of each row: int array (rows,).
-
-    weights: integers (rows, columns) in units of the weight format's step. An all-zero row needs 1 bit.
-    The activation is taken as an integer as wide as its range of units.
-    """
-    low, high = unit_range(act)
-    width = signed_bits(low, high) if low < 0 else high.bit_length()
-    totals = [sum(abs(int(w)) for w in row) for row in _rows(weights)]
-    return np.array([_ceil_bits(math.log2(t) + width - (low < 0)) if t else 1 for t in totals], dtype=np.int64)
-
-
 def exact_bits(weights: np.ndarray, act: Format) -> np.ndarray:
     """Bits that each row's sum needs, whatever the input: int array (rows,), exact.
 
@@ -106,7 +76,3 @@ def _rows(weights: np.ndarray) -> np.ndarray:
     if weights.dtype.kind not in "iuO":
         raise ValueError(f"weights are integers in units of the format's step, not {weights.dtype}")
     return weights
-
-
-def _ceil_bits(a: float) -> int:
-    return math.ceil(a + math.log2(1 + 2.0**-a) + 1)
