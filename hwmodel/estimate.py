@@ -14,7 +14,7 @@ from hwmodel.coeffs import coefficients, published
 from hwmodel.cost import Cost, HwError
 from hwmodel.devices import Device
 from hwmodel.fabric import pricing
-from hwmodel.fold_search import default_cycles, search_folding, whole
+from hwmodel.fold_search import search_folding, whole
 from hwmodel.folding import Fold, predict
 from hwmodel.formats import Float, Format, Levels
 from hwmodel.mac import pair_key
@@ -23,8 +23,6 @@ from hwmodel.packing import WIDE_PORT
 from hwmodel.plan import RESOURCES, chains_of, layer_costs, plan_streams, tightest, total_cycles
 from hwmodel.spec import LayerSpec, PerGroup
 from hwmodel.unroll import plan_unrolled
-
-__all__ = ["Estimate", "HwError", "LayerEstimate", "Mapping", "default_cycles", "estimate"]
 
 Mapping = Literal["lut", "dsp", "auto"]
 

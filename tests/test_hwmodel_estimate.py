@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from hwmodel.cost import HwError
 from hwmodel.devices import find_device
-from hwmodel.estimate import Estimate, HwError, default_cycles, estimate
-from hwmodel.fold_search import cheapest, fastest
+from hwmodel.estimate import Estimate, estimate
+from hwmodel.fold_search import cheapest, default_cycles, fastest
 from hwmodel.folding import Fold, folds, predict
 from hwmodel.formats import parse
 from hwmodel.packing import divisors
