@@ -39,11 +39,12 @@ from quantkit.rtl_graph import SILENT, Graph, Pads, Route, Step, graph_of, route
 from quantkit.rtl_thresholds import (
     act_format,
     activating,
+    input_facts,
     line_of,
+    output_facts,
     quantizing,
     requantizing,
     scaling,
-    sum_step,
     thresholds,
 )
 from quantkit.simulate import compile_policy
@@ -101,7 +102,7 @@ def designs_of(model: Model) -> tuple[tuple[Design, ...], tuple[str, ...]]:
         row = [part]
         while row[-1].to is not None:
             row.append(parts[row[-1].to])
-        facts = _facts(graph.layers[name], graph.layers[row[-1].name], part.before)
+        facts = _facts(part.before, graph.layers[name], graph.layers[row[-1].name])
         network = Network(tuple(p.network.layers[0] for p in row), facts)
         designs.append(Design(name, network, tuple(row), part.before))
     return tuple(designs), tuple(graph.before("output"))
@@ -134,19 +135,9 @@ def policy_of(model: Model) -> tuple[Network, Host]:
     return design.network, Host(before, lambda sums: behind(outputs(last, layers[last.name], sums)), policy.head)
 
 
-def _facts(first: QLayer, last: QLayer, before: Sequence[str]) -> dict[str, Any]:
+def _facts(before: Sequence[str], first: QLayer, last: QLayer) -> dict[str, Any]:
     """What the host computes before and behind a design, in JSON."""
-    assert first.act is not None
-    gain = np.broadcast_to(np.asarray(last.kernel().gain, np.float32), last.bias.shape)
-    return {
-        "before": list(before),
-        "in_factor": None if first.in_scale is None else first.in_scale.tolist(),
-        "in_scale": first.act.scale,
-        "in_format": str(first.act.fmt),
-        "step": sum_step(last),
-        "gain": gain.tolist(),
-        "bias": last.bias.tolist(),
-    }
+    return {"before": list(before), **input_facts(first), **output_facts(last)}
 
 
 def has_convolutions(model: Model) -> bool:
@@ -229,7 +220,7 @@ def whole(model: Model) -> Design | None:
                 found = joint
             shapes[name] = _leaving(found.spec)
             made.append(found)
-        network = Network(tuple(made), _facts(graph.layers[first], graph.layers[last], parts[0].before))
+        network = Network(tuple(made), _facts(parts[0].before, graph.layers[first], graph.layers[last]))
     except HwError as error:
         raise InputError(str(error)) from None
     return Design(first, network, tuple(parts), parts[0].before)

@@ -34,7 +34,9 @@ from quantkit.rtl_thresholds import (
     Step,
     act_format,
     activating,
+    input_facts,
     line_of,
+    output_facts,
     quantized_layer,
     quantizing,
     requantizing,
@@ -312,22 +314,17 @@ def _facts(
     first: InputStage, head: Head | None, entry: QLayer, last: nn.Module, tail: list[nn.Module]
 ) -> dict[str, Any]:
     """What the host computes, in JSON."""
-    assert entry.act is not None
     stage = {key: getattr(first, key).tolist() for key in ("mean", "std", "low", "high")}
     if isinstance(last, Cell):
-        step, gain, bias = 2.0 ** -_state_fraction(last), np.ones(last.hidden), np.zeros(last.hidden)
+        ones, zeros = np.ones(last.hidden), np.zeros(last.hidden)
+        leaving = {"step": 2.0 ** -_state_fraction(last), "gain": ones.tolist(), "bias": zeros.tolist()}
     else:
         assert isinstance(last, QLayer)
-        step, bias = sum_step(last), last.bias.detach().numpy()
-        gain = np.broadcast_to(np.asarray(last.kernel().gain, np.float32), bias.shape)
+        leaving = output_facts(last)
     return {
         "stage": {key: _finite(value) for key, value in stage.items()},
-        "in_factor": None if entry.in_scale is None else entry.in_scale.tolist(),
-        "in_scale": entry.act.scale,
-        "in_format": str(act_format(entry)),
-        "step": step,
-        "gain": gain.tolist(),
-        "bias": bias.tolist(),
+        **input_facts(entry),
+        **leaving,
         "after": [str(module) for module in tail],
         "head": None if head is None else asdict(head),
     }

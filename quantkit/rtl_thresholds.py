@@ -9,6 +9,7 @@ only it ascends; where the sums are few enough to try all of them, that is prove
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -96,6 +97,22 @@ def requantizing(layer: QLayer, modules: list[nn.Module], following: QLayer | Po
     """Integer sums (n, rows) of a layer to the grid values of the next one's input."""
     scaled, between, rounded = scaling(layer), activating(modules), quantizing(following)
     return lambda sums: rounded(between(scaled(sums)))
+
+
+def input_facts(layer: QLayer) -> dict[str, Any]:
+    """What `quantizing` does, in JSON."""
+    assert layer.act is not None
+    return {
+        "in_factor": None if layer.in_scale is None else layer.in_scale.tolist(),
+        "in_scale": layer.act.scale,
+        "in_format": str(act_format(layer)),
+    }
+
+
+def output_facts(layer: QLayer) -> dict[str, Any]:
+    """What `scaling` does, in JSON."""
+    gain = np.broadcast_to(np.asarray(layer.kernel().gain, np.float32), layer.bias.shape)
+    return {"step": sum_step(layer), "gain": gain.tolist(), "bias": layer.bias.tolist()}
 
 
 def thresholds(values: Step, layer: Layer, out: Format) -> np.ndarray:
