@@ -13,11 +13,12 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.export import export_onnx
 from quantkit.model import Model
+from quantkit.onnx_run import onnx_outputs
 from quantkit.study import labelled_inputs, policy_of, verify_export
 from quantkit.sweep import digest
 from quantkit.tasks.accuracy import Labelled, answers
 from quantkit.tasks.episodes import Progress, compare_scores, evaluate_policy
-from quantkit.verify import onnx_outputs, verify
+from quantkit.verify import verify
 
 STATES, QONNX_STATES = 512, 256
 

@@ -24,40 +24,35 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hwmodel import formats
 from quantkit import stepwise
 from quantkit.errors import InputError
-from quantkit.export import canonical, input_dtype, open_session
+from quantkit.export import canonical, input_dtype
 from quantkit.model import Model
-from quantkit.policy import Head, Policy
+from quantkit.onnx_run import Act, one_line, onnx_act, runner, session_of
+from quantkit.policy import Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import QTensor
-from quantkit.rounding import round_to
 from quantkit.simulate import compile_policy
 from quantkit.statistics import t_quantile
+from quantkit.ties import at_boundary, near_tie, same_actions, torch_outputs
 from quantkit.verify_graph import stepper
 
 if TYPE_CHECKING:
     from quantkit.tasks.episodes import Actor
 
-Act = Callable[[np.ndarray], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
 OUTPUT_TOLERANCE = 1e-5
 """Outputs agree within this part of the largest torch output; several times float32 rounding of a deep network."""
-ACTION_TOLERANCE = 1e-4
-"""Continuous actions agree within this part of their range."""
-BOUNDARY = 2.0**-19
-"""A value is at a rounding boundary if moving it by this part of its layer's largest input rounds it elsewhere."""
 MIN_AGREEMENT, MAX_FLIPS = 0.99, 0.05
 """How many states must keep their action, and how many may deviate by boundaries, for `ok`."""
 _BATCH = 1024
@@ -136,14 +131,14 @@ def verify(
     session, facts = _open(model, Path(onnx_path))
     head = model.module.head if isinstance(model.module, Policy) else None
     as_actions = facts["postprocess"] == "true"
-    runtime = _runner(session, Path(onnx_path))
+    runtime = runner(session, Path(onnx_path))
     inputs = _states(model, session, states)
     batch = _BATCH if head else 64
     outputs, others = [], []
     for start in range(0, len(inputs), batch):
         if progress:
             progress("states", start, len(inputs))
-        outputs.append(_torch(model.module, inputs[start : start + batch]))
+        outputs.append(torch_outputs(model.module, inputs[start : start + batch]))
         others.append(runtime(inputs[start : start + batch]))
     if progress:
         progress("states", len(inputs), len(inputs))
@@ -162,13 +157,13 @@ def verify(
     if head is None:
         same = ~deviates
     else:
-        same = _same_actions(head, head.actions(out), other if as_actions else head.actions(other))
+        same = same_actions(head, head.actions(out), other if as_actions else head.actions(other))
     rows = np.flatnonzero(deviates | ~same)
     wrong, nodes, exact_nodes = _nodes(model, Path(onnx_path), facts, inputs, rows)
-    explained = _at_boundary(model.module, inputs[rows]) if wrong is None else ~np.isin(rows, list(wrong))
+    explained = at_boundary(model.module, inputs[rows]) if wrong is None else ~np.isin(rows, list(wrong))
     if head is not None:
-        near_tie = _near_tie(head, out[rows], OUTPUT_TOLERANCE * float(np.abs(out).max(initial=1e-30)))
-        explained |= near_tie & (as_actions | ~deviates[rows])
+        tied = near_tie(head, out[rows], OUTPUT_TOLERANCE * float(np.abs(out).max(initial=1e-30)))
+        explained |= tied & (as_actions | ~deviates[rows])
     unexplained = int((~explained).sum())
     lsb = None if as_actions else _lsb(model)
     pair = _returns(model, runtime, as_actions, episodes, seed, evaluate, progress) if episodes else None
@@ -235,7 +230,7 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
         try:
             got.append(session.run(None, dict(zip(names, inputs, strict=True))))
         except Exception as error:
-            raise InputError(f"{path}: onnxruntime cannot run it ({_line(error)})") from None
+            raise InputError(f"{path}: onnxruntime cannot run it ({one_line(error)})") from None
         rows.append(inputs)
         kept = got[-1][1:]
         if progress:
@@ -251,7 +246,7 @@ def _verify_steps(model: Model, path: Path, sequences: np.ndarray, progress: Pro
         deviates |= found.max(axis=1) > OUTPUT_TOLERANCE * float(np.abs(reference).max(initial=1e-30))
     same = ~deviates
     if head:
-        same = _same_actions(head, *((y if as_actions else head.actions(y)) for y in (ours[0], theirs[0])))
+        same = same_actions(head, *((y if as_actions else head.actions(y)) for y in (ours[0], theirs[0])))
     differing = np.flatnonzero(deviates)
     compare = stepper(step.graph, path, json.loads(facts["values"]), facts["target"], actions=as_actions)
     wrong: dict[int, str] = {}
@@ -328,47 +323,9 @@ def _nodes(
     return wrong, steps.compared, steps.exact
 
 
-def onnx_act(path: Path, head: Head) -> Actor:
-    """The actions of an exported policy as a numpy function, for `quantkit.tasks.episodes`; of one with states, too."""
-    path = Path(path)
-    session = _session(path)
-    as_actions = session.get_modelmeta().custom_metadata_map.get("postprocess") == "true"
-    entry, *states = session.get_inputs()
-    if not states:
-        run = _runner(session, path)
-        return run if as_actions else lambda obs: head.actions(run(obs))
-    from quantkit.tasks.episodes import Recalling
-
-    def step(obs: np.ndarray, held: tuple[np.ndarray, ...]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        kept = {state.name: part[0] for state, part in zip(states, held, strict=True)}
-        out, *after = session.run(None, {entry.name: np.ascontiguousarray(obs, input_dtype(entry.type)), **kept})
-        return out if as_actions else head.actions(out), tuple(part[None] for part in after)
-
-    return Recalling(step, tuple((1, state.shape[1]) for state in states))
-
-
-def onnx_outputs(path: Path) -> Act:
-    """The first output of an exported file as a numpy function of its input."""
-    return _runner(_session(Path(path)), Path(path))
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        return open_session(path)
-    except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        raise InputError(f"{path}: onnxruntime cannot load it ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
 def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
     """The session and its metadata, after checking that the file was made from this model."""
-    session = _session(path)
+    session = session_of(path)
     facts = session.get_modelmeta().custom_metadata_map
     if "quantkit_version" not in facts:
         raise InputError(
@@ -390,22 +347,6 @@ def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[
     return session, facts
 
 
-def _runner(session: onnxruntime.InferenceSession, path: Path) -> Act:
-    entry, name = session.get_inputs()[0], session.get_outputs()[0].name
-    dtype = input_dtype(entry.type)
-    single = entry.shape[0] == 1  # a file for FPGA tools takes one state at a time
-
-    def run(x: np.ndarray) -> np.ndarray:
-        if single and len(x) != 1:
-            return np.concatenate([run(x[i : i + 1]) for i in range(len(x))])
-        try:
-            return np.asarray(session.run([name], {entry.name: np.ascontiguousarray(x, dtype)})[0])
-        except Exception as error:
-            raise InputError(f"{path}: onnxruntime cannot run it ({_line(error)})") from None
-
-    return run
-
-
 def _states(model: Model, session: onnxruntime.InferenceSession, states: np.ndarray) -> np.ndarray:
     entry = session.get_inputs()[0]
     array = np.asarray(states, input_dtype(entry.type))
@@ -414,59 +355,6 @@ def _states(model: Model, session: onnxruntime.InferenceSession, states: np.ndar
             f"states of shape {array.shape} given; accepted: (n, {', '.join(map(str, entry.shape[1:]))}), n >= 1"
         )
     return array
-
-
-def _torch(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return module(torch.from_numpy(np.ascontiguousarray(inputs))).numpy()
-
-
-def _same_actions(head: Head, actions: np.ndarray, others: np.ndarray) -> np.ndarray:
-    if head.kind != "box":
-        return (actions == others).reshape(len(actions), -1).all(axis=1)
-    span = np.asarray(head.high, np.float64) - np.asarray(head.low, np.float64)
-    span = np.where(np.isfinite(span), span, np.abs(actions).max(initial=1.0))
-    return (np.abs(actions.astype(np.float64) - others) <= ACTION_TOLERANCE * span).all(axis=1)
-
-
-def _near_tie(head: Head, out: np.ndarray, tolerance: float) -> np.ndarray:
-    """Rows whose discrete action float rounding may decide: best two, or zero, within 2 tolerances."""
-    tie = np.zeros(len(out), bool)
-    if head.kind == "multibinary":
-        tie = (np.abs(out) <= 2 * tolerance).any(axis=1)
-    elif head.kind in ("discrete", "multidiscrete"):
-        edges = np.cumsum((0, *head.nvec))
-        for first, last in pairwise(edges.tolist()):
-            if last - first > 1:
-                top = np.sort(out[:, first:last], axis=1)[:, -2:]
-                tie |= top[:, 1] - top[:, 0] <= 2 * tolerance
-    return tie
-
-
-def _at_boundary(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
-    """Which inputs lead some quantizer to a value that a tiny move would round elsewhere."""
-    found = np.zeros(len(inputs), bool)
-    if not len(inputs):
-        return found
-
-    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if not isinstance(layer, QLayer) or layer.act is None:
-            return
-        x = arguments[0]
-        if layer.in_scale is not None:
-            x = x * layer.per_channel(layer.in_scale)
-        u = x.flatten(1) / layer.act.scale
-        move = BOUNDARY * u.abs().amax(dim=1, keepdim=True)
-        differs = round_to(u + move, layer.act.fmt) != round_to(u - move, layer.act.fmt)
-        found[:] |= differs.any(dim=1).numpy()
-
-    handles = [m.register_forward_pre_hook(hook) for m in module.modules() if isinstance(m, QLayer)]
-    try:
-        _torch(module, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _lsb(model: Model) -> np.ndarray | None:

@@ -191,6 +191,8 @@ def test_exports_import_no_method() -> None:
         "export_gguf",
         "verify",
         "verify_graph",
+        "ties",
+        "onnx_run",
         "onnx_blocks",
         "onnx_decoder",
         "onnx_formats",
@@ -226,7 +228,10 @@ def test_third_party_libraries_stay_in_their_files() -> None:
             *(f"quantkit.{n}" for n in ("verify", "verify_graph", "onnx_blocks", "onnx_decoder", "onnx_formats")),
         ),
         "onnxruntime": (
-            *(f"quantkit.{n}" for n in ("export", "verify", "verify_graph", "onnx_formats", "onnx_generate")),
+            *(
+                f"quantkit.{n}"
+                for n in ("export", "verify", "verify_graph", "onnx_formats", "onnx_generate", "onnx_run")
+            ),
         ),
         "pandas": ("quantkit.report",),
         "matplotlib": ("quantkit.figures", "quantkit.analysis_figure"),

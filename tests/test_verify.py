@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from quantkit.errors import InputError
 from quantkit.export import export_onnx
 from quantkit.model import Calib, EnvSpec, Model
+from quantkit.onnx_run import Act, onnx_act
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import quantize, uniform
-from quantkit.verify import Act, Agreement, onnx_act, summary, verify
+from quantkit.verify import Agreement, summary, verify
 
 STEPS = (("act_scales", {"scale": "absmax"}), ("rtn", {"scale": "absmax"}))
 STATES = torch.randn(600, 4, generator=torch.Generator().manual_seed(2)).numpy()
