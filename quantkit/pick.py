@@ -1,9 +1,9 @@
 """From a point of a study to a directory that can be deployed: quantized policy or network, ONNX, estimate, card.
 
-The design is quantized again from the checkpoint and the study's own calibration states, and what it
-gives is compared with its row: recipe, fidelity, hardware and mean return on the same seeds, or accuracy
-on the same labelled inputs. A difference (another version, another machine's rounding) is written down and
-said, not hidden. What is measured of the files it becomes is in `quantkit.product`.
+The design is quantized again (`quantkit.rebuild`), and what it gives is compared with its row: recipe, fidelity,
+hardware and mean return on the same seeds, or accuracy on the same labelled inputs. A difference (another version,
+another machine's rounding) is written down and said, not hidden. What is measured of the files it becomes is in
+`quantkit.product`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from hwmodel.cost import HwError
 from hwmodel.devices import Device, find_device
@@ -30,20 +29,19 @@ from quantkit.artifact import save_artifact, summary
 from quantkit.card import write_card
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_directory, new_file, sha256_of
-from quantkit.loading import load_checkpoint
-from quantkit.model import Calib, Model
-from quantkit.pareto import COLUMNS, COSTS, front, knee, metric_of, value, why_knee
-from quantkit.policy import Policy
+from quantkit.model import Model
+from quantkit.pareto import COLUMNS, COSTS, metric_of, value
 from quantkit.product import confirm_network, confirm_policy, export_network, export_policy, study_inputs
-from quantkit.recipe import Recipe, quantize
-from quantkit.report import default_cost, normalize_of, read_study
+from quantkit.rebuild import rebuild, study_model, study_states
+from quantkit.report import default_cost, read_study
 from quantkit.results import Row, append_row, versions
 from quantkit.seeds import CONFIRM
 from quantkit.specs import layer_specs
-from quantkit.study import design_id, fidelity, outputs_of, policy_of, visited_states
+from quantkit.study import fidelity, outputs_of, policy_of
 from quantkit.targets import Target, seen_from, targets_of
 from quantkit.tasks.episodes import Progress
 from quantkit.tasks.robustness import compare, default_conditions
+from quantkit.wishes import loss_bound, named, parse_loss, span_of, wanted
 
 MARKER = "pick.json"
 _PRICED = ("luts", "ffs", "dsps", "bram18", "latency_us")
@@ -57,141 +55,6 @@ class Choice:
     model: Model
     priced: Estimate | None
     why: str
-
-
-def parse_loss(text: str, span: float) -> float:
-    """The tolerated loss that "2%" (of `span`, the distance of float and random) or "5.5" stands for.
-
-    >>> parse_loss("2%", 400.0), parse_loss("5.5", 400.0)
-    (8.0, 5.5)
-    """
-    number, percent, rest = text.strip().partition("%")
-    try:
-        found = float(number)
-    except ValueError:
-        found = math.nan
-    if rest or not (math.isfinite(found) and found >= 0):
-        raise InputError(f"--max-loss {text!r} is neither a share such as 2% nor a return such as 5.5, from 0 on")
-    return found * span / 100 if percent else found
-
-
-def loss_bound(row: Mapping[str, Any]) -> float:
-    """The one-sided upper bound of the paired loss of return against float, at the verdict's level (95 %, or more where
-    a race stopped early); inf where none is known."""
-    low = (row.get("verdict") or {}).get("low")
-    return math.inf if low is None else -float(low)
-
-
-def named(row: Mapping[str, Any]) -> str:
-    """A design in a few words."""
-    return f"{row['id']} (weights {row['weights']}, inputs {row['acts']}, {row['steps']}, per {row['granularity']})"
-
-
-def span_of(document: Mapping[str, Any]) -> float:
-    """Distance between the means of the float and the random policy, or of the float network and a constant answer."""
-    return abs(float(document["reference"]["mean"]) - float(document["random"]["mean"]))
-
-
-def wanted(
-    document: Mapping[str, Any],
-    rows: Sequence[Row],
-    x: str,
-    *,
-    max_loss: str | None = None,
-    at_knee: bool = False,
-    design: str | None = None,
-) -> tuple[list[Row], str]:
-    """The designs that satisfy the wish, cheapest by `x` first and of equal ones the best, and the wish in words.
-
-    InputError unless one wish is given, for an id that names no design or several, and where no design is within
-    the loss: it says the nearest and what binds.
-    """
-    if (max_loss is not None) + at_knee + (design is not None) != 1:
-        raise InputError("give one of --max-loss, --knee and --id")
-    priced = [row for row in rows if value(row, x) is not None]
-    if design is not None:
-        found = [row for row in rows if row["id"].startswith(design)]
-        if len(found) != 1:
-            some = ", ".join(row["id"] for row in (found or rows)[:4])
-            raise InputError(f"--id {design!r} names {len(found)} designs of the study; there are: {some}, ...")
-        return found, f"design {found[0]['id']} was asked for"
-    if not priced:
-        raise InputError(f"no design of the study has a number for {x!r}; take another --x")
-    if at_knee:
-        reference, margin = document["reference"]["mean"], document["margin"]
-        index = knee(rows, front(rows, x, "mean"), reference, margin, x)
-        assert index is not None
-        why = why_knee(rows[index], reference, margin)
-        return [rows[index]], f"the knee of {metric_of(rows)} against {COLUMNS[x][1]}, {why}"
-    assert max_loss is not None
-    span = span_of(document)
-    limit = parse_loss(max_loss, span)
-    metric, apart = metric_of(rows), "random" if metric_of(rows) == "return" else "the most frequent class"
-    share = f", {max_loss} of the {span:.4g} between float and {apart}" if max_loss.rstrip().endswith("%") else ""
-    words = f"at most {limit:.4g} of {metric} lost{share}"
-    good = [row for row in priced if loss_bound(row) <= limit]
-    if not good:
-        near = min(priced, key=lambda row: (loss_bound(row), value(row, x)))
-        bound, mean = loss_bound(near), -near["verdict"]["diff_mean"]
-        digits, of = (2, "episodes") if metric == "return" else (4, "labelled inputs")
-        binds = (
-            f"its mean loss is {mean:.4g}, and {near['score']['n']:,} {of} leave the interval that wide"
-            if mean <= limit
-            else f"its mean loss alone is {mean:.4g}"
-        )
-        percent = f" ({100 * bound / span:.3g}%)" if span and math.isfinite(bound) else ""
-        raise InputError(
-            f"no design of the study is proved to lose at most {limit:.4g} of {metric}; the nearest possible is "
-            f"--max-loss {math.ceil(bound * 10**digits) / 10**digits if math.isfinite(bound) else bound:g}{percent}, "
-            f"by {named(near)}: {binds}"
-        )
-    return sorted(good, key=lambda row: (value(row, x) or 0.0, -row["score"]["mean"])), words
-
-
-def study_model(
-    document: Mapping[str, Any], folder: Path, checkpoint: Path | None = None, factory: str | None = None
-) -> Model:
-    """The float model of a study, from `checkpoint` or where the study remembers it; InputError if it is another.
-
-    factory: builds a network, whose code a study may name and only the caller may run.
-    """
-    settings, origin = document["settings"], document.get("origin") or {}
-    path = checkpoint or (Path(origin["path"]) if origin.get("path") else None)
-    if path is None or (checkpoint is None and not path.exists()):
-        raise InputError(
-            f"the checkpoint of {folder} ({settings.get('checkpoint')}) is not where it was; give --checkpoint"
-        )
-    if origin.get("factory") and factory is None:
-        raise InputError(f"{folder} is of a network of your own code; give --factory {origin['factory']} to build it")
-    inputs = folder / "calibration.npy" if settings.get("labelled") else None
-    model = load_checkpoint(
-        path, env=origin.get("env"), normalize=normalize_of(document), factory=factory, inputs=inputs
-    )
-    if model.meta.get("sha256") != settings.get("checkpoint_sha256"):
-        theirs, ours = (str(v)[:12] for v in (model.meta.get("sha256"), settings.get("checkpoint_sha256")))
-        raise InputError(f"{path} is another checkpoint (sha256 {theirs}) than that of {folder} ({ours})")
-    return model
-
-
-def study_states(folder: Path, model: Model) -> np.ndarray:
-    """The calibration states of a study; InputError if they are gone or not the model's."""
-    path = folder / "calibration.npy"
-    try:
-        states: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        raise InputError(f"{path}: missing or damaged; run the sweep again in a new directory") from None
-    if states.shape[1:] != tuple(model.example.shape[1:]):
-        raise InputError(f"{path}: states of shape {states.shape} do not fit the model's {model.example.shape[1:]}")
-    return states
-
-
-def rebuild(row: Row, model: Model, states: np.ndarray) -> Model:
-    """The design of a row, quantized as the study did it; InputError if the row's recipe has another id."""
-    recipe = Recipe.from_json(row["recipe"])
-    if design_id(recipe) != row["id"]:
-        raise InputError(f"design {row['id']}: its recipe is that of {design_id(recipe)}; the study's rows are damaged")
-    visit = visited_states if isinstance(model.module, Policy) else None
-    return quantize(model, recipe, Calib(torch.from_numpy(states), visit=visit))
 
 
 def choices(

@@ -24,7 +24,7 @@ _STUDIES = (
     "allocate",
     *_SEARCH,
 )
-_PAGES = ("report", "figures", "analysis_figure", "page", "pick", "product", "card", "markdown")
+_PAGES = ("report", "figures", "analysis_figure", "page", "pick", "rebuild", "wishes", "product", "card", "markdown")
 TOP = {f"quantkit.{n}" for n in (*_STUDIES, *_PAGES, "analyze", "rtl_designs", "cli", "__main__")}
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "pandas", "matplotlib", "gymnasium", "scipy", "safetensors")
 CORE = {

@@ -21,12 +21,13 @@ from quantkit.card import number
 from quantkit.errors import InputError
 from quantkit.page import page_data
 from quantkit.pareto import value
-from quantkit.pick import loss_bound, parse_loss, rebuild, span_of, study_model, study_states, wanted
+from quantkit.rebuild import rebuild, study_model, study_states
 from quantkit.report import read_study
 from quantkit.results import append_row
 from quantkit.seeds import CONFIRM
 from quantkit.specs import layer_specs
 from quantkit.statistics import non_inferior
+from quantkit.wishes import loss_bound, parse_loss, span_of, wanted
 
 AGENTS = Path(__file__).parents[1] / "benchmarks/agents"
 AGENT = AGENTS / "sac/Pendulum-v1.zip"
