@@ -34,7 +34,7 @@ from hwmodel.spec import LayerSpec, parse_granularity
 from quantkit import __version__
 from quantkit.bands import ARRAYS, BANDS, Bands, from_arrays, to_arrays
 from quantkit.capture import captured
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.files import new_directory
 from quantkit.joints import place
 from quantkit.model import EnvSpec, Model
@@ -226,17 +226,13 @@ def load_artifact(path: Path, *, factory: str | None = None) -> Model:
     except FileNotFoundError:
         raise InputError(f"{tensors_path}: missing; quantize the checkpoint again") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{tensors_path}: damaged ({_short(error)})") from None
+        raise InputError(f"{tensors_path}: damaged ({one_line(error)})") from None
     try:
         return _restore(path, document, tensors, factory)
     except InputError:
         raise
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
-        raise InputError(f"{path}: quantkit.json and model.safetensors do not fit ({_short(error)})") from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: quantkit.json and model.safetensors do not fit ({one_line(error)})") from None
 
 
 def _restore(path: Path, document: dict[str, Any], tensors: dict[str, Tensor], factory: str | None) -> Model:

@@ -36,6 +36,7 @@ from torch import Tensor, fx, nn
 
 from quantkit import recurrent
 from quantkit.attention import Attention, MatMul
+from quantkit.errors import one_line
 from quantkit.model import Model
 from quantkit.policy import Policy
 from quantkit.qlayers import QLayer, op_of
@@ -65,7 +66,7 @@ def captured(model: Model, *, inplace: bool = False) -> Model:
                 graph = traced_by_two(module, lambda short: exported(short, (model.example,)))
                 module = modularized(exported(module, (model.example,)) if graph is None else graph, module)
         except Exception as error:  # whatever the module's own Python does under export
-            problem = " ".join(str(error).split())[:200] or type(error).__name__
+            problem = one_line(error)
     if problem is not None:
         meta["untraced"] = problem
     else:

@@ -56,7 +56,7 @@ import quantkit
 from quantkit import export_graph, export_qcdq, export_qonnx, onnx_blocks, stepwise
 from quantkit.bands import Bands
 from quantkit.capture import captured
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.export_layers import Target, layer_nodes
 from quantkit.export_ops import LATER
 from quantkit.export_walk import TYPES
@@ -99,8 +99,7 @@ def _try(path: Path, wanted: Path, model: Model) -> None:
         feed = {state.name: np.zeros((1, *state.shape[1:]), input_dtype(state.type)) for state in states}
         session.run(None, {entry.name: first.numpy().astype(input_dtype(entry.type)), **feed})
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{wanted}: not written, onnxruntime does not run this network ({text})") from None
+        raise InputError(f"{wanted}: not written, onnxruntime does not run this network ({one_line(error)})") from None
 
 
 def input_dtype(kind: str) -> np.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -32,7 +32,7 @@ class OnnxDecoder:
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises many types
-            raise InputError(f"{path}: onnxruntime cannot load it ({' '.join(str(error).split())[:160]})") from None
+            raise InputError(f"{path}: onnxruntime cannot load it ({one_line(error)})") from None
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [i for name, i in inputs.items() if name.startswith("past_key_values.")]
         self.facts = dict(self.session.get_modelmeta().custom_metadata_map)

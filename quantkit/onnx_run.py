@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.export import input_dtype, open_session
 from quantkit.policy import Head
 
@@ -52,12 +52,6 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
         return open_session(path)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise InputError(f"{path}: onnxruntime cannot load it ({one_line(error)})") from None
-
-
-def one_line(error: Exception) -> str:
-    """What it says, at most 160 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def runner(session: onnxruntime.InferenceSession, path: Path) -> Act:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantkit.capture import exported, modularized
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.model import Model
 from quantkit.policy import InputStage
 from quantkit.qlayers import Point, QLayer
@@ -121,8 +121,7 @@ def step_graph(model: Model, *, whole: bool = False) -> Step:
     except InputError:
         raise
     except Exception as error:  # whatever the module's own Python does under export
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"one step of this network cannot be followed: {text}") from None
+        raise InputError(f"one step of this network cannot be followed: {one_line(error)}") from None
     step = Step(graph, states, examples)
     _prove(step.over, module, example, first == {True})
     return step

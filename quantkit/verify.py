@@ -34,10 +34,10 @@ from torch import fx, nn
 
 from hwmodel import formats
 from quantkit import stepwise
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.export import canonical, input_dtype
 from quantkit.model import Model
-from quantkit.onnx_run import Act, one_line, onnx_act, runner, session_of
+from quantkit.onnx_run import Act, onnx_act, runner, session_of
 from quantkit.policy import Policy
 from quantkit.qlayers import QLayer
 from quantkit.qtensor import QTensor

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.files import sha256_of
 from quantkit.loaders import zoo
 from quantkit.loaders.chain import Part, Parts, check_chain, fold, make_chain
-from quantkit.loaders.sb3_archive import one_line
 from quantkit.model import EnvSpec, Model, Normalization
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.simulate import compile_policy

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from quantkit.decoder import FAMILIES
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.files import sha256_of
 from quantkit.model import Model
 from quantkit.rounding import all_finite
@@ -226,7 +226,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"{file}: cannot be read as a tokenizer ({_one_line(error)})") from None
+        raise InputError(f"{file}: cannot be read as a tokenizer ({one_line(error)})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -264,14 +264,14 @@ def _config(record: dict[str, Any], file: Path) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[kind].from_dict({k: v for k, v in record.items() if k != "auto_map"})
     except Exception as error:  # transformers' validators raise many types
-        raise InputError(f"{file}: not a configuration of {kind} ({_one_line(error)})") from None
+        raise InputError(f"{file}: not a configuration of {kind} ({one_line(error)})") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({_one_line(error)})") from None
+        raise InputError(f"{file}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(record, dict):
         raise InputError(f"{file}: holds a {type(record).__name__}; expected an object")
     return record
@@ -301,7 +301,7 @@ def _read_shards(path: Path) -> tuple[list[Path], dict[str, tuple[int, ...]]]:
             with safe_open(path / name, framework="pt") as file:
                 tensors |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path / name}: cannot be read as safetensors ({_one_line(error)})") from None
+            raise InputError(f"{path / name}: cannot be read as safetensors ({one_line(error)})") from None
     absent = [key for key in listed or () if key not in tensors]
     if absent:
         raise InputError(f"{path / INDEX}: lists {len(absent)} tensors that its files do not hold: {absent[0]!r}, ...")
@@ -318,7 +318,7 @@ def _check_size(config: PreTrainedConfig, held: int, tensors: int, path: Path) -
         with torch.device("meta"):
             wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:  # whatever a class raises on sizes that do not fit each other
-        raise InputError(f"{path}: no network of the configuration's sizes can be built ({_one_line(error)})") from None
+        raise InputError(f"{path}: no network of the configuration's sizes can be built ({one_line(error)})") from None
     if wanted > 2 * held:
         raise InputError(f"{path}: the configuration describes {wanted:,} parameters, the files hold {held:,}")
 
@@ -338,7 +338,7 @@ def _filled(path: Path, config: PreTrainedConfig) -> nn.Module:
                 output_loading_info=True,
             )
     except Exception as error:  # transformers raises many types
-        raise InputError(f"{path}: cannot be loaded ({_one_line(error)})") from None
+        raise InputError(f"{path}: cannot be loaded ({one_line(error)})") from None
     module: nn.Module = loaded[0]
     info = loaded[1]
     problems = [
@@ -413,7 +413,3 @@ def _linear(layer: Conv1D) -> nn.Linear:
     made.weight = nn.Parameter(layer.weight.data.T if hollow else layer.weight.data.T.contiguous())
     made.bias = layer.bias
     return made
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

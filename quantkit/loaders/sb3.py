@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from quantkit.critic import Critic
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.loaders import zoo
 from quantkit.loaders.chain import fold
 from quantkit.loaders.sb3_actor import build_actor, build_critics
@@ -236,7 +236,7 @@ def _bounds_of(env: EnvSpec | None, shape: tuple[int, ...], where: str) -> tuple
                 return tuple(box.low.tolist()), tuple(box.high.tolist())
             cause = f"{env.id} has actions {box}"
         except Exception as error:  # whatever making an environment raises, the bounds stay unknown
-            cause = f"{env.id}: {' '.join(str(error).split())[:80]}"
+            cause = f"{env.id}: {one_line(error, 80)}"
     raise InputError(f"{where}: the bounds of its {shape[0]} actions are not printed in full, and {cause}; give env=")
 
 

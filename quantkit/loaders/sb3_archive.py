@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.files import sha256_of
 
 _MIB = 2**20
@@ -79,12 +79,6 @@ def read_archive(path: Path) -> Archive:
     return Archive(
         path, _read_json(blobs["data"], path), _read_tensors(blobs["policy.pth"], path), version, sha256_of(path)
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _check_members(archive: zipfile.ZipFile, where: str) -> None:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.capture import captured
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.files import read_inputs, sha256_of
-from quantkit.loaders.sb3_archive import one_line
 from quantkit.model import EnvSpec, Model
 from quantkit.policy import Policy
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.policy import Field
 
 _MAX_BYTES = 64 * 2**20
@@ -85,7 +85,7 @@ def read_pickle(blob: bytes) -> Any:
                     return machine.stack[-1]
                 _step(machine, opcode.name, arg)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"damaged pickle: {' '.join(str(error).split())[:120] or type(error).__name__}") from None
+        raise ValueError(f"damaged pickle: {one_line(error, 120)}") from None
     raise ValueError("damaged pickle: it does not end")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.model import EnvSpec
 
 _SETTINGS = ("args.yml", "config.yml", "vecnormalize.pkl")
@@ -315,7 +315,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaglessLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
-        raise InputError(f"{path}: not readable YAML ({' '.join(str(error).split())[:160]})") from None
+        raise InputError(f"{path}: not readable YAML ({one_line(error)})") from None
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]  # OrderedDict's arguments: one list of pairs
     if isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in value):
@@ -338,7 +338,7 @@ def literal(text: str, where: str) -> Any:
             raise ValueError("too long")
         return _literal(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        cause = " ".join(str(error).split())[:80]
+        cause = one_line(error, 80)
         raise InputError(
             f"{where}: cannot read {text[:60]!r} as a literal ({cause}); e.g. dict(norm_obs=True)"
         ) from None

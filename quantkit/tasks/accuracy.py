@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import InputError
+from quantkit.errors import InputError, one_line
 from quantkit.statistics import spread
 from quantkit.tasks.episodes import Score
 
@@ -162,7 +162,7 @@ def read_labels(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, EOFError, OSError, LookupError) as error:
-        raise InputError(f"{path}: not a .npy or .npz file of plain numbers ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: not a .npy or .npz file of plain numbers ({one_line(error)})") from None
     if len(arrays) != 1:
         raise InputError(f"{path}: holds {len(arrays)} one-dimensional arrays; accepted: one, the labels")
     labels = arrays[0]
