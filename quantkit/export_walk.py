@@ -7,7 +7,7 @@ arithmetic on symbolic sizes stands in the graph, and what no input reaches beco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,10 @@ class Walk:
         """Its shape, None where a dimension depends on the batch."""
         return self.facts[node].shape
 
+    def result(self, node: fx.Node) -> torch.dtype:
+        """The dtype of what it gives, int64 of a size."""
+        return self.facts[node].dtype or torch.int64
+
     def ints(self, values: Sequence[int], name: str) -> str:
         """A constant of int64 numbers."""
         return self.graph.constant(list(values), name, TensorProto.INT64)
@@ -131,7 +135,7 @@ class Walk:
         fact = self.facts[x]
         if fact.number is not None:
             return self.graph.constant(fact.number, f"{name}.number", TYPES[dtype])
-        if (fact.dtype or torch.int64) == dtype:
+        if self.result(x) == dtype:
             return str(self.names[x])
         return self.graph.op("Cast", [self.names[x]], f"{name}.cast", to=TYPES[dtype])
 
@@ -179,3 +183,7 @@ class Walk:
         else:
             target = self.ints([-1 if d is None else d for d in shape], f"{name}.shape")
         return self.graph.op("Reshape", [x, target], name)
+
+
+Operation = Callable[[Walk, fx.Node, dict[str, Any]], Any]
+"""Takes the walk, the node and its arguments by name, appends nodes, and gives the name of the result."""

@@ -183,6 +183,7 @@ def test_exports_import_no_method() -> None:
         "export_graph",
         "export_layers",
         "export_ops",
+        "export_moves",
         "export_qonnx",
         "export_qcdq",
         "export_nbits",
