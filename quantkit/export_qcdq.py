@@ -24,8 +24,6 @@ from quantkit.onnx_formats import Graph
 from quantkit.qlayers import ActQuant, QLayer
 from quantkit.qtensor import QTensor, values_of
 
-OPSET = 13
-
 
 def carries(fmt: Format) -> bool:
     """Whether an 8-bit container and a Clip can express the format."""

@@ -146,12 +146,6 @@ def _spread(index: Tensor, factor: Tensor) -> Tensor:
     return f[index + len(factor)]
 
 
-def _part(module: nn.Module, name: str) -> Any:
-    """The submodule or parameter of this name."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
-
-
 def matrix_of(layer: Any) -> Tensor:
     """The float weight as (outputs, inputs / groups, positions); of an embedding (features, tokens, 1)."""
     weight: Tensor = layer.weight.detach()

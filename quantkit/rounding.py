@@ -1,6 +1,6 @@
 """Rounding to a number format: the only file that rounds.
 
-`round_to` is the torch version, `round_array` the numpy twin that the rollout simulator
+`round_to` is the torch version, `rounder` gives the numpy twin that the rollout simulator
 uses; both equal `hwmodel.formats.nearest` on every float. A minifloat rounds in seven
 elementwise operations: clamp, take the binade (the exponent bits of the float, exact where
 `floor(log2(x))` is not), and add and subtract 1.5 * 2^23 units of the local step, which
@@ -69,11 +69,6 @@ def as_stored(x: Tensor) -> Tensor:
 # 0-d arrays: numpy converts a scalar anew in every call.
 _clip = (np._core if hasattr(np, "_core") else np.core).umath.clip
 _EXPONENT_BITS_F32 = np.array(0x7F800000, np.int32)
-
-
-def round_array(u: np.ndarray, fmt: Format) -> np.ndarray:
-    """`round_to` for a float32 array, in place; returns the array."""
-    return rounder(fmt)(u)
 
 
 def rounder(fmt: Format) -> Callable[[np.ndarray], np.ndarray]:

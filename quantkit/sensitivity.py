@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +43,6 @@ from quantkit.study import Study, outputs_of, visited_states
 from quantkit.tasks.episodes import Progress
 from quantkit.tasks.fidelity import compare_on_states
 
-Metric = Literal["output_error", "action_error", "action_kl", "output_kl", "q_error"]
-"""RMS output error over RMS output; RMS action error over the range; mean KL of actions, or of a network's classes, in
-nats; mean |Q error|."""
 INPUTS = 256
 
 
@@ -137,11 +134,6 @@ def untrained(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return tuple(step for step in steps if not shelves.methods()[step[0]].CHANGES & training)
 
 
-def read_sensitivity(folder: Path) -> list[Row]:
-    """The rows of a study's `sensitivity.jsonl`: layer, weights, acts, granularity, steps, metric, value, id."""
-    return read_rows(folder / "sensitivity.jsonl")
-
-
 def assemble(cells: Iterable[Cell], steps: tuple[Step, ...] = (), seed: int = 0) -> Recipe:
     """The recipe that gives each layer its cell's formats: the most frequent plan for all, exceptions by name.
 
@@ -157,7 +149,11 @@ def assemble(cells: Iterable[Cell], steps: tuple[Step, ...] = (), seed: int = 0)
 
 
 def errors_of(study: Study, quantized: Model) -> dict[str, float]:
-    """The errors of a quantized network's outputs on the study's states, by metric."""
+    """The errors of a quantized network's outputs on the study's states, by metric.
+
+    output_error: RMS error over RMS output. action_error: the same of actions, over their range. action_kl, of a
+    network's classes output_kl: mean KL in nats. q_error: mean |error| of Q-values.
+    """
     states = _states(study)
     outputs = outputs_of(quantized, states)
     reference = study.float_outputs[: len(outputs)]

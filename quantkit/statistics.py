@@ -70,16 +70,6 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def probability_of_improvement(new: ArrayLike, old: ArrayLike) -> float:
-    """How often a random episode of `new` beats a random one of `old`, ties counting half.
-
-    >>> probability_of_improvement([2.0, 3.0], [1.0, 2.0])
-    0.875
-    """
-    a, b = np.asarray(new, np.float64)[:, None], np.asarray(old, np.float64)[None, :]
-    return float(((a > b) + 0.5 * (a == b)).mean())
-
-
 def t_probability(t: float, df: int) -> float:
     """P(T <= t) for Student's t with an integer number of degrees of freedom (finite series, exact).
 

@@ -132,7 +132,7 @@ def verify(
     head = model.module.head if isinstance(model.module, Policy) else None
     as_actions = facts["postprocess"] == "true"
     runtime = runner(session, Path(onnx_path))
-    inputs = _states(model, session, states)
+    inputs = _states(session, states)
     batch = _BATCH if head else 64
     outputs, others = [], []
     for start in range(0, len(inputs), batch):
@@ -347,7 +347,7 @@ def _open(model: Model, path: Path) -> tuple[onnxruntime.InferenceSession, dict[
     return session, facts
 
 
-def _states(model: Model, session: onnxruntime.InferenceSession, states: np.ndarray) -> np.ndarray:
+def _states(session: onnxruntime.InferenceSession, states: np.ndarray) -> np.ndarray:
     entry = session.get_inputs()[0]
     array = np.asarray(states, input_dtype(entry.type))
     if array.ndim == 0 or len(array) == 0 or list(array.shape[1:]) != entry.shape[1:]:
@@ -441,18 +441,3 @@ def _equal_means(returns: np.ndarray, reference: np.ndarray) -> bool:
         return False
     stderr = float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return abs(float(difference.mean())) <= max(3.0, t_quantile(0.995, len(difference) - 1)) * stderr
-
-
-def summary(agreement: Agreement) -> str:
-    """One line for people."""
-    parts = [f"{agreement.n} states", f"max error {agreement.max_abs:.3g}"]
-    if agreement.max_lsb is not None:
-        parts.append(f"{agreement.max_lsb:.3g} LSB")
-    parts.append(f"{agreement.action_agreement:.2%} equal actions")
-    if agreement.nodes:
-        parts.append(f"{agreement.nodes} nodes compared one by one, {agreement.exact_nodes} bit for bit")
-    if agreement.flips:
-        parts.append(f"{agreement.flips} at rounding boundaries")
-    if agreement.mean is not None and agreement.mean_torch is not None:
-        parts.append(f"return {agreement.mean:.6g} (torch {agreement.mean_torch:.6g}, {agreement.episodes} episodes)")
-    return ("agrees: " if agreement.ok else f"DIFFERS ({agreement.reason}): ") + ", ".join(parts)

@@ -17,7 +17,7 @@ from strategies import ALL_FORMATS, boundary_numbers, midpoints, random_numbers
 
 from hwmodel import formats
 from hwmodel.formats import BINARY, Float, Int, decode, encode, levels, max_value, min_value, nearest, parse
-from quantkit.rounding import round_array, round_to
+from quantkit.rounding import round_to, rounder
 
 FLOATS = [f for f in ALL_FORMATS if isinstance(f, Float)]
 FINITE = [f for f in FLOATS if f.special == "none"]
@@ -69,12 +69,12 @@ def test_nearest_is_nearest(fmt):
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
 def test_fast_rounding_equals_the_specification(fmt):
-    """round_to in float32 and float64 and round_array equal `nearest` at every boundary and at random numbers."""
+    """round_to in float32 and float64 and `rounder` equal `nearest` at every boundary and at random numbers."""
     x = np.concatenate([boundary_numbers(fmt), random_numbers(fmt, 300, seed=17)])
     expected = np.array([nearest(float(v), fmt) for v in x])
     assert np.array_equal(round_to(torch.from_numpy(x), fmt).numpy(), expected)
     assert np.array_equal(round_to(torch.from_numpy(x.astype(np.float64)), fmt).numpy(), expected)
-    assert np.array_equal(round_array(x.copy(), fmt), expected)
+    assert np.array_equal(rounder(fmt)(x.copy()), expected)
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)

@@ -21,7 +21,8 @@ from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.policy import Head
 from quantkit.recipe import make_plan, parse_step, quantize, uniform
-from quantkit.sensitivity import Cell, assemble, errors_of, measure, read_sensitivity, untrained
+from quantkit.results import read_rows
+from quantkit.sensitivity import Cell, assemble, errors_of, measure, untrained
 from quantkit.study import Settings, Study, hardware_costs
 from quantkit.tasks.episodes import Rollout, score
 
@@ -59,7 +60,7 @@ def test_a_cell_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     measure(study_of(cartpole(), seed=4), tmp_path, ("int3",), ("int4",))
     measure(study_of(cartpole(seed=1)), tmp_path, ("int3",), ("int4",))
     assert len(calls) == 18
-    rows = read_sensitivity(tmp_path)
+    rows = read_rows(tmp_path / "sensitivity.jsonl")
     assert len({row["id"] for row in rows}) == len(rows) == 2 * 18
     assert {"layer", "weights", "acts", "granularity", "steps", "metric", "value", "id"} <= set(rows[0])
 

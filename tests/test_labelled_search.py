@@ -21,7 +21,6 @@ from quantkit.pareto import front
 from quantkit.racing import levels, looks
 from quantkit.recipe import Recipe, make_plan, quantize
 from quantkit.results import read_rows
-from quantkit.sensitivity import read_sensitivity
 from quantkit.statistics import non_inferior
 
 pytest.importorskip("optuna")
@@ -93,7 +92,11 @@ def test_searched_again_nothing_is_done(found: Path) -> None:
 
 def test_a_cell_is_the_divergence_of_the_classes(found: Path) -> None:
     """The loss of a cell is scipy's KL of the softmax outputs, of the float network against one quantized layer."""
-    cell = next(row for row in read_sensitivity(found) if row["metric"] == "output_kl" and row["weights"] == "int3")
+    cell = next(
+        row
+        for row in read_rows(found / "sensitivity.jsonl")
+        if row["metric"] == "output_kl" and row["weights"] == "int3"
+    )
     model = load_checkpoint("net.safetensors", factory=FACTORY, inputs=Path("c.npy"))
     x = torch.from_numpy(np.load("c.npy"))
     plan = ((cell["layer"], make_plan(cell["weights"], cell["acts"])),)
@@ -202,5 +205,5 @@ class Bag(nn.Module):
         assert row["weight_kib"] == pytest.approx((fc * 40 + 32 * 5 + table * 72 + 32 * 9) / 8192)
         assert row["cost"]["luts"] > 0
     assert len(rows) == 12 and len(set(map(tuple, bits))) == 12 and any(fc != table for fc, table in bits)
-    cells = {(row["layer"], row["acts"]) for row in read_sensitivity(Path("bag"))}
+    cells = {(row["layer"], row["acts"]) for row in read_rows(Path("bag") / "sensitivity.jsonl")}
     assert cells == {("fc", "int6"), ("table", "float")}

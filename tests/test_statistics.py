@@ -15,7 +15,6 @@ from quantkit.statistics import (
     mean,
     non_inferior,
     paired_shares,
-    probability_of_improvement,
     spread,
     t_probability,
     t_quantile,
@@ -65,13 +64,6 @@ def test_spread_is_the_sample_standard_deviation():
     std, stderr = spread(x)
     assert std == pytest.approx(x.std(ddof=1), rel=1e-12)
     assert stderr == pytest.approx(stats.sem(x), rel=1e-12)
-
-
-def test_probability_of_improvement_is_mann_whitneys():
-    """Probability of improvement is Mann and Whitney's U over the number of pairs."""
-    rng = np.random.default_rng(2)
-    a, b = rng.integers(0, 9, 17), rng.integers(2, 9, 23)
-    assert probability_of_improvement(a, b) == pytest.approx(stats.mannwhitneyu(a, b).statistic / (17 * 23))
 
 
 def test_verdicts_follow_the_paired_interval():

@@ -20,7 +20,7 @@ from quantkit.model import Calib, EnvSpec, Model
 from quantkit.onnx_run import Act, onnx_act
 from quantkit.policy import Head, InputStage, Policy
 from quantkit.recipe import quantize, uniform
-from quantkit.verify import Agreement, summary, verify
+from quantkit.verify import Agreement, verify
 
 STEPS = (("act_scales", {"scale": "absmax"}), ("rtn", {"scale": "absmax"}))
 STATES = torch.randn(600, 4, generator=torch.Generator().manual_seed(2)).numpy()
@@ -86,7 +86,6 @@ def test_boundary_flips_are_found_and_explained(tmp_path: Path) -> None:
     assert 0 < found.flips < 400
     assert found.first_mismatch is not None
     assert found.max_lsb is not None and found.max_lsb > 1
-    assert "rounding boundaries" in summary(found)
 
 
 def test_real_scales_agree_but_for_flips(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_corrupt_constant_is_found(name: str, change: Callable[[np.ndarray], n
     assert not found.ok
     assert found.unexplained > 0
     assert found.first_mismatch is not None
-    assert found.reason and summary(found).startswith("DIFFERS")
+    assert found.reason
     assert found.max_abs > 0 and found.max_lsb is not None and found.max_lsb > 0.01
 
 
@@ -300,7 +299,6 @@ def test_graphs_are_compared_node_by_node(fmt: str, to: str, tmp_path: Path) -> 
     assert found.nodes > 30
     if to == "qdq":  # all layers and the two products of each attention, but for a convolution summed beyond 2^24
         assert found.exact_nodes == len(model.qlayers()) + 4 - (1 if fmt == "e4m3" else 0), found
-        assert "compared one by one" in summary(found)
     if to == "qdq-real":
         assert found.exact_nodes == 0
 
