@@ -34,8 +34,8 @@ from quantkit.claims import Claims
 from quantkit.errors import InputError
 from quantkit.model import Calib, Model
 from quantkit.policy import Head, Policy
-from quantkit.qlayers import shape_of
-from quantkit.recipe import LayerPlan, Recipe, Step, make_plan, quantize, step_text
+from quantkit.qlayers import LayerPlan, shape_of
+from quantkit.recipe import Recipe, Step, make_plan, quantize, step_text
 from quantkit.results import Row, append_row, read_rows
 from quantkit.sources import source_digest
 from quantkit.specs import layer_specs, run_order

@@ -25,7 +25,8 @@ from quantkit.claims import Claims
 from quantkit.errors import InputError
 from quantkit.files import check_new, new_file
 from quantkit.model import Model
-from quantkit.recipe import LayerPlan, Recipe, Step, make_plan
+from quantkit.qlayers import LayerPlan
+from quantkit.recipe import Recipe, Step, make_plan
 from quantkit.results import Row, RowReader, append_row, read_rows, versions
 from quantkit.sources import source_digest
 from quantkit.specs import layer_shapes
