@@ -15,10 +15,30 @@ from quantkit.errors import InputError
 from quantkit.kvgrid import Axis
 
 
+def half_of(dtype: torch.dtype) -> torch.dtype:
+    """What a model's keys and values of this dtype are held in: 16 bits."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
 class PackedLayer(CacheLayerMixin):
-    """What follows from `get_seq_length` and `batch_select_indices` for a layer's cache of any packing."""
+    """A layer's cache of any packing: how it begins, and what follows from `get_seq_length` and `batch_select_indices`.
+
+    keys, values: the newest tokens in 16 bits, `half`, (batch, heads, tokens, dim).
+    """
 
     keys: Tensor
+    values: Tensor
+    is_sliding = False
+    is_croppable = False  # what was quantized stays so when tokens are taken back
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing held yet, for the batch, heads, dtype and device of the arguments."""
+        self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
+        self.half = half_of(self.dtype)
+        self.keys, self.values = (
+            x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.half) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
@@ -53,7 +73,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens (batch, heads, tokens, dim); what they look at in the model's dtype, rounded to 16 bits."""
         dtype = key_states.dtype
-        half = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+        half = half_of(dtype)
         keys, values = super().update(key_states.to(half), value_states.to(half), *args, **kwargs)
         self.keys, self.values = self.keys.clone(), self.values.clone()  # not views of all there was
         return keys.to(dtype), values.to(dtype)

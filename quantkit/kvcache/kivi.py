@@ -49,25 +49,11 @@ def make(
 class KiviLayer(PackedLayer):
     """One layer's cache: packed old keys and values, and the newest of each in 16 bits."""
 
-    keys: Tensor
-    values: Tensor
-    is_sliding = False
-    is_croppable = False  # what was quantized stays so when tokens are taken back
-
     def __init__(self, bits: int, residual: int, group: int, axis: Axis, width: int) -> None:
         super().__init__()
         self.bits, self.residual, self.group, self.axis, self.width = bits, residual, group, axis, width
         self.old_keys: Packed | None = None
         self.old_values: Packed | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty residuals for the batch, heads, dtype and device of the arguments."""
-        self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
-        self.half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else torch.float16
-        self.keys, self.values = (
-            x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.half) for x in (key_states, value_states)
-        )
-        self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

@@ -80,11 +80,6 @@ def parse_levels(text: str) -> tuple[int, ...]:
 class SaqLayer(PackedLayer):
     """One layer's cache. Oldest first: sink, floor (any number of blocks at B_q), recent blocks, tail in 16 bits."""
 
-    keys: Tensor
-    values: Tensor
-    is_sliding = False
-    is_croppable = False  # what was quantized stays so when tokens are taken back
-
     def __init__(self, levels: tuple[int, ...], block: int, group: int, sink: int, axis: Axis, width: int) -> None:
         super().__init__()
         self.levels, self.block, self.group, self.sink = levels, block, group, sink
@@ -94,13 +89,8 @@ class SaqLayer(PackedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty sink and tail for the batch, heads, dtype and device of the arguments."""
-        self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
-        self.half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else torch.float16
-        self.sink_keys, self.sink_values = (
-            x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=self.half) for x in (key_states, value_states)
-        )
-        self.keys, self.values = self.sink_keys, self.sink_values
-        self.is_initialized = True
+        super().lazy_initialization(key_states, value_states)
+        self.sink_keys, self.sink_values = self.keys, self.values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
