@@ -139,14 +139,14 @@ PANEL = 128
 
 
 class Gram:
-    """Sum of x x^T over a layer's input columns, float32 or float64 (groups, columns, columns), and the count.
+    """Sum of x x^T over a layer's input columns, float32 (groups, columns, columns), and the count.
 
     What stands above the diagonal is summed nowhere but copied from below: half the work of a product where there are
     many columns. half: of x rounded to bfloat16.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, half: bool = False) -> None:
-        self.dtype, self.half = dtype, half
+    def __init__(self, half: bool = False) -> None:
+        self.half = half
         self.lower: Tensor | None = None
         self.count = 0
 
@@ -155,7 +155,7 @@ class Gram:
 
     def add(self, rows: Tensor) -> None:
         """Rows as `rows` gives them, (groups, n, columns)."""
-        rows = rows.to(self.dtype)
+        rows = rows.float()
         if self.lower is None:
             self.lower = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
         with half_products(self.half):

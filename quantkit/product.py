@@ -76,7 +76,7 @@ def confirm_policy(
                 progress(base + done, 2 * episodes)
 
         scores.append(evaluate_policy(policy, spec, episodes=episodes, seed=first, progress=tick))
-    verdict = compare_scores(scores[0], scores[1], margin=margin)
+    verdict = compare_scores(scores[0], scores[1], margin)
     return {"reference": scores[0].to_json(), "score": scores[1].to_json(), "verdict": verdict.to_json()}
 
 
@@ -94,7 +94,7 @@ def confirm_network(
         raise InputError(f"{inputs}: the study has seen {(~new).sum()} of its {len(new)} inputs; give others")
     fresh = Labelled(given.inputs[torch.from_numpy(new)], given.labels[new], given.calibration)
     scores = [fresh.score(one.module) for one in (model, design)]
-    verdict = compare_scores(scores[0], scores[1], margin=margin)
+    verdict = compare_scores(scores[0], scores[1], margin)
     record = {"reference": scores[0].to_json(), "score": scores[1].to_json(), "verdict": verdict.to_json()}
     return record | {"inputs": inputs.name, "seen": int((~new).sum())}
 

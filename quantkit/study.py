@@ -403,7 +403,7 @@ def _scored(
         if raced:
             return _raced(study, act, spec)
         result = _whole(study, act, spec, known)
-    return result, episodes_task.compare_scores(study.reference, result, margin=study.margin)
+    return result, episodes_task.compare_scores(study.reference, result, study.margin)
 
 
 def screen_design(study: Study, recipe: Recipe) -> Row:

@@ -16,7 +16,7 @@ from quantkit.policy import Head, InputStage, Policy
 from quantkit.seeds import CALIBRATION
 from quantkit.tasks.episodes import act_of, compare_scores, evaluate, evaluate_policy, random_score, rollout
 from quantkit.tasks.fidelity import compare_on_states
-from quantkit.tasks.states import collect_states, collect_visits
+from quantkit.tasks.states import collect_visits
 
 CARTPOLE = Head("discrete", nvec=(2,))
 LANDER = Head("discrete", nvec=(4,))
@@ -160,9 +160,9 @@ def test_images_reach_the_policy_as_bytes():
 
     gymnasium.register("quantkit-test/Screen-v0", entry_point=Screen)
     try:
-        states = collect_states(
+        states = collect_visits(
             lambda obs: np.ones(len(obs), np.int64), EnvSpec("quantkit-test/Screen-v0"), 6, episodes=2
-        )
+        )[0]
     finally:
         del gymnasium.registry["quantkit-test/Screen-v0"]
     assert states.dtype == np.uint8 and states.shape == (6, 3, 5, 4)
@@ -191,7 +191,7 @@ def test_one_episode_has_no_standard_error():
 
 def test_compiled_policies_act_as_their_predict():
     """act_of gives the actions of Policy.predict."""
-    states = collect_states(linear_act(8, LANDER), EnvSpec("LunarLander-v3"), 200, episodes=3)
+    states = collect_visits(linear_act(8, LANDER), EnvSpec("LunarLander-v3"), 200, episodes=3)[0]
     policy = small_policy(8, LANDER)
     np.testing.assert_array_equal(act_of(policy)(states), policy.predict(states)[0])
 
@@ -243,13 +243,13 @@ def test_calibration_states_are_a_uniform_sample_of_the_rollout():
     act, spec = linear_act(4, CARTPOLE), EnvSpec("CartPole-v1")
     seen = []
     rollout(act, spec, episodes=20, seed=CALIBRATION.start, record=lambda obs, *_: seen.extend(map(tuple, obs)))
-    states = collect_states(act, spec, 100)
+    states = collect_visits(act, spec, 100)[0]
     assert states.shape == (100, 4) and states.dtype == np.float32
     assert len({tuple(s) for s in states}) == 100 and {tuple(s) for s in states} <= set(seen)
-    np.testing.assert_array_equal(collect_states(act, spec, 100, n_envs=3), states)
-    np.testing.assert_array_equal(collect_states(act, spec, 40), states[:40])
-    assert {tuple(s) for s in collect_states(act, spec, len(seen))} == set(seen)
-    assert not np.array_equal(collect_states(act, spec, 100, seed=77), states)
+    np.testing.assert_array_equal(collect_visits(act, spec, 100, n_envs=3)[0], states)
+    np.testing.assert_array_equal(collect_visits(act, spec, 40)[0], states[:40])
+    assert {tuple(s) for s in collect_visits(act, spec, len(seen))[0]} == set(seen)
+    assert not np.array_equal(collect_visits(act, spec, 100, seed=77)[0], states)
     found, returns, lengths = collect_visits(act, spec, 100)
     np.testing.assert_array_equal(found, states)
     same = rollout(act, spec, episodes=20, seed=CALIBRATION.start)
@@ -261,7 +261,7 @@ def test_calibration_states_are_a_uniform_sample_of_the_rollout():
 def test_every_step_is_equally_likely_to_calibrate():
     """Early, middle and late steps are drawn in proportion to how often they occur."""
     spec, horizon = EnvSpec("Pendulum-v1", time_feature=200), 200
-    states = collect_states(linear_act(4, PENDULUM), spec, 2000, episodes=50)
+    states = collect_visits(linear_act(4, PENDULUM), spec, 2000, episodes=50)[0]
     steps = np.rint((1 - states[:, 3]) * horizon).astype(int)
     counts, _ = np.histogram(steps, bins=10, range=(0, 200))
     assert ((counts > 140) & (counts < 260)).all()  # 200 expected, deviation about 12
@@ -269,24 +269,21 @@ def test_every_step_is_equally_likely_to_calibrate():
 
 def test_more_states_than_twenty_episodes_have_need_more_episodes():
     """Rounds of further episodes are run until enough states were seen."""
-    states = collect_states(linear_act(4, CARTPOLE), EnvSpec("CartPole-v1"), 1000, episodes=3)
+    states = collect_visits(linear_act(4, CARTPOLE), EnvSpec("CartPole-v1"), 1000, episodes=3)[0]
     assert len({tuple(s) for s in states}) == 1000
 
 
-def test_paired_scores_compare_with_the_default_margin():
-    """The margin of a comparison defaults to 5 % of the way from random to float, and pairs must share seeds."""
+def test_scores_are_compared_in_pairs():
+    """The difference is the mean over pairs, nothing against itself, and pairs must share seeds."""
     spec = EnvSpec("Pendulum-v1")
     act = linear_act(3, PENDULUM)
-    reference, random = evaluate(act, spec, episodes=6), random_score(spec, episodes=6)
-    verdict = compare_scores(reference, evaluate(act, spec, episodes=6), random=random)
-    assert verdict.verdict == "non-inferior" and verdict.diff_mean == 0
-    assert verdict.margin == pytest.approx(0.05 * abs(reference.mean - random.mean))
-    worse = evaluate(lambda obs: -act(obs), spec, episodes=6)
-    assert compare_scores(reference, worse, margin=1e-3).margin == 1e-3
+    reference = evaluate(act, spec, episodes=6)
+    verdict = compare_scores(reference, evaluate(act, spec, episodes=6), 1.0)
+    assert verdict.verdict == "non-inferior" and verdict.diff_mean == 0 and verdict.margin == 1.0
+    other = evaluate(lambda obs: -act(obs), spec, episodes=6)
+    assert compare_scores(reference, other, 1.0).diff_mean == pytest.approx(other.mean - reference.mean)
     with pytest.raises(InputError, match="not paired"):
-        compare_scores(reference, evaluate(act, spec, episodes=6, seed=9), margin=1.0)
-    with pytest.raises(InputError, match="margin"):
-        compare_scores(reference, worse)
+        compare_scores(reference, evaluate(act, spec, episodes=6, seed=9), 1.0)
 
 
 def test_agreement_of_discrete_heads():

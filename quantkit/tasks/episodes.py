@@ -29,7 +29,7 @@ from quantkit.model import EnvSpec
 from quantkit.policy import Policy
 from quantkit.seeds import EVALUATION_SEED
 from quantkit.simulate import compile_policy, compile_step
-from quantkit.statistics import Method, Verdict, bootstrap_interval, default_margin, iqm, non_inferior, spread
+from quantkit.statistics import Method, Verdict, bootstrap_interval, iqm, non_inferior, spread
 from quantkit.tasks.environments import bare_env, check_fits, input_shape, make_env
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -228,31 +228,18 @@ def score(result: Rollout) -> Score:
     )
 
 
-def compare_scores(
-    reference: Score,
-    quantized: Score,
-    *,
-    random: Score | None = None,
-    margin: float | None = None,
-    fraction: float = 0.05,
-    level: float = 0.95,
-) -> Verdict:
+def compare_scores(reference: Score, quantized: Score, margin: float) -> Verdict:
     """Paired non-inferiority of two scores on the same seeds, or of accuracies on the same inputs.
 
-    The margin is `margin`, or else `fraction` of the distance between the means of `reference`
-    and `random`. Raises InputError when the seeds differ or neither margin nor random is given.
+    Raises InputError when the seeds differ.
     """
     if (reference.seed, reference.n) != (quantized.seed, quantized.n):
         raise InputError(
             f"scores are not paired: {reference.n} episodes from seed {reference.seed}, "
             f"{quantized.n} from seed {quantized.seed}"
         )
-    if margin is None:
-        if random is None:
-            raise InputError("non-inferiority needs a margin, or the score of a random policy to derive it from")
-        margin = default_margin(reference.returns, random.returns, fraction)
     method: Method = "shares" if reference.metric == "accuracy" else "t"
-    return non_inferior(reference.returns, quantized.returns, margin, level=level, method=method)
+    return non_inferior(reference.returns, quantized.returns, margin, method=method)
 
 
 def _run(

@@ -30,7 +30,7 @@ from quantkit.seeds import EVALUATION_SEED
 from quantkit.statistics import mean, non_inferior
 from quantkit.tasks.environments import bare_env, check_fits, make_env
 from quantkit.tasks.episodes import Actor, Change, Progress, Score, act_of, chooser, rollout, score
-from quantkit.tasks.states import collect_states
+from quantkit.tasks.states import collect_visits
 
 SPREAD_STATES = 2048
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -172,9 +172,9 @@ def parse_condition(text: str, spec: EnvSpec) -> Condition:
     return Condition(kind, level)
 
 
-def observation_spread(act: Actor, spec: EnvSpec, *, progress: Progress | None = None) -> NDArray[np.float32]:
+def observation_spread(act: Actor, spec: EnvSpec) -> NDArray[np.float32]:
     """Standard deviation of each component over states of the policy's own rollouts; 0 for appended inputs."""
-    states = collect_states(act, spec, SPREAD_STATES, episodes=8, progress=progress)
+    states = collect_visits(act, spec, SPREAD_STATES, episodes=8)[0]
     spread = states.std(axis=0, dtype=np.float64).astype(np.float32)
     if spec.time_feature is not None:
         spread[-1] = 0

@@ -13,21 +13,6 @@ from quantkit.seeds import CALIBRATION
 from quantkit.tasks.episodes import Actor, Progress, Rollout, rollout
 
 
-def collect_states(
-    act: Actor,
-    spec: EnvSpec,
-    n: int,
-    *,
-    seed: int = CALIBRATION.start,
-    episodes: int = 20,
-    n_envs: int | None = None,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """The observations of `collect_visits`, (n, *obs_shape)."""
-    options: dict[str, Any] = {"seed": seed, "episodes": episodes, "n_envs": n_envs, "progress": progress}
-    return collect_visits(act, spec, n, **options)[0]
-
-
 def collect_visits(
     act: Actor,
     spec: EnvSpec,
