@@ -39,6 +39,7 @@ def begun(
 
 
 def show_report(report: dict[str, Any], json: bool) -> None:
+    """What `quantkit.report.write_report` gives, as JSON or as a table of the front."""
     from quantkit.pareto import COLUMNS, label, value
 
     if json:

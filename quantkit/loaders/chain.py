@@ -161,6 +161,7 @@ def make_chain(
 
 
 def make_linear(part: Part) -> nn.Linear:
+    """The layer that a part is, in float32."""
     out, width = part.shape
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, width, out, bias=part.bias is not None)  # type: ignore[no-untyped-call]
     return _fill(layer, part)
