@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-ACTIVATION = "<class 'torch.nn.modules.activation.{}'>"
-
 # name -> (algorithm, policy, observation, action, keyword arguments); spaces are made by `_space`.
 _BOX5, _BOX3 = ("box", (5,), -3.0, 3.0), ("box", (3,), -1.0, 1.0)
 _WIDE = ("box", (2,), [-2.0, -1.5], [3.0, 2.25])

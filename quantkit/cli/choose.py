@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli.options import (
-    _CHOOSE,
-    _IN,
-    _NUM,
-    _PRESETS,
+    CHOOSE,
+    IN,
+    NUM,
+    PRESETS,
     AcceptVersions,
     Checkpoint,
     Config,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    rich_help_panel=_CHOOSE,
+    rich_help_panel=CHOOSE,
     epilog="Example: quantkit sweep agent.zip -o study --weights int3,int4,e2m1 --acts int4,e3m2 "
     "--step rtn --step equalize+gptq --episodes 20 --device xc7a35t --jobs 2",
 )
@@ -65,12 +65,12 @@ if TYPE_CHECKING:
 def sweep(
     checkpoint: Checkpoint,
     output: StudyDirectory,
-    weights: Annotated[str, typer.Option("--weights", metavar="F,F,..", help="Weight formats.", rich_help_panel=_NUM)],
+    weights: Annotated[str, typer.Option("--weights", metavar="F,F,..", help="Weight formats.", rich_help_panel=NUM)],
     acts: Annotated[
-        str, typer.Option("--acts", metavar="F,F,..", help="Formats of layer inputs.", rich_help_panel=_NUM)
+        str, typer.Option("--acts", metavar="F,F,..", help="Formats of layer inputs.", rich_help_panel=NUM)
     ],
     granularity: Annotated[
-        str, typer.Option(metavar="G,G,..", help="Weight scales: tensor, row, group<size>.", rich_help_panel=_NUM)
+        str, typer.Option(metavar="G,G,..", help="Weight scales: tensor, row, group<size>.", rich_help_panel=NUM)
     ] = "row",
     step: Annotated[
         list[str] | None,
@@ -78,13 +78,13 @@ def sweep(
             "--step",
             metavar="STEP[+STEP..]",
             help="A pipeline of methods to try; repeat for alternatives.",
-            rich_help_panel=_NUM,
+            rich_help_panel=NUM,
         ),
     ] = None,
     preset: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help=f"One more pipeline: {_PRESETS}. Repeat for alternatives.", rich_help_panel=_NUM
+            metavar="NAME", help=f"One more pipeline: {PRESETS}. Repeat for alternatives.", rich_help_panel=NUM
         ),
     ] = None,
     layer: Exceptions = None,
@@ -106,10 +106,10 @@ def sweep(
     calibration: OtherInputs = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text of a language model, documents split at <|endoftext|>.", rich_help_panel=_IN),
+        typer.Option(help="Text of a language model, documents split at <|endoftext|>.", rich_help_panel=IN),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of its calibration windows.", rich_help_panel=_NUM)
+        int | None, typer.Option(min=2, help="Tokens of its calibration windows.", rich_help_panel=NUM)
     ] = None,
     json: Json = False,
 ) -> None:
@@ -211,7 +211,7 @@ def _sweep_language(
     say(f"wrote {output / TABLE}")
 
 
-@app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")
+@app.command(rich_help_panel=CHOOSE, epilog="Example: quantkit pareto study --x weight_kib --y mean")
 @guarded
 def pareto(
     study: Study,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli.options import (
-    _IN,
-    _LOOK,
-    _NUM,
-    _OUT,
-    _PRESETS,
+    IN,
+    LOOK,
+    NUM,
+    OUT,
+    PRESETS,
     Cache,
     Checkpoint,
     Env,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from quantkit.model import Model
 
 
-@app.command(rich_help_panel=_LOOK, epilog="Example: quantkit inspect ppo/LunarLander-v2_1")
+@app.command(rich_help_panel=LOOK, epilog="Example: quantkit inspect ppo/LunarLander-v2_1")
 @guarded
 def inspect(
     checkpoint: Checkpoint,
@@ -91,7 +91,7 @@ def _phrase(fact: Any) -> str:
     return str(fact)
 
 
-@app.command(rich_help_panel=_LOOK, epilog="Example: quantkit evaluate agent.zip --episodes 20 --seed 1000 --json")
+@app.command(rich_help_panel=LOOK, epilog="Example: quantkit evaluate agent.zip --episodes 20 --seed 1000 --json")
 @guarded
 def evaluate(
     checkpoint: Checkpoint,
@@ -99,7 +99,7 @@ def evaluate(
     episodes: Annotated[
         int | None,
         typer.Option(
-            "--episodes", "-n", min=1, help="Episodes (20), or problems of a task (500).", rich_help_panel=_NUM
+            "--episodes", "-n", min=1, help="Episodes (20), or problems of a task (500).", rich_help_panel=NUM
         ),
     ] = None,
     seed: Seed = 1000,
@@ -107,25 +107,25 @@ def evaluate(
     inputs: Inputs = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help=".npy or .npz with a class for each input: measure accuracy.", rich_help_panel=_IN),
+        typer.Option(help=".npy or .npz with a class for each input: measure accuracy.", rich_help_panel=IN),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text of a language model, documents split at <|endoftext|>: measure perplexity.", rich_help_panel=_IN
+            help="Text of a language model, documents split at <|endoftext|>: measure perplexity.", rich_help_panel=IN
         ),
     ] = None,
     kv_cache: Cache = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Problems for a language policy: arithmetic. Measure the reward.", rich_help_panel=_IN),
+        typer.Option(help="Problems for a language policy: arithmetic. Measure the reward.", rich_help_panel=IN),
     ] = None,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw answers to --task at temperature 1.", rich_help_panel=_NUM)
+        bool, typer.Option("--sample", help="Draw answers to --task at temperature 1.", rich_help_panel=NUM)
     ] = False,
     reference: Annotated[
         Path | None,
-        typer.Option(help="A float policy: the KL divergence to it on its answers to --task.", rich_help_panel=_IN),
+        typer.Option(help="A float policy: the KL divergence to it on its answers to --task.", rich_help_panel=IN),
     ] = None,
     normalize: Normalize = "stage",
     json: Json = False,
@@ -281,30 +281,30 @@ def _evaluate_reward(
 
 
 @app.command(
-    rich_help_panel=_LOOK, epilog="Example: quantkit analyze agent.zip --weights int4 --acts int4 -o agent.analysis"
+    rich_help_panel=LOOK, epilog="Example: quantkit analyze agent.zip --weights int4 --acts int4 -o agent.analysis"
 )
 @guarded
 def analyze(
     checkpoint: Checkpoint,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="FORMAT", help="Weight format.", rich_help_panel=_NUM)
+        str | None, typer.Option("--weights", metavar="FORMAT", help="Weight format.", rich_help_panel=NUM)
     ] = None,
     acts: Annotated[
-        str | None, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs.", rich_help_panel=_NUM)
+        str | None, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs.", rich_help_panel=NUM)
     ] = None,
     granularity: Granularity = "row",
     step: Steps = None,
-    preset: Annotated[str | None, typer.Option(help=f"Methods put together: {_PRESETS}.", rich_help_panel=_NUM)] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Methods put together: {PRESETS}.", rich_help_panel=NUM)] = None,
     layer: Exceptions = None,
     calibration: States = 2048,
     states: Annotated[
         int | None,
-        typer.Option(min=1, help="States to measure on; default 2048 of a policy, else 256.", rich_help_panel=_NUM),
+        typer.Option(min=1, help="States to measure on; default 2048 of a policy, else 256.", rich_help_panel=NUM),
     ] = None,
     attempts: Annotated[
         bool,
         typer.Option(
-            "--try/--no-try", help="Quantize once more for each option and keep those that help.", rich_help_panel=_NUM
+            "--try/--no-try", help="Quantize once more for each option and keep those that help.", rich_help_panel=NUM
         ),
     ] = True,
     inputs: Inputs = None,
@@ -314,7 +314,7 @@ def analyze(
     normalize: Normalize = "stage",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for layers.csv, analysis.json and figures.", rich_help_panel=_OUT),
+        typer.Option("--output", "-o", help="Folder for layers.csv, analysis.json and figures.", rich_help_panel=OUT),
     ] = None,
     force: Force = False,
     json: Json = False,

@@ -9,11 +9,11 @@ import typer
 
 from quantkit.cli.language import language_job, run_language_job, show_forecast
 from quantkit.cli.options import (
-    _IN,
-    _MAKE,
-    _NUM,
-    _OUT,
-    _PRESETS,
+    IN,
+    MAKE,
+    NUM,
+    OUT,
+    PRESETS,
     Cache,
     Calibration,
     Checkpoint,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    rich_help_panel=_MAKE,
+    rich_help_panel=MAKE,
     epilog="Example: quantkit quantize agent.zip -o agent.q --weights int4 --acts e3m2 "
     "--step smoothquant --step gptq:act_order=true",
 )
@@ -58,25 +58,25 @@ def quantize(
     weights: Annotated[
         str,
         typer.Option(
-            "--weights", metavar="FORMAT", help="Weight format: int4, e2m1, ternary, ...", rich_help_panel=_NUM
+            "--weights", metavar="FORMAT", help="Weight format: int4, e2m1, ternary, ...", rich_help_panel=NUM
         ),
     ],
     acts: Annotated[
-        str, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs, or float.", rich_help_panel=_NUM)
+        str, typer.Option("--acts", metavar="FORMAT", help="Format of layer inputs, or float.", rich_help_panel=NUM)
     ],
     granularity: Granularity = "row",
     step: Steps = None,
     preset: Annotated[
-        str | None, typer.Option(help=f"Methods put together for you: {_PRESETS}.", rich_help_panel=_NUM)
+        str | None, typer.Option(help=f"Methods put together for you: {PRESETS}.", rich_help_panel=NUM)
     ] = None,
     layer: Exceptions = None,
     calibration: Calibration = None,
     window: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a calibration window; default 512 or the context.", rich_help_panel=_NUM),
+        typer.Option(min=2, help="Tokens of a calibration window; default 512 or the context.", rich_help_panel=NUM),
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(min=1, help="Only the first documents of the text.", rich_help_panel=_NUM)
+        int | None, typer.Option(min=1, help="Only the first documents of the text.", rich_help_panel=NUM)
     ] = None,
     inputs: Inputs = None,
     seed: MethodSeed = 0,
@@ -88,7 +88,7 @@ def quantize(
         typer.Option(
             help="Of a language model: activations to hold, such as 4GiB; the rest goes to disk. Default: what its "
             "largest weight takes.",
-            rich_help_panel=_NUM,
+            rich_help_panel=NUM,
         ),
     ] = None,
     dtype: Annotated[
@@ -96,13 +96,13 @@ def quantize(
         typer.Option(
             help="What a language model computes its products in when it is calibrated: float32, bfloat16, or auto, "
             "as its weights are stored, where the processor has it.",
-            rich_help_panel=_NUM,
+            rich_help_panel=NUM,
         ),
     ] = "auto",
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Foretell time and memory of a language model; write nothing.", rich_help_panel=_OUT
+            "--dry-run", help="Foretell time and memory of a language model; write nothing.", rich_help_panel=OUT
         ),
     ] = False,
     force: Force = False,
@@ -190,7 +190,7 @@ def _quantize_whole(
 
 
 @app.command(
-    rich_help_panel=_MAKE,
+    rich_help_panel=MAKE,
     epilog="Example: quantkit generate model.q --prompt 'Once upon a time' --kv-cache saq:levels=16-8-4",
 )
 @guarded
@@ -198,17 +198,17 @@ def generate(
     directory: Annotated[
         Path, typer.Argument(help="Directory written by quantkit quantize, a Hugging Face one, or model.onnx.")
     ],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.", rich_help_panel=_IN)],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", rich_help_panel=IN)],
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to make at most; fewer where the model ends.", rich_help_panel=_NUM)
+        int, typer.Option(min=1, help="Tokens to make at most; fewer where the model ends.", rich_help_panel=NUM)
     ] = 100,
     sample: Annotated[
-        bool, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest.", rich_help_panel=_NUM)
+        bool, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest.", rich_help_panel=NUM)
     ] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="Of --sample: above 0; default 1.", rich_help_panel=_NUM)
+        float | None, typer.Option(help="Of --sample: above 0; default 1.", rich_help_panel=NUM)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of --sample.", rich_help_panel=_NUM)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of --sample.", rich_help_panel=NUM)] = 0,
     kv_cache: Cache = None,
     json: Json = False,
 ) -> None:
@@ -253,11 +253,11 @@ def _continued(
     return continued(model, read_tokenizer(directory), prompt, tokens, **options)
 
 
-@app.command(rich_help_panel=_MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")
+@app.command(rich_help_panel=MAKE, epilog="Example: quantkit export agent.q -o agent.onnx --postprocess")
 @guarded
 def export(
     directory: Quantized,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File or directory to write.", rich_help_panel=_OUT)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File or directory to write.", rich_help_panel=OUT)],
     to: Annotated[
         Literal["qdq", "qdq-real", "qcdq", "qonnx", "finn", "onnx-nbits", "compressed-tensors", "gguf"],
         typer.Option(
@@ -322,7 +322,7 @@ def exported(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-@app.command(rich_help_panel=_MAKE, epilog="Example: quantkit verify agent.q agent.onnx --episodes 20")
+@app.command(rich_help_panel=MAKE, epilog="Example: quantkit verify agent.q agent.onnx --episodes 20")
 @guarded
 def verify(
     directory: Quantized,

@@ -32,8 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_IN, _NUM, _HW, _RUN, _OUT = "Checkpoint", "Numbers", "Hardware", "Where it runs", "Output"
-_LOOK, _MAKE, _CHOOSE = "Look", "Make", "Choose"
+IN, NUM, HW, RUN, OUT = "Checkpoint", "Numbers", "Hardware", "Where it runs", "Output"
+LOOK, MAKE, CHOOSE = "Look", "Make", "Choose"
 
 Checkpoint = Annotated[
     Path,
@@ -44,89 +44,89 @@ Checkpoint = Annotated[
 Quantized = Annotated[Path, typer.Argument(help="Directory written by quantkit quantize.")]
 Study = Annotated[Path, typer.Argument(help="Directory written by quantkit sweep.")]
 Env = Annotated[
-    str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=_IN)
+    str | None, typer.Option("--env", help="Environment id, if the checkpoint does not tell.", rich_help_panel=IN)
 ]
 Factory = Annotated[
     str | None,
-    typer.Option(help="module:callable that builds the network of a .safetensors file.", rich_help_panel=_IN),
+    typer.Option(help="module:callable that builds the network of a .safetensors file.", rich_help_panel=IN),
 ]
 Inputs = Annotated[
-    Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=_IN)
+    Path | None, typer.Option(help=".npy or .npz with inputs, for a network that is no policy.", rich_help_panel=IN)
 ]
 LabelledInputs = Annotated[
     Path | None,
     typer.Option(
-        "--inputs", help=".npy or .npz with inputs to measure a network on that is no policy.", rich_help_panel=_IN
+        "--inputs", help=".npy or .npz with inputs to measure a network on that is no policy.", rich_help_panel=IN
     ),
 ]
 Labels = Annotated[
-    Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=_IN)
+    Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=IN)
 ]
 OtherInputs = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", help=".npy or .npz with other inputs, that calibrate such a network.", rich_help_panel=_IN
+        "--calibration", help=".npy or .npz with other inputs, that calibrate such a network.", rich_help_panel=IN
     ),
 ]
 Normalize = Annotated[
     Literal["stage", "fold", "none"],
     typer.Option(
         help="Observation normalization: a float input stage, folded into the first layer, or (CleanRL) none.",
-        rich_help_panel=_IN,
+        rich_help_panel=IN,
     ),
 ]
-Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes to run.", rich_help_panel=_NUM)]
-Granularity = Annotated[str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=_NUM)]
-MethodSeed = Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=_NUM)]
-Seed = Annotated[int, typer.Option(min=0, help="Episode i is seeded with SEED + i.", rich_help_panel=_NUM)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)]
-NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=_OUT)]
+Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes to run.", rich_help_panel=NUM)]
+Granularity = Annotated[str, typer.Option(help="Weight scales: tensor, row or group<size>.", rich_help_panel=NUM)]
+MethodSeed = Annotated[int, typer.Option(min=0, help="Seed of random choices in methods.", rich_help_panel=NUM)]
+Seed = Annotated[int, typer.Option(min=0, help="Episode i is seeded with SEED + i.", rich_help_panel=NUM)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUT)]
+NewDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=OUT)]
 StudyDirectory = Annotated[
-    Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=_OUT)
+    Path, typer.Option("--output", "-o", help="Study directory; run again to go on.", rich_help_panel=OUT)
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=_OUT)]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=OUT)]
 Steps = Annotated[
     list[str] | None,
     typer.Option(
         "--step",
         metavar="NAME[:k=v,..]",
         help="A method: rtn, gptq, adaround, equalize, smoothquant, ...",
-        rich_help_panel=_NUM,
+        rich_help_panel=NUM,
     ),
 ]
-_PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; one to a few minutes)"
+PRESETS = "fast (milliseconds), balanced (training, seconds), best (the policy acts, too; up to a quarter of an hour)"
 Exceptions = Annotated[
     list[str] | None,
     typer.Option(
         "--layer", metavar="PATTERN=W/A", help="Other formats for some layers: first=int8/int8, 'fc*=e2m1/float'.",
-        rich_help_panel=_NUM,
+        rich_help_panel=NUM,
     ),
 ]  # fmt: skip
 States = Annotated[
-    int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=_NUM)
+    int, typer.Option("--calibration", min=1, help="Calibration states from rollouts.", rich_help_panel=NUM)
 ]
 Mapping = Annotated[
     Literal["lut", "dsp", "auto"],
-    typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=_HW),
+    typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=HW),
 ]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 = one per core.", rich_help_panel=_RUN)]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 = one per core.", rich_help_panel=RUN)]
 Ray = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS", help="Evaluate on the Ray cluster there: auto, HOST:PORT; local starts one.",
-        rich_help_panel=_RUN,
+        rich_help_panel=RUN,
     ),
 ]  # fmt: skip
 AcceptVersions = Annotated[
     bool,
     typer.Option(
-        "--accept-versions", help="Go on with a study that other versions of libraries began.", rich_help_panel=_RUN
+        "--accept-versions", help="Go on with a study that other versions of libraries began.", rich_help_panel=RUN
     ),
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        "--calibration", metavar="N|FILE.txt", rich_help_panel=_NUM,
+        "--calibration", metavar="N|FILE.txt", rich_help_panel=NUM,
         help="States from rollouts (default 2048); of a language model, text with documents split at <|endoftext|>.",
     ),
 ]  # fmt: skip
@@ -134,7 +134,7 @@ Cache = Annotated[
     str | None,
     typer.Option(
         "--kv-cache", metavar="NAME[:k=v,..]", help="Cache of keys and values: saq:levels=16-8-4, kivi:bits=2, ...",
-        rich_help_panel=_NUM,
+        rich_help_panel=NUM,
     ),
 ]  # fmt: skip
 
@@ -181,7 +181,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config", metavar="FILE", is_eager=True, callback=_configured,
-        help="TOML or YAML with any of these options by name; the command line wins.", rich_help_panel=_RUN,
+        help="TOML or YAML with any of these options by name; the command line wins.", rich_help_panel=RUN,
     ),
 ]  # fmt: skip
 
@@ -348,17 +348,17 @@ def check_space(weights: str, acts: str, granularity: str) -> None:
 
 Device = Annotated[
     str,
-    typer.Option(metavar="PART,..", help="FPGA part (see hwmodel devices) or several, or none.", rich_help_panel=_HW),
+    typer.Option(metavar="PART,..", help="FPGA part (see hwmodel devices) or several, or none.", rich_help_panel=HW),
 ]
 Latencies = Annotated[
-    str | None, typer.Option(metavar="US,..", help="Fold the hardware to this latency, or each.", rich_help_panel=_HW)
+    str | None, typer.Option(metavar="US,..", help="Fold the hardware to this latency, or each.", rich_help_panel=HW)
 ]
 Luts = Annotated[
-    str | None, typer.Option(metavar="N,..", help="Fold it into this many LUTs, or each.", rich_help_panel=_HW)
+    str | None, typer.Option(metavar="N,..", help="Fold it into this many LUTs, or each.", rich_help_panel=HW)
 ]
 
-Latency = Annotated[float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=_HW)]
-MostLuts = Annotated[int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=_HW)]
+Latency = Annotated[float | None, typer.Option(min=0.0, help="Fewest LUTs within this latency.", rich_help_panel=HW)]
+MostLuts = Annotated[int | None, typer.Option(min=1, help="Lowest latency within this many LUTs.", rich_help_panel=HW)]
 
 
 def targets_for(

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quantkit.cli.options import (
-    _CHOOSE,
-    _HW,
-    _IN,
-    _NUM,
+    CHOOSE,
+    HW,
+    IN,
+    NUM,
     Checkpoint,
     Env,
     Episodes,
@@ -31,7 +31,7 @@ from quantkit.console import guarded, note, print_json, print_table, progress_ba
 from quantkit.errors import InputError
 
 
-@app.command(rich_help_panel=_CHOOSE, epilog="Example: quantkit report study -o study.html")
+@app.command(rich_help_panel=CHOOSE, epilog="Example: quantkit report study -o study.html")
 @guarded
 def report(
     study: Study,
@@ -68,7 +68,7 @@ def report(
 
 
 @app.command(
-    rich_help_panel=_CHOOSE,
+    rich_help_panel=CHOOSE,
     epilog="Example: quantkit pick study -o best --max-loss 2% --device xc7z020 --latency-us 20",
 )
 @guarded
@@ -90,37 +90,37 @@ def pick(
         typer.Option(help="What cheap means: luts (default), ffs, dsps, bram18, latency_us, weight_kib, ..."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Price it for this part. Default: the study's.", rich_help_panel=_HW)
+        str | None, typer.Option(help="Price it for this part. Default: the study's.", rich_help_panel=HW)
     ] = None,
     latency_us: Latency = None,
     luts: MostLuts = None,
     mapping: Annotated[
         Literal["lut", "dsp", "auto"] | None,
-        typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=_HW),
+        typer.Option(help="Products in LUTs, in DSPs, or in DSPs where LUTs do not suffice.", rich_help_panel=HW),
     ] = None,
     tries: Annotated[
         int,
         typer.Option(
-            min=1, help="Look at this many of the cheapest: to price them anew, to confirm them.", rich_help_panel=_NUM
+            min=1, help="Look at this many of the cheapest: to price them anew, to confirm them.", rich_help_panel=NUM
         ),
     ] = 8,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="The study's checkpoint, if it has moved.", rich_help_panel=_IN)
+        Path | None, typer.Option(help="The study's checkpoint, if it has moved.", rich_help_panel=IN)
     ] = None,
     factory: Factory = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(help="Of a network: inputs that the study has not seen, to confirm it on.", rich_help_panel=_NUM),
+        typer.Option(help="Of a network: inputs that the study has not seen, to confirm it on.", rich_help_panel=NUM),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=_NUM)
+        Path | None, typer.Option(help=".npy or .npz with the class of each of --inputs.", rich_help_panel=NUM)
     ] = None,
     confirm: Annotated[
         int | None,
-        typer.Option(min=0, help="Episodes on fresh seeds; 0: none. Default: the study's.", rich_help_panel=_NUM),
+        typer.Option(min=0, help="Episodes on fresh seeds; 0: none. Default: the study's.", rich_help_panel=NUM),
     ] = None,
     robustness: Annotated[
-        bool, typer.Option("--robustness", help="Measure noise, delay and changed dynamics too.", rich_help_panel=_NUM)
+        bool, typer.Option("--robustness", help="Measure noise, delay and changed dynamics too.", rich_help_panel=NUM)
     ] = False,
     force: Force = False,
     json: Json = False,
@@ -188,21 +188,21 @@ def _against(score: dict[str, Any], verdict: dict[str, Any]) -> str:
 
 
 @app.command(
-    rich_help_panel=_CHOOSE,
+    rich_help_panel=CHOOSE,
     epilog="Example: quantkit robustness agent.q --against agent.zip --condition noise=0.1 --condition delay=1",
 )
 @guarded
 def robustness(
     checkpoint: Checkpoint,
     against: Annotated[
-        Path | None, typer.Option(help="The float checkpoint, for the same episodes.", rich_help_panel=_IN)
+        Path | None, typer.Option(help="The float checkpoint, for the same episodes.", rich_help_panel=IN)
     ] = None,
     condition: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KIND=LEVEL",
             help="noise=0.1, delay=2, gravity=0.9, ...; repeat. Default: some of each that the environment allows.",
-            rich_help_panel=_NUM,
+            rich_help_panel=NUM,
         ),
     ] = None,
     episodes: Episodes = 20,

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli.options import (
-    _HW,
-    _MAKE,
+    HW,
+    MAKE,
     Env,
     Episodes,
     Factory,
@@ -25,24 +25,24 @@ from quantkit.cli.options import (
 from quantkit.console import guarded, print_json, print_table, progress_bar, say
 
 
-@app.command(rich_help_panel=_MAKE, epilog="Example: quantkit rtl agent.q -o agent.rtl --device xc7a35t --latency-us 2")
+@app.command(rich_help_panel=MAKE, epilog="Example: quantkit rtl agent.q -o agent.rtl --device xc7a35t --latency-us 2")
 @guarded
 def rtl(
     directory: Quantized,
     output: NewDirectory,
-    device: Annotated[str, typer.Option(help="FPGA part (see hwmodel devices).", rich_help_panel=_HW)] = "xc7a35t",
+    device: Annotated[str, typer.Option(help="FPGA part (see hwmodel devices).", rich_help_panel=HW)] = "xc7a35t",
     latency_us: Latency = None,
     luts: MostLuts = None,
     clock_mhz: Annotated[
-        float, typer.Option(min=1.0, help="Clock assumed; it is not predicted.", rich_help_panel=_HW)
+        float, typer.Option(min=1.0, help="Clock assumed; it is not predicted.", rich_help_panel=HW)
     ] = 100.0,
     dsp: Annotated[
         str,
-        typer.Option(help="Products in DSPs: none, all, or layers such as net.0,net.2.", rich_help_panel=_HW),
+        typer.Option(help="Products in DSPs: none, all, or layers such as net.0,net.2.", rich_help_panel=HW),
     ] = "none",
     unroll: Annotated[
         bool,
-        typer.Option("--unroll", help="All products at once, weights in the logic; no target.", rich_help_panel=_HW),
+        typer.Option("--unroll", help="All products at once, weights in the logic; no target.", rich_help_panel=HW),
     ] = False,
     factory: Factory = None,
     force: Force = False,
@@ -139,7 +139,7 @@ def _show_designs(output: Path, document: dict[str, Any], json: bool) -> None:
 
 @app.command(
     "rtl-episodes",
-    rich_help_panel=_MAKE,
+    rich_help_panel=MAKE,
     epilog="Example: quantkit rtl-episodes agent.q agent.rtl --episodes 5",
 )
 @guarded
@@ -150,7 +150,7 @@ def rtl_episodes(
     seed: Seed = 1000,
     env: Env = None,
     tool: Annotated[
-        str | None, typer.Option(help="verilator or iverilog; default: the first installed.", rich_help_panel=_HW)
+        str | None, typer.Option(help="verilator or iverilog; default: the first installed.", rich_help_panel=HW)
     ] = None,
     factory: Factory = None,
     json: Json = False,

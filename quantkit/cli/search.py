@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import typer
 
 from quantkit.cli.options import (
-    _CHOOSE,
-    _HW,
-    _NUM,
-    _PRESETS,
-    _RUN,
+    CHOOSE,
+    HW,
+    NUM,
+    PRESETS,
+    RUN,
     AcceptVersions,
     Checkpoint,
     Config,
@@ -49,7 +49,7 @@ _SEARCH = "Search"
 
 
 @app.command(
-    rich_help_panel=_CHOOSE,
+    rich_help_panel=CHOOSE,
     epilog="Example: quantkit search agent.zip -o study --budget-designs 60 --episodes 100 "
     "--weights int2,int3,int4,int8 --acts int3,int4,int6,int8 --device xc7a35t --latency-us 10",
 )
@@ -82,7 +82,7 @@ def search(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help=f"One more pipeline: {_PRESETS}.", rich_help_panel=_SEARCH),
+        typer.Option(metavar="NAME", help=f"One more pipeline: {PRESETS}.", rich_help_panel=_SEARCH),
     ] = None,
     sampler: Annotated[
         Literal["nsga2", "tpe"], typer.Option(help="Optuna's sampler.", rich_help_panel=_SEARCH)
@@ -90,7 +90,7 @@ def search(
     search_seed: Annotated[int, typer.Option(min=0, help="Of the proposals.", rich_help_panel=_SEARCH)] = 0,
     batch: Annotated[int, typer.Option(min=2, help="Designs proposed at once.", rich_help_panel=_SEARCH)] = 16,
     race: Annotated[
-        bool, typer.Option(help="Stop a design's episodes, or inputs, as soon as they decide.", rich_help_panel=_NUM)
+        bool, typer.Option(help="Stop a design's episodes, or inputs, as soon as they decide.", rich_help_panel=NUM)
     ] = True,
     cost: Annotated[
         Literal["luts", "dsps", "bram18", "latency_us", "weight_kib"] | None,
@@ -102,18 +102,16 @@ def search(
     latency_us: Latencies = None,
     luts: Luts = None,
     mapping: Mapping = "lut",
-    max_luts: Annotated[
-        float | None, typer.Option(min=0, help="Budget of a design: LUTs.", rich_help_panel=_HW)
-    ] = None,
-    max_dsps: Annotated[float | None, typer.Option(min=0, help="DSPs.", rich_help_panel=_HW)] = None,
-    max_bram18: Annotated[float | None, typer.Option(min=0, help="18 Kb block RAMs.", rich_help_panel=_HW)] = None,
-    max_weight_kib: Annotated[float | None, typer.Option(min=0, help="KiB of weights.", rich_help_panel=_HW)] = None,
+    max_luts: Annotated[float | None, typer.Option(min=0, help="Budget of a design: LUTs.", rich_help_panel=HW)] = None,
+    max_dsps: Annotated[float | None, typer.Option(min=0, help="DSPs.", rich_help_panel=HW)] = None,
+    max_bram18: Annotated[float | None, typer.Option(min=0, help="18 Kb block RAMs.", rich_help_panel=HW)] = None,
+    max_weight_kib: Annotated[float | None, typer.Option(min=0, help="KiB of weights.", rich_help_panel=HW)] = None,
     storage: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
             help="Where Optuna's record goes: sqlite:///FILE, postgresql://..; default: a file in the study.",
-            rich_help_panel=_RUN,
+            rich_help_panel=RUN,
         ),
     ] = None,
     jobs: Jobs = 0,
