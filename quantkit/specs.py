@@ -105,7 +105,7 @@ def specs_of(
         out=_fmt(out),
         granularity=layer.q.granularity,
         acc_bits=acc_bits,
-        zeros=float((values_of(layer.q) == 0).sum()) / layer.q.codes.numel(),
+        zeros=1 - int(torch.count_nonzero(values_of(layer.q))) / layer.q.codes.numel(),
         scale_pow2=pow2,
         out_factors=isinstance(nxt, QLayer) and nxt.in_scale is not None,
     )
