@@ -98,7 +98,8 @@ class Fitted:
 
     def judge(self) -> None:
         """Residuals of every judged kind from its held-out units; those of kinds that are no more are dropped."""
-        standing = {*FEATURES, *KINDS, *(f"fmax {kind}" for kind in KINDS), "product formula"}
+        judged = (*KINDS, "recurrent policies")  # by `validate` and its like, whatever is fitted here
+        standing = {*FEATURES, *judged, *(f"fmax {kind}" for kind in judged), "product formula"}
         old = self.data["residual"].items()
         self.data["residual"] = {kind: v for kind, v in old if kind in standing or kind.startswith("mac")}
         kinds = dict.fromkeys(row.kind for row in self.rows if row.held_out)

@@ -132,6 +132,10 @@ def test_one_command_renews_every_coefficient(tmp_path: Path, monkeypatch: pytes
     assert all(data[part]["yosys"] == "Yosys 0.0" for part in ("fit", "fit converters", "fit glue"))
     assert {"constant", "runtime", "shift", "round_clip", "jam", "patch", "to_float", "table"} == set(data["convert"])
     assert not {"plain", "threshold"} & set(data["residual"])
+    judged = {
+        kind for kind in before["residual"] if kind.endswith(("units", "layers", "policies", "unrolled", "trained"))
+    }
+    assert all(data["residual"][kind] == before["residual"][kind] for kind in judged)
     assert found.data["residual"]["step"]["max"] == 0 and data["glue"]["step"]["bits"] == 2
 
 
