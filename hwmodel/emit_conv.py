@@ -19,9 +19,9 @@ from hwmodel import emit
 from hwmodel.conv import depthwise
 from hwmodel.devices import Device
 from hwmodel.emit_files import build_text, whole_bytes, write_files, write_vectors
-from hwmodel.emit_layer import layer_text
+from hwmodel.emit_layer import layer_text, result_bits
 from hwmodel.emit_rom import mem_files, with_roms
-from hwmodel.emit_stage import joint_text, pool_text, result_bits, stage_text
+from hwmodel.emit_stage import joint_text, pool_text, stage_text
 from hwmodel.estimate import of_plans
 from hwmodel.fabric import pricing
 from hwmodel.flow import flow, queue_depths

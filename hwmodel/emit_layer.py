@@ -58,6 +58,28 @@ def _packed(codes: Iterable[int], width: int) -> int:
     return sum((int(code) & ((1 << width) - 1)) << (i * width) for i, code in enumerate(codes))
 
 
+def result_bits(layer: Layer) -> int:
+    """Bits of one result: a sum, or a code."""
+    return layer.acc_bits if layer.spec.out is None else bits(layer.spec.out)
+
+
+def layer_ports(index: int | str, acts: int, results: int, col: int = 1) -> list[str]:
+    """The head of the module `layerN`, whose inputs, results and column number have so many bits."""
+    return [
+        f"module layer{index} (",
+        "    input clk,",
+        "    input rst,",
+        "    input start,",
+        "    output busy,",
+        f"    output [{col - 1}:0] col,",
+        f"    input [{acts - 1}:0] acts,",
+        "    output write,",
+        f"    output [{results - 1}:0] results,",
+        "    output finished",
+        ");",
+    ]
+
+
 def layer_text(index: int | str, layer: Layer, plan: Fold, *, beside_dsps: bool = False) -> tuple[str, list[Rom]]:
     """The module `layerN` and the memories it instantiates.
 
@@ -77,21 +99,11 @@ def layer_text(index: int | str, layer: Layer, plan: Fold, *, beside_dsps: bool 
     roms = [weights]
     binary = weight == act == BINARY
     last = layer.thresholds is None
-    out_bits = acc if last else bits(layer.spec.out)  # type: ignore[arg-type]
+    out_bits = result_bits(layer)
     lines = [
         f"// {layer.spec.name}: {plan.spec.out_features} x {plan.spec.in_features} {weight}, input {act}, "
         f"PE {plan.pe}, SIMD {plan.simd}, {plan.units} converter(s), {plan.cycles} cycles",
-        f"module layer{index} (",
-        "    input clk,",
-        "    input rst,",
-        "    input start,",
-        "    output busy,",
-        f"    output [{col - 1}:0] col,",
-        f"    input [{plan.lanes * ab - 1}:0] acts,",
-        "    output write,",
-        f"    output [{plan.units * out_bits - 1}:0] results,",
-        "    output finished",
-        ");",
+        *layer_ports(index, plan.lanes * ab, plan.units * out_bits, col),
         f"  wire [{address - 1}:0] address;",
         "  wire last, clear, last_sum, empty, done, fire, closing;",
         f"  wire [{weights.width - 1}:0] weights;",
@@ -147,23 +159,13 @@ def _unrolled(index: int | str, layer: Layer, plan: Fold) -> tuple[str, list[Rom
     """`layer_text` of a layer with its weights in the logic: `start` one cycle before `acts`."""
     rows, acc = plan.spec.out_features, layer.acc_bits
     stages, sums = sum_lines(layer)
-    act, out = bits(layer.formats[1]), acc if layer.spec.out is None else bits(layer.spec.out)
+    act, out = bits(layer.formats[1]), result_bits(layer)
     head = [
         f"// {layer.spec.name}: {rows} x {plan.spec.in_features} {plan.spec.weight} in the logic, "
         f"input {plan.spec.act}, {plan.cycles} cycles",
         "/* verilator lint_off WIDTH */   // two's complement is extended and cut by Verilog's own rules",
         "/* verilator lint_off UNUSED */  // not every bit of every sum is read",
-        f"module layer{index} (",
-        "    input clk,",
-        "    input rst,",
-        "    input start,",
-        "    output busy,",
-        "    output [0:0] col,",
-        f"    input [{plan.spec.in_features * act - 1}:0] acts,",
-        "    output write,",
-        f"    output [{rows * out - 1}:0] results,",
-        "    output finished",
-        ");",
+        *layer_ports(index, plan.spec.in_features * act, rows * out),
         "  assign busy = 1'b0;",
         "  assign col = 1'b0;",
         "  wire fire;",

@@ -11,17 +11,13 @@ from dataclasses import replace
 from hwmodel import pool
 from hwmodel.conv import ring
 from hwmodel.emit_converter import converter_lines
+from hwmodel.emit_layer import layer_ports, result_bits
 from hwmodel.emit_rom import Rom
 from hwmodel.folding import Fold
 from hwmodel.formats import bits
 from hwmodel.joint import lanes_of, operands, widened
 from hwmodel.layer import address_bits
 from hwmodel.network import Layer
-
-
-def result_bits(layer: Layer) -> int:
-    """Bits of one result: a sum, or a code."""
-    return layer.acc_bits if layer.spec.out is None else bits(layer.spec.out)
 
 
 def stage_text(index: int, layer: Layer, plan: Fold) -> str:
@@ -87,7 +83,7 @@ def pool_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
     """The module `layerN` of a "max" or an "average", and the memories of its converters."""
     spec, pe, act = layer.spec, plan.pe, layer.formats[1]
     average = spec.op == "average"
-    inner, leaving = layer.acc_bits if average else bits(act), pe * result_bits(layer)
+    inner = layer.acc_bits if average else bits(act)
     facts = {"PE": pe, "BITS": bits(act), "OUT": inner, "KIND": pool.kind(act), "SUM": int(average)}
     facts |= {"TAPS": spec.in_features, "WORDS": plan.stream.words}
     lines: list[str] = ["  assign results = values;", "  assign write = fire;"]
@@ -98,17 +94,7 @@ def pool_text(index: int, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
         lines.append(f"  delay #(.N({stages}), .BITS(1)) through (clk, rst, fire, write);")
     text = [
         f"// {spec.name}: {spec.op} of {spec.in_features}, {pe} channels at once, {plan.cycles} cycles",
-        f"module layer{index} (",
-        "    input clk,",
-        "    input rst,",
-        "    input start,",
-        "    output busy,",
-        "    output [0:0] col,",
-        f"    input [{pe * bits(act) - 1}:0] acts,",
-        "    output write,",
-        f"    output [{leaving - 1}:0] results,",
-        "    output finished",
-        ");",
+        *layer_ports(index, pe * bits(act), pe * result_bits(layer)),
         "  wire fire;",
         f"  wire [{pe * inner - 1}:0] values;",
         "  assign busy = 1'b0;",
