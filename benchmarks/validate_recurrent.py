@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hwmodel import emit, yosys
 from hwmodel.cli_proof import CACHE
 from hwmodel.coeffs import write_coeffs
+from hwmodel.estimate import RECURRENT
 from hwmodel.fabric import Family, pricing
 from hwmodel.folding import Fold, folds
 from hwmodel.plan import total
@@ -103,7 +104,7 @@ def main() -> None:
     if args.record:
         path = Path(__file__).parent.parent / "hwmodel" / "coeffs.toml"
         data = tomllib.loads(path.read_text())
-        (data if args.family == "xc7" else data[args.family])["residual"]["recurrent policies"] = errors
+        (data if args.family == "xc7" else data[args.family])["residual"][RECURRENT] = errors
         write_coeffs(path, data)
 
 

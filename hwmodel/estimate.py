@@ -147,6 +147,8 @@ def of_plans(plans: Sequence[Fold], device: Device, *, clock_mhz: float = 100.0)
         return replace(found, interval=flow.interval(plans)) if streams else found
 
 
+RECURRENT = "recurrent policies"
+"""The kind of designs with GRUs or LSTMs, whose errors `benchmarks/validate_recurrent.py` measures."""
 PLAN = "plan.json"
 """The file of an emitted design with what `of_plans` told of it, among other facts."""
 
@@ -278,7 +280,7 @@ def residual_band(chosen: Sequence[Fold]) -> tuple[str, float | None]:
     known = coefficients()["residual"]
     kind = "layers" if len(chosen) == 1 else "policies"
     if any(fold.parts is not None for fold in chosen):
-        kind = "recurrent policies"
+        kind = RECURRENT
     if chosen[0].unrolled and "unrolled" in known:
         kind = "unrolled"
     emitted = all(

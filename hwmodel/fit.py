@@ -23,7 +23,7 @@ import numpy as np
 from hwmodel import fabric, mac, nextpnr, yosys
 from hwmodel.coeffs import document, write_coeffs
 from hwmodel.cost import HwError
-from hwmodel.estimate import mac_kind
+from hwmodel.estimate import RECURRENT, mac_kind
 from hwmodel.features import FEATURES, LATTICE, Features, least_squares
 from hwmodel.fit_delays import CLOCK_LAYERS, fit_clock, fit_times, product_times
 from hwmodel.fit_units import (
@@ -98,7 +98,7 @@ class Fitted:
 
     def judge(self) -> None:
         """Residuals of every judged kind from its held-out units; those of kinds that are no more are dropped."""
-        judged = (*KINDS, "recurrent policies")  # by `validate` and its like, whatever is fitted here
+        judged = (*KINDS, RECURRENT)  # by `validate` and its like, whatever is fitted here
         standing = {*FEATURES, *judged, *(f"fmax {kind}" for kind in judged), "product formula"}
         old = self.data["residual"].items()
         self.data["residual"] = {kind: v for kind, v in old if kind in standing or kind.startswith("mac")}

@@ -86,8 +86,7 @@ def specs_of(
     act = layer.act if isinstance(layer, QLayer) else None
     out = nxt.act if isinstance(nxt, QLayer) else None
     if not isinstance(layer, QLayer) or layer.q is None:
-        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-        return (LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=zeros),)
+        return (LayerSpec(**common, act=_fmt(act), out=_fmt(out), zeros=_zeros(weight)),)
     if isinstance(layer.q, Bands):
         return _bands(layer.q, common, act, _fmt(out))
     acc_bits = None if not isinstance(act, ActQuant) else int(accumulator.exact_bits(units_of(layer.q), act.fmt).max())
@@ -105,7 +104,7 @@ def specs_of(
         out=_fmt(out),
         granularity=layer.q.granularity,
         acc_bits=acc_bits,
-        zeros=1 - int(torch.count_nonzero(values_of(layer.q))) / layer.q.codes.numel(),
+        zeros=_zeros(values_of(layer.q)),
         scale_pow2=pow2,
         out_factors=isinstance(nxt, QLayer) and nxt.in_scale is not None,
     )
@@ -123,9 +122,13 @@ def _bands(q: Bands, common: dict[str, Any], act: Any, out: Format | None) -> tu
         if units.shape[1]:
             acc = int(accumulator.exact_bits(units.numpy(), act.fmt).max()) if isinstance(act, ActQuant) else None
             own = {**common, "name": f"{common['name']}.{band}", "in_features": units.shape[1]}
-            zeros = float((units == 0).float().mean())
-            specs.append(LayerSpec(**own, weight=fmt, act=_fmt(act), out=out, acc_bits=acc, zeros=zeros))
+            specs.append(LayerSpec(**own, weight=fmt, act=_fmt(act), out=out, acc_bits=acc, zeros=_zeros(units)))
     return tuple(specs)
+
+
+def _zeros(weight: Tensor) -> float:
+    """The share of zeros, counted without a copy in memory: a head is among the largest tensors there are."""
+    return 1 - int(torch.count_nonzero(weight)) / weight.numel()
 
 
 def weight_name(layer: Plain | QLayer) -> str:
