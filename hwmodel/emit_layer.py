@@ -157,7 +157,7 @@ def layer_text(index: int | str, layer: Layer, plan: Fold, *, beside_dsps: bool 
 
 def _unrolled(index: int | str, layer: Layer, plan: Fold) -> tuple[str, list[Rom]]:
     """`layer_text` of a layer with its weights in the logic: `start` one cycle before `acts`."""
-    rows, acc = plan.spec.out_features, layer.acc_bits
+    rows = plan.spec.out_features
     stages, sums = sum_lines(layer)
     act, out = bits(layer.formats[1]), result_bits(layer)
     head = [
