@@ -118,10 +118,10 @@ def _check_finn_layer(name: str, layer: QLayer, previous: tuple[str, nn.Module] 
         raise InputError(f"layer {name!r}: FINN does not take inputs {act.fmt}; accepted: {accepted}")
     if formats.bits(act.fmt) > 8:
         raise InputError(f"layer {name!r}: FINN takes inputs of at most 8 bits, not {act.fmt}")
-    if layer.in_scale is not None:
+    if layer.in_scale is not None and previous is not None:
         raise InputError(
             f"layer {name!r}: FINN takes one scale per activation tensor, this input has a factor per channel; "
-            "quantize without smoothquant"
+            "accepted: in front of the first layer only (smoothquant:explicit=false,inputs=true)"
         )
     plain = isinstance(act.fmt, Int) and not act.fmt.signed and not act.fmt.narrow
     if previous and isinstance(previous[1], nn.ReLU):

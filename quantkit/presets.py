@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from quantkit.errors import InputError
-from quantkit.recipe import Step
+import torch.fx
 
-Kind = Literal["policy", "recurrent", "network", "language"]
-"""A policy, one with a memory, a network that does not act, a language model."""
+from quantkit.errors import InputError
+from quantkit.language import is_language
+from quantkit.model import Model
+from quantkit.policy import Policy
+from quantkit.qlayers import shape_of
+from quantkit.recipe import Step
+from quantkit.recurrent import GRUCell, LSTMCell
+
+Kind = Literal["policy", "recurrent", "controller", "network", "language"]
+"""A policy that can act, one with a memory, a network of linear layers without an environment, any other network that
+does not act, a language model."""
 
 _SCALING: tuple[Step, ...] = (("center", {}), ("smoothquant", {"explicit": False}))
 _ROUNDING: tuple[Step, ...] = (("gptq", {"act_order": True}),)
@@ -46,6 +54,19 @@ RECURRENT_PRESETS: dict[str, tuple[Step, ...]] = {
 of a core for an LSTM of 16 cells."""
 
 
+_OWN_INPUTS: tuple[Step, ...] = (("smoothquant", {"explicit": False, "inputs": True}),)
+
+CONTROLLER_PRESETS: dict[str, tuple[Step, ...]] = {
+    "fast": (*_OWN_INPUTS, *_ROUNDING, ("bias_correction", {})),
+    "balanced": (*_OWN_INPUTS, *_ROUNDING, ("distill", {"steps": 300, "rounds": 1, "batch": 128})),
+    "best": (*_OWN_INPUTS, *_ROUNDING, ("distill", {"steps": 1200, "rounds": 4, "batch": 128, "lr": 0.01})),
+}
+"""The same for networks of linear layers that come without an environment, as controllers do. Features of different
+units get multipliers in front of the network, and no scale clips for the sake of the mean error at the outputs: what is
+rare in the calibration set is what a controller must not get wrong. (A quadrotor's controller, 146-64-64-4 at int8 x
+int8: 90 of 100 flights survive with "fast", 75 with that of the networks below.)"""
+
+
 _AIMED: Step = ("gptq", {"act_order": True, "drift": True})
 _FAITHFUL: tuple[Step, ...] = (("act_scales", {"scale": "output"}), _AIMED)
 
@@ -54,9 +75,9 @@ NETWORK_PRESETS: dict[str, tuple[Step, ...]] = {
     "balanced": (*_FAITHFUL, ("distill", {"steps": 60, "rounds": 1, "batch": 32, "lr": 0.01})),
     "best": (*_FAITHFUL, ("distill", {"steps": 900, "rounds": 4, "batch": 32, "lr": 0.01})),
 }
-"""The same for networks that do not act. fast: scales and weights aim at the layers' float outputs, and so need no bias
-correction. balanced: all layers are trained together on the calibration set. best: fifteen times as long, the first as
-balanced, then on mixtures of the inputs, too."""
+"""The same for other networks that do not act. fast: scales and weights aim at the layers' float outputs, and so need
+no bias correction. balanced: all layers are trained together on the calibration set. best: fifteen times as long, the
+first as balanced, then on mixtures of the inputs, too."""
 
 
 _WEIGHED: Step = ("gptq", {"act_order": True, "drift": True, "scale": "importance"})
@@ -81,7 +102,22 @@ def preset_steps(name: str, kind: Kind = "policy") -> tuple[Step, ...]:
     table = {
         "policy": PRESETS,
         "recurrent": RECURRENT_PRESETS,
+        "controller": CONTROLLER_PRESETS,
         "network": NETWORK_PRESETS,
         "language": LANGUAGE_PRESETS,
     }[kind]
     return tuple((step, dict(options)) for step, options in table[name])
+
+
+def kind_of(model: Model) -> Kind:
+    """Whose presets the model, captured if it can be, takes."""
+    module = model.module
+    if isinstance(module, Policy):
+        return "recurrent" if module.recurrent else "policy"
+    if is_language(model):
+        return "language"
+    if any(shape_of(layer).op != "linear" for layer in model.layers().values()):
+        return "network"
+    if any(isinstance(part, GRUCell | LSTMCell) for part in module.modules()):
+        return "recurrent"
+    return "controller" if isinstance(module, torch.fx.GraphModule) and not model.points() else "network"

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from hwmodel import formats
 from hwmodel.formats import BINARY, Float
+from quantkit.capture import captured
 from quantkit.errors import InputError
 from quantkit.export import IR_VERSION, build_onnx, canonical, export_onnx, open_session
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.onnx_formats import DOMAIN, OPSET, quantize_function
 from quantkit.policy import Head, InputStage, Policy
+from quantkit.presets import preset_steps
 from quantkit.recipe import Recipe, make_plan, quantize, uniform
 from quantkit.rounding import round_to
 
@@ -422,6 +424,10 @@ def test_finn_takes_modules_that_are_chains(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(INPUTS, 8), nn.ReLU(), nn.Linear(8, 3))
     model = quantized(Model(net.eval(), states(2), meta={"kind": "module"}), "int4", "int4")
     found, expected = both(model, tmp_path / "m.onnx", states(1), to="finn")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    steps = preset_steps("fast", "controller")  # with a factor per feature in front of the network
+    scaled = quantize(captured(Model(net, states(2))), uniform("int4", "int4", steps=steps), Calib(states(64)))
+    found, expected = both(scaled, tmp_path / "scaled.onnx", states(1), to="finn")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     with pytest.raises(InputError, match=r"layer '0': FINN does not take weights e2m1"):
         build_onnx(quantized(Model(net, states(2)), "e2m1", "int4"), to="finn")

@@ -33,7 +33,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="QUANTKIT_SHARED_DATA 
 def task(monkeypatch: pytest.MonkeyPatch) -> study.Task:
     """A classifier of 2 layers whose labels are what it says, at 3 and 4 bits and by two techniques."""
     monkeypatch.setattr(study, "WIDTHS", (4, 3))
-    monkeypatch.setattr(study, "ORDER", {"vision": ("rtn", "gptq")})
+    monkeypatch.setattr(study, "TECHNIQUES", {"vision": {"rtn": (), "gptq": study.GPTQ}})
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
     x = torch.randn(96, 6)

@@ -9,11 +9,14 @@ import pytest
 import small_policies
 import torch
 from tiny_models import MODELS, attention
+from torch import nn
 from typer.testing import CliRunner
 
+from quantkit.capture import captured
 from quantkit.cli import app
 from quantkit.errors import InputError
-from quantkit.presets import NETWORK_PRESETS, PRESETS, preset_steps
+from quantkit.model import Calib, Model
+from quantkit.presets import NETWORK_PRESETS, PRESETS, kind_of, preset_steps
 from quantkit.recipe import Recipe, full_steps, parse_step, quantize, step_text, uniform
 from quantkit.study import design_id
 
@@ -81,7 +84,7 @@ def test_command_line(tmp_path):
     assert {row["steps"] for row in rows} == {"rtn", "+".join(step_text(s) for s in preset_steps("fast"))}
 
 
-@pytest.mark.parametrize("kind", ["network", "language"])
+@pytest.mark.parametrize("kind", ["controller", "network", "language"])
 @pytest.mark.parametrize("name", NETWORK_PRESETS)
 @pytest.mark.parametrize("build", [MODELS["cnn"], attention], ids=["cnn", "attention"])
 def test_networks(name, build, kind):
@@ -94,3 +97,31 @@ def test_networks(name, build, kind):
         plain, done = (quantize(model, uniform("int3", "int4", steps=s), calib) for s in ((), steps))
         errors = [float((m.module(calib.inputs) - target).square().mean()) for m in (plain, done)]
     assert errors[1] < errors[0]
+
+
+def test_kinds():
+    """Linear layers alone are a controller's, with a GRU a recurrent one's; a convolution or attention is neither's."""
+    kinds = {name: kind_of(captured(MODELS[name]()[0])) for name in ("mlp", "cnn")}
+    assert kinds == {"mlp": "controller", "cnn": "network"} and kind_of(attention()[0]) == "network"
+    assert kind_of(small_policies.cartpole()) == "policy"
+    gru = nn.GRU(3, 4, batch_first=True)
+    assert kind_of(captured(Model(gru, torch.randn(2, 5, 3), None, {}))) == "recurrent"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_units_of_features_do_not_matter(name):
+    """A controller whose features come in other units loses as much as before: no unit needs more bits."""
+    torch.manual_seed(0)
+    x, units = torch.randn(512, 6), torch.tensor([1.0, 1024, 2**-10, 8, 64, 2**-5])
+    losses = []
+    for unit in (torch.ones(6), units):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+        net[0].weight.data /= unit
+        model = captured(Model(net.eval(), x[:1] * unit, None, {}))
+        with torch.no_grad():
+            target = model.module(x * unit)
+            steps = preset_steps(name, kind_of(model))
+            done = quantize(model, uniform("int4", "int6", steps=steps), Calib(x * unit))
+            losses.append(float((done.module(x * unit) - target).square().mean() / target.square().mean()))
+    assert losses[0] < 0.02 and abs(losses[1] - losses[0]) < 0.1 * losses[0], losses

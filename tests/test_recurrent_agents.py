@@ -16,12 +16,11 @@ from hwmodel import emit
 from hwmodel.devices import find_device
 from hwmodel.plan import plan_network
 from quantkit.artifact import load_artifact, save_artifact
-from quantkit.cli.options import kind_of
 from quantkit.export import export_onnx, open_session
 from quantkit.loading import describe_checkpoint, load_checkpoint
 from quantkit.model import Calib, EnvSpec, Model
 from quantkit.policy import Policy
-from quantkit.presets import PRESETS, preset_steps
+from quantkit.presets import PRESETS, kind_of, preset_steps
 from quantkit.recipe import quantize, uniform
 from quantkit.rtl_episodes import fly
 from quantkit.rtl_export import network_of

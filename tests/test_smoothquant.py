@@ -65,6 +65,16 @@ def test_where_factors_go(name):
     assert all(layer.in_scale is None for layer in model.qlayers().values())
 
 
+@pytest.mark.parametrize("name", COUNTS)
+def test_inputs_of_the_network(name):
+    """Without other multipliers, inputs=True still allows one where a linear layer reads what the network is given."""
+    model, calib = wrapped(name)
+    report = smoothquant.apply(model, calib, explicit=False, inputs=True)
+    found = [n for n, layer in model.qlayers().items() if layer.in_scale is not None]
+    assert report["explicit"] == len(found)
+    assert found == (list(model.qlayers())[:1] if name == "mlp" else [])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", {**MODELS, **GRAPHS})
 def test_the_function_stays(name):

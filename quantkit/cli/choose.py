@@ -40,7 +40,6 @@ from quantkit.cli.options import (
     app,
     check_space,
     exceptions,
-    kind_of,
     labelled_of,
     listed,
     load,
@@ -119,6 +118,7 @@ def sweep(
     accuracy, a language model with --text and --calibration FILE.txt by its perplexity against stored bits, in one
     process and without hardware.
     """
+    from quantkit.presets import kind_of
     from quantkit.recipe import check
     from quantkit.sweep import Space
 

@@ -264,24 +264,14 @@ def bytes_of(text: str, option: str) -> int:
 def for_kind(recipe: Recipe, preset: str | None, model: Model) -> Recipe:
     """The recipe as the model's kind wants it.
 
-    The preset's steps for networks that do not act, where the model is one; what stays in float of a language model.
+    The preset's steps for models of its kind; what stays in float of a language model.
     """
     from quantkit.language import is_language, with_defaults
-    from quantkit.presets import preset_steps
+    from quantkit.presets import kind_of, preset_steps
 
     if preset is not None:
         recipe = replace(recipe, steps=preset_steps(preset, kind_of(model)))
     return with_defaults(recipe, model) if is_language(model) else recipe
-
-
-def kind_of(model: Model) -> Kind:
-    """Whose presets the model takes."""
-    from quantkit.language import is_language
-    from quantkit.policy import Policy
-
-    if isinstance(model.module, Policy):
-        return "recurrent" if model.module.recurrent else "policy"
-    return "language" if is_language(model) else "network"
 
 
 def recipe_of(

@@ -35,7 +35,6 @@ from quantkit.cli.options import (
     StudyDirectory,
     app,
     check_space,
-    kind_of,
     labelled_of,
     listed,
     load,
@@ -131,7 +130,7 @@ def search(
     A policy is measured by the return of its episodes, a network with --inputs, --labels and --calibration by its
     accuracy.
     """
-    from quantkit.presets import preset_steps
+    from quantkit.presets import kind_of, preset_steps
     from quantkit.recipe import parse_format
 
     check_space(weights, acts, granularity)

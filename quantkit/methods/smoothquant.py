@@ -12,7 +12,9 @@ preceding normalization: in the rows of the layers before (all those of a residu
 of attention), or in the input stage of a policy. |x_j| and |W_:j| are the largest of all layers that
 read the channel. Elsewhere (after tanh, say) the layer keeps an explicit multiplier per input channel,
 which costs hardware: `explicit=False` leaves such layers alone, and `pow2=True` makes every factor a
-shift.
+shift. Features that reach a network from outside are often of different units (angles, speeds, forces), and what they
+are multiplied with belongs to their preparation, like the input stage of a policy: `inputs=True` allows that even with
+`explicit=False`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.links import column_range, find_links, gathered, largest, ranges, rescale
 from quantkit.model import Calib, Model
-from quantkit.observers import AbsMax, collect
+from quantkit.observers import AbsMax, Observer, collect
+from quantkit.qlayers import QLayer
 
 CHANGES = frozenset({"float"})
 
@@ -41,7 +44,7 @@ def factors(w: Tensor, x: Tensor, alpha: float = 0.5, pow2: bool = False) -> Ten
 
 
 def apply(
-    model: Model, calib: Calib, *, alpha: float = 0.5, explicit: bool = True, pow2: bool = False
+    model: Model, calib: Calib, *, alpha: float = 0.5, explicit: bool = True, pow2: bool = False, inputs: bool = False
 ) -> dict[str, float]:
     """Smooth the input of every layer planned to have a quantized one; an embedding has none.
 
@@ -55,6 +58,7 @@ def apply(
     wanted = {n: layer for n, layer in layers.items() if layer.plan.act is not None and layer.op != "embedding"}
     seen = {name: AbsMax() for name in wanted}
     collect(model, calib, seen)
+    entries = set(wanted) if explicit else entered(model, calib) if inputs else set()
     tops = {name: observer.value for name, observer in seen.items() if observer.value is not None}
     absorbed: set[str] = set()
     for link in find_links(model):
@@ -67,9 +71,25 @@ def apply(
     for name, layer in wanted.items():
         if name in absorbed:
             continue
-        if not explicit or name not in tops or layer.groups != 1:
+        if name not in entries or name not in tops or layer.groups != 1:
             left += 1
             continue
         layer.scale_input(factors(column_range(layer), tops[name], alpha, pow2))
         multiplied += 1
     return {"absorbed": float(len(absorbed)), "explicit": float(multiplied), "left_alone": float(left)}
+
+
+def entered(model: Model, calib: Calib) -> set[str]:
+    """The linear layers that read the network's own input, as it is."""
+    first = next(iter(calib.batches()))
+    found: set[str] = set()
+
+    def look(name: str) -> Observer:
+        def see(layer: QLayer, x: Tensor) -> None:
+            if layer.op == "linear" and x.data_ptr() == first.data_ptr() and x.shape == first.shape:
+                found.add(name)
+
+        return see
+
+    collect(model, Calib(first, len(first)), {name: look(name) for name in model.qlayers()})
+    return found
