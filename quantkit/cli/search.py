@@ -137,8 +137,7 @@ def search(
     targets = targets_for(device, latency_us, luts, mapping)
     for text in (*listed(weights), *listed(acts)):
         parse_format(text)
-    kind: Literal["policy", "network"] = "policy" if labels is None else "network"
-    pipelines = pipelines_of(step, preset, kind) or (preset_steps("fast", kind),)
+    pipelines_of(step, preset)  # their names are checked before anything is loaded
     limits = {"luts": max_luts, "dsps": max_dsps, "bram18": max_bram18, "weight_kib": max_weight_kib}
     if storage is not None:
         from quantkit.search_record import check_storage
@@ -147,8 +146,8 @@ def search(
     chosen = cost or ("weight_kib" if not targets else "luts" if luts is None else "latency_us")
     model = load(checkpoint, env, factory, normalize, inputs)
     labelled = labelled_of(checkpoint, model, inputs, labels, calibration)
-    if preset and kind_of(model) != kind:
-        pipelines = pipelines_of(step, preset, kind_of(model))
+    kind = kind_of(model)
+    pipelines = pipelines_of(step, preset, kind) or (preset_steps("fast", kind),)
 
     from quantkit.backends import workers
     from quantkit.report import write_report
