@@ -145,8 +145,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         "0.5 %", (1, 0.5), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666", fontsize=9
     )
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
-    axes.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
-    axes.set_ylim(bottom=-0.05)
+    axes.set_yticks([0, 0.1, 1, 10, 100, 1000], ["0", "0.1", "1", "10", "100", "1000"])
+    axes.set_ylim(-0.05, 3 * max(r["loss_percent"] for r in rows))
     axes.set_xlim(3, 10)
     axes.set_xlabel("bits of a cached number at the documents' ends, metadata and recent tokens included")
     axes.set_ylabel("rise of perplexity over float, %")
