@@ -43,9 +43,7 @@ def main() -> None:
 def rows_of(name: str, data: Path, flights: int) -> list[dict[str, Any]]:
     """The rows of a controller, the float one in front."""
     module = quadrotors.load(name, data)
-    flown = quadrotors.fly(module, name, data, flights=24, seed=900)
-    inputs = torch.from_numpy(flown.inputs[:, flown.survived])  # (steps, flights, inputs)
-    inputs = (inputs[::5].flatten(0, 1) if name == "l2f" else inputs[:200].transpose(0, 1)).contiguous()
+    inputs = quadrotors.visited(module, name, data)
     model = captured(Model(module, inputs[:1].clone(), None, {}))
     rows = []
 

@@ -158,10 +158,7 @@ def _vision(name: str, data: Path) -> Task:
 
 def _flight(name: str, data: Path) -> Task:
     module = quadrotors.load(name, data)
-    flown = quadrotors.fly(module, name, data, flights=SETTINGS["calibration_flights"], seed=900)
-    inputs = torch.from_numpy(flown.inputs[:, flown.survived])  # (steps, flights, inputs)
-    inputs = inputs[::5].flatten(0, 1) if name == "l2f" else inputs[:200].transpose(0, 1)
-    inputs = inputs.contiguous()
+    inputs = quadrotors.visited(module, name, data, SETTINGS["calibration_flights"])
 
     def score(model: Model) -> np.ndarray:
         return quadrotors.fly(model.module, name, data, flights=SETTINGS["flights"], seed=0).survived

@@ -211,6 +211,16 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def visited(module: nn.Module, name: str, data: Path, flights: int = 24) -> Tensor:
+    """What a controller sees on those of so many flights that it survives.
+
+    Every fifth state of l2f, (states, 146); the first 200 steps of RAPTOR's flights, (flights, 200, 22).
+    """
+    flown = fly(module, name, data, flights=flights, seed=900)
+    inputs = torch.from_numpy(flown.inputs[:, flown.survived])  # (steps, flights, inputs)
+    return (inputs[::5].flatten(0, 1) if name == "l2f" else inputs[:200].transpose(0, 1)).contiguous()
+
+
 def calibration(data: Path) -> Tensor:
     """What the float RAPTOR sees on flights that it survives: (flights, 200, 22)."""
     flown = fly(load("raptor", data), "raptor", data, flights=CALIBRATION, seed=900, steps=200)
