@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch.fx
 
 from quantkit.errors import InputError
-from quantkit.language import is_language
 from quantkit.model import Model
 from quantkit.policy import Policy
 from quantkit.qlayers import shape_of
@@ -111,6 +110,8 @@ def preset_steps(name: str, kind: Kind = "policy") -> tuple[Step, ...]:
 
 def kind_of(model: Model) -> Kind:
     """Whose presets the model, captured if it can be, takes."""
+    from quantkit.language import is_language  # a row has steps and no preset: what only finds these is kept apart
+
     module = model.module
     if isinstance(module, Policy):
         return "recurrent" if module.recurrent else "policy"
