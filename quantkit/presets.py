@@ -61,8 +61,8 @@ CONTROLLER_PRESETS: dict[str, tuple[Step, ...]] = {
     "best": (*_OWN_INPUTS, *_ROUNDING, ("distill", {"steps": 1200, "rounds": 4, "batch": 128, "lr": 0.01})),
 }
 """The same for networks of linear layers that come without an environment, as controllers do. Features of different
-units get multipliers in front of the network, and no scale clips for the sake of the mean error at the outputs: what is
-rare in the calibration set is what a controller must not get wrong. (A quadrotor's controller, 146-64-64-4 at int8 x
+units get multipliers in front of the network, and scales are not clipped by the mean error at the outputs: what is rare
+in the calibration set is what a controller must not get wrong. (A quadrotor's controller, 146-64-64-4 at int8 x
 int8: 91 of 100 flights survive with "fast", 75 with that of the networks below; float 94.)"""
 
 

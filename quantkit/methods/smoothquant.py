@@ -81,15 +81,15 @@ def apply(
 
 def entered(model: Model, calib: Calib) -> set[str]:
     """The linear layers that read the network's own input, as it is."""
-    first = next(iter(calib.batches()))
+    one = calib.inputs[:1]
     found: set[str] = set()
 
     def look(name: str) -> Observer:
         def see(layer: QLayer, x: Tensor) -> None:
-            if layer.op == "linear" and x.data_ptr() == first.data_ptr() and x.shape == first.shape:
+            if layer.op == "linear" and x.data_ptr() == one.data_ptr() and x.shape == one.shape:
                 found.add(name)
 
         return see
 
-    collect(model, Calib(first, len(first)), {name: look(name) for name in model.qlayers()})
+    collect(model, Calib(one), {name: look(name) for name in model.qlayers()})
     return found
